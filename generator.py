@@ -1,0 +1,292 @@
+"""The generator of Generative Adapter (arXiv 2411.05877): hidden states of a context in, low-rank weight updates out.
+
+Symbols, in the order a reader of the paper meets them (§2.2, §2.4):
+
+    Sigma(t)  the context read so far: chunks C_1 .. C_t                  B    batch: contexts side by side
+    H_t       hidden states of chunk t at the INPUT of a decoder block    L    tokens of a chunk (M_t in the paper)
+    h         one row of H_t                                              d_h  width of the residual stream
+    W         a frozen linear layer of that block, (d_out, d_in)          d_r  width of the memory S
+    A1, A2    (d_out, d_r), (d_r, d_h)   trained, one set for each W      r    rank of the adapter, r <= d_r
+    B1, B2    (d_h, d_r),  (d_r, d_in)   trained, one set for each W      s    scale: 1/16 Mistral, 1/8 Llama2 (appendix B)
+    g         (d_h,) gain of an RMSNorm on h                              Omega  (d_r, r) fixed random sketch
+    S_t       (d_r, d_r) the memory: S_t = S_{t-1} + A2 H_t^T H_t B1      (eq. 3), S_0 = 0, rows A2, columns B1
+    norm      S = U Sigma V^T  ->  U_r V_r^T                              (eq. 6, 7)
+    W_Delta   s A1 norm(S_t) B2 = (s A1 U) (V^T B2) = lora_B lora_A       (eq. 8, 9)
+
+Every target W of a block reads the same H. The base model is frozen, S is all that is remembered: constant size, any length.
+Not in the paper but in the released code, and needed: h is RMS-normalised (own eps 1e-6, gain g) before eq. 1.
+"""
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass, field, fields
+from functools import lru_cache
+
+import torch
+import torch.nn as nn
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+NORMS = ("svd", "svd-exact", "frobenius")
+RMS_EPS = 1e-6           # of the generator's own RMSNorm, not the base model's
+NULL_DIRECTION = 1e-6    # a singular value below this share of the largest one counts as zero
+
+
+class InputError(ValueError):
+    """Bad input from outside: one sentence that names the file or flag. The commands print it and exit with code 2."""
+
+
+@dataclass
+class GeneratorConfig:
+    """Shape and normalisation of a generator. Defaults suit the 135M default base; a 7B base wants d_r 1024, rank 128, scale 1/16."""
+    d_r: int = 256
+    rank: int = 64
+    scale: float = 1.0
+    norm: str = "svd"          # svd | svd-exact | frobenius
+    damping: float = 1e-2      # lambda = damping * sigma_1; 0 is eq. 7 to the letter (svd norms only)
+    targets: list = field(default_factory=lambda: ["o_proj"])
+
+    def __post_init__(self):
+        self.targets = list(self.targets)
+        if self.norm not in NORMS:
+            raise InputError(f"norm {self.norm!r} is unknown: choose one of {', '.join(NORMS)}")
+        if not 1 <= self.rank <= self.d_r:
+            raise InputError(f"rank must lie between 1 and d_r = {self.d_r}, not {self.rank}")
+        if self.damping < 0:
+            raise InputError(f"damping must not be negative, it is {self.damping}")
+        if not self.targets:
+            raise InputError("targets is empty: name at least one module, for example o_proj")
+
+    @classmethod
+    def from_dict(cls, values):
+        """Config from a json object; keys it does not know are ignored. Raises InputError when a field is missing or malformed."""
+        try:
+            return cls(**{f.name: values[f.name] for f in fields(cls)})
+        except (KeyError, TypeError) as error:
+            raise InputError(f"generator config: missing or malformed field ({error})") from None
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# norm(S): eq. 7 as a spectral function
+
+
+@lru_cache(maxsize=16)
+def sketch(d_r, rank, device):
+    """Omega (d_r, rank): drawn on the CPU from a seed fixed by its shape, so one context gives one adapter on every machine.
+    The released code draws a fresh one at every call: two readings of one context give adapters 30-60 % apart."""
+    random = torch.Generator().manual_seed(1_000_003 * d_r + rank)
+    return torch.randn(d_r, rank, generator=random).to(device)
+
+
+class SpectralNorm(torch.autograd.Function):
+    """S -> (U_r, f V_r^T), whose product is norm(S) = U_r f V_r^T with f = sigma / sqrt(sigma^2 + lambda^2), lambda = damping sigma_1.
+
+    f = 1 wherever sigma >> lambda: that is eq. 7. Directions with sigma <= 1e-6 sigma_1 get f = 0, because the paper resets the
+    POSITIVE singular values; the released code sets rounding noise to 1 as well. At S = 0 the norm is 0.
+
+    exact=False finds the leading r directions as torch.svd_lowrank(niter=1) does: Q spans S S^T S Omega, and the triplets of the
+    small M = Q^T S (r, d_r) stand for those of S. exact=True takes the full SVD of S and truncates it.
+
+    The backward pass is the derivative of the spectral function itself (Daleckii-Krein), never of U and V: with C = U^T G V, its
+    symmetric part E and antisymmetric part A, and G the gradient by norm(S),
+
+        grad_S = U (E * D1 + A * D2) V^T + (I - U U^T) G V diag(f/sigma) V^T + U diag(f/sigma) U^T G (I - V V^T)
+        D1 = (f_i - f_j) / (sigma_i - sigma_j),   D2 = (f_i + f_j) / (sigma_i + sigma_j)
+
+    It is finite on ties, on rank-deficient S and on S = 0, where autograd through a QR or an SVD is not. It is exact (lambda held
+    constant) for exact=True, and for exact=False when rank(S) <= r; with a tail beyond r it leaves out how Q turns.
+    Returns a pair because nobody needs the (d_r, d_r) product; the gradient is that of the product, the pair's own rotation is no output.
+    """
+
+    @staticmethod
+    def forward(ctx, S, rank, damping, exact):
+        if exact:
+            U, sigma, Vh = torch.linalg.svd(S)                              # (..., d_r, d_r), (..., d_r), (..., d_r, d_r)
+        else:
+            Q = torch.linalg.qr(S @ sketch(S.shape[-1], rank, S.device).to(S.dtype)).Q   # (..., d_r, r)
+            Q = torch.linalg.qr(S.mT @ Q).Q
+            Q = torch.linalg.qr(S @ Q).Q
+            U, sigma, Vh = torch.linalg.svd(Q.mT @ S, full_matrices=False)  # (..., r, r), (..., r), (..., r, d_r)
+            U = Q @ U                                                       # (..., d_r, r)
+        lam = damping * sigma[..., :1] + 1e-12
+        w = torch.sqrt(sigma**2 + lam**2)
+        kept = (sigma > NULL_DIRECTION * sigma[..., :1]) & (torch.arange(sigma.shape[-1], device=S.device) < rank)
+        f = torch.where(kept, sigma / w, 0)
+        ctx.save_for_backward(U, sigma, Vh, f, w, lam, kept)
+        ctx.rank = rank
+        return U[..., :rank], f[..., :rank, None] * Vh[..., :rank, :]       # (..., d_r, r), (..., r, d_r)
+
+    @staticmethod
+    def backward(ctx, grad_X, grad_Y):
+        U, sigma, Vh, f, w, lam, kept = ctx.saved_tensors
+        r = ctx.rank
+        GV = grad_X * torch.where(kept, w / sigma, 0)[..., None, :r]        # (..., d_r, r): grad_X = G V diag(f), so this is G V
+        UG = grad_Y                                                         # (..., r, d_r): grad_Y = U^T G
+        UGV = U.mT @ GV                                                     # (..., k, r), k = d_r if exact else r
+        C = torch.zeros_like(U.mT @ U)                                      # (..., k, k); a pair of two cut directions is never used
+        C[..., :, :r] = UGV
+        C[..., :r, :] = UG @ Vh.mT
+
+        i, j = (..., slice(None), None), (..., None, slice(None))           # a value a row, a value a column
+        both, one = kept[i] & kept[j], kept[i] ^ kept[j]
+        # D1 for two kept directions, with the difference divided out: no cancellation, and f' on ties
+        smooth = lam[..., None] ** 2 * (sigma[i] + sigma[j]) / (w[i] * w[j] * (sigma[i] * w[j] + sigma[j] * w[i]))
+        gap = sigma[i] - sigma[j]                                           # kept against cut: f jumps, and has no derivative at a tie
+        jump = torch.where(gap.abs() > NULL_DIRECTION * sigma[..., :1, None], (f[i] - f[j]) / gap, 0)
+        D1 = torch.where(both, smooth, torch.where(one, jump, 0))
+        D2 = torch.where(both | one, (f[i] + f[j]) / (sigma[i] + sigma[j]), 0)
+        K = (C + C.mT) / 2 * D1 + (C - C.mT) / 2 * D2
+
+        f_over_sigma = torch.where(kept, 1 / w, 0)[..., :r]
+        left = (GV - U @ UGV) * f_over_sigma[..., None, :]                  # (I - U U^T) G V diag(f/sigma)
+        right = (UG - (UG @ Vh.mT) @ Vh) * f_over_sigma[..., :, None]       # diag(f/sigma) U^T G (I - V V^T)
+        return U @ K @ Vh + left @ Vh[..., :r, :] + U[..., :r] @ right, None, None, None
+
+
+def svd_norm(S, rank, damping=1e-2, exact=False):
+    """norm(S) of eq. 7 at rank r, as a pair whose product it is (eq. 9): S (..., d_r, d_r) -> U (..., d_r, r), f V^T (..., r, d_r).
+    Deterministic; differentiable through the product of the pair. See SpectralNorm."""
+    return SpectralNorm.apply(S, min(rank, S.shape[-1]), damping, exact)
+
+
+def frobenius_norm(S):
+    """S / ||S||_F (§5.1), with the released code's eps under the root: (..., d_r, d_r) -> (..., d_r, d_r)."""
+    return S * torch.rsqrt(S.square().sum((-2, -1), keepdim=True) + 1e-6)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# the trained part
+
+
+class LayerGenerator(nn.Module):
+    """G^(l) for one target layer W (d_out, d_in): A1, A2, B1, B2 and the gain g, all fp32."""
+
+    def __init__(self, config, d_h, d_in, d_out, device=None):
+        super().__init__()
+        self.config = config
+        d_r = config.d_r
+        self.A1 = nn.Parameter(torch.empty(d_out, d_r, device=device))
+        self.A2 = nn.Parameter(torch.empty(d_r, d_h, device=device))
+        self.B1 = nn.Parameter(torch.empty(d_h, d_r, device=device))
+        self.B2 = nn.Parameter(torch.empty(d_r, d_in, device=device))
+        self.g = nn.Parameter(torch.ones(d_h, device=device))
+        # kaiming_normal(fan_in, a = sqrt 5) is std sqrt(1/3) / sqrt(fan_in); the fan of A2 and B1 is d_h, that of B2 is d_in
+        for weight, fan_in in ((self.A2, d_h), (self.B1, d_h), (self.B2, d_in)):
+            nn.init.normal_(weight, std=(3 * fan_in) ** -0.5)
+        nn.init.zeros_(self.A1)                                      # W_Delta = 0 before training
+
+    def update(self, H, mask=None):
+        """A2 H^T H B1, what a chunk adds to S (eq. 3): H (..., L, d_h), mask (..., L) of 1 and 0 -> (..., d_r, d_r) fp32.
+        The two projections run in H's dtype, the sum over tokens in fp32: rounding S to bf16 moves norm(S) by percents."""
+        h = H.float()
+        h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + RMS_EPS) * self.g
+        if mask is not None:
+            h = h * mask.unsqueeze(-1).to(h.dtype)                   # padding adds nothing to S
+        h = h.to(H.dtype)
+        left = h @ self.A2.to(H.dtype).mT                            # (..., L, d_r)
+        right = h @ self.B1.to(H.dtype)                              # (..., L, d_r)
+        return left.float().mT @ right.float()                       # (..., d_r, d_r)
+
+    def adapter(self, S):
+        """W_Delta = lora_B lora_A (eq. 8, 9): S (..., d_r, d_r) fp32 -> lora_A (..., r, d_in), lora_B (..., d_out, r), s folded into lora_B.
+        frobenius keeps full rank: its r is d_r."""
+        c = self.config
+        if c.norm == "frobenius":
+            lora_A = frobenius_norm(S) @ self.B2                                           # (..., d_r, d_in)
+            return lora_A, (c.scale * self.A1).expand(*S.shape[:-2], -1, -1)               # (..., d_out, d_r)
+        U, V = svd_norm(S, c.rank, c.damping, exact=c.norm == "svd-exact")
+        return V @ self.B2, c.scale * (self.A1 @ U)                                        # (..., r, d_in), (..., d_out, r)
+
+
+class AdapterGenerator(nn.Module):
+    """The whole generator G: one LayerGenerator for each target layer of the base.
+
+    shapes: {module name: (d_in, d_out)}, in the base's own names, e.g. "model.layers.0.self_attn.o_proj".
+    """
+
+    def __init__(self, config, d_h, shapes, device=None):
+        super().__init__()
+        self.config = config
+        self.index = {name: i for i, name in enumerate(shapes)}      # ModuleDict keys may not hold dots
+        self.layers = nn.ModuleList(LayerGenerator(config, d_h, d_in, d_out, device) for d_in, d_out in shapes.values())
+        self._fingerprint = (None, None)
+
+    def __getitem__(self, name):
+        return self.layers[self.index[name]]
+
+    def tensors(self):
+        """{"<module name>.<A1|A2|B1|B2|g>": parameter}, the names a checkpoint file uses."""
+        return {f"{name}.{key}": p for name in self.index for key, p in self[name].named_parameters()}
+
+    def load_tensors(self, tensors, source):
+        """Copy tensors named as in tensors() into the parameters. Raises InputError, naming source, when names or shapes differ."""
+        mine = self.tensors()
+        for name in mine.keys() | tensors.keys():
+            if name not in tensors:
+                raise InputError(f"{source}: tensor {name} is missing, so it belongs to another base or other target modules")
+            if name not in mine:
+                raise InputError(f"{source}: tensor {name} has no place in this base, so it belongs to another base or other target modules")
+            if tensors[name].shape != mine[name].shape:
+                raise InputError(f"{source}: {name} has shape {tuple(tensors[name].shape)} where this base and config need {tuple(mine[name].shape)}")
+        with torch.no_grad():
+            for name, p in mine.items():
+                p.copy_(tensors[name])
+
+    def fingerprint(self):
+        """Hash of config and weights: a memory belongs to the generator that wrote it. Recomputed only after a weight has changed."""
+        state = [(p.data_ptr(), p._version) for p in self.parameters()]
+        if self._fingerprint[0] != state:
+            digest = hashlib.sha256(json.dumps(asdict(self.config), sort_keys=True).encode())
+            for name, p in self.tensors().items():
+                digest.update(name.encode())
+                digest.update(p.detach().float().cpu().numpy().tobytes())
+            self._fingerprint = (state, digest.hexdigest()[:16])
+        return self._fingerprint[1]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# the memory
+
+
+@dataclass
+class Memory:
+    """All that is kept of a context: S_t of every target layer, (B, d_r, d_r) fp32, whatever its length.
+
+    states: {module name: S}, rows A2, columns B1; tokens: (B,) real tokens read; fingerprint: of the generator that wrote it.
+    """
+    states: dict
+    tokens: torch.Tensor
+    fingerprint: str = None
+
+    def save(self, path):
+        """Write to one safetensors file, aside first and then renamed, so that a reader never meets half a memory."""
+        tensors = {f"S.{name}": S.detach().float().cpu().contiguous() for name, S in self.states.items()}
+        tensors["tokens"] = self.tokens.detach().cpu().contiguous()
+        if os.path.isdir(path) or not os.path.isdir(os.path.dirname(path) or "."):
+            raise InputError(f"{path} cannot be written: name a file in a directory that exists")
+        save_file(tensors, f"{path}.part", metadata={"format": "generative-adapter-memory", "fingerprint": self.fingerprint or ""})
+        os.replace(f"{path}.part", path)
+
+    @classmethod
+    def load(cls, path):
+        """Read a file that save wrote, onto the CPU. Raises InputError when it is missing, corrupt, or not a memory."""
+        tensors, metadata = read_safetensors(path)
+        if metadata.get("format") != "generative-adapter-memory":
+            raise InputError(f"{path} is a safetensors file but not a saved memory")
+        states = {name[2:]: S for name, S in tensors.items() if name.startswith("S.")}
+        tokens = tensors.get("tokens")
+        if tokens is None or tokens.dim() != 1 or any(S.shape[:1] != tokens.shape or S.dim() != 3 or not S.isfinite().all() for S in states.values()):
+            raise InputError(f"{path}: the saved memory is damaged (sizes disagree or values are not finite)")
+        return cls(states, tokens, metadata.get("fingerprint") or None)
+
+
+def read_safetensors(path):
+    """({name: tensor}, metadata) of a safetensors file. Raises InputError when it is missing, a directory or corrupt."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path} cannot be read as safetensors: {error}") from None
