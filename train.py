@@ -1,0 +1,347 @@
+"""Pretraining of the adapter generator: reconstruction + completion on plain text (§2.3, appendix B), a flat loop for one process or many.
+
+    python train.py --data corpus.parquet --out out/run                             # one process, CPU or GPU, default base
+    torchrun --standalone --nproc_per_node=8 train.py --data corpus.parquet \\
+        --base mistralai/Mistral-7B-Instruct-v0.2 --checkpointing --out out/mistral   # the paper's setting: flags default to its recipe
+
+The global batch is fixed by --batch whatever the number of processes. Every checkpoint out/run/step-* is a directory that
+evaluate.py --checkpoint reads; --resume continues from the newest one to weights bit-identical to an unbroken run.
+"""
+
+import argparse
+import json
+import math
+import os
+import resource
+import shutil
+import signal
+import sys
+import time
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from data import doubled, open_tokens, run_command, sequences
+from generator import NORMS, GeneratorConfig, InputError, read_safetensors
+from model import DEFAULT_BASE, AdaptedLM, load_base, read_json
+
+MAX_SKIPPED = 10          # steps in a row without a finite gradient before the run gives up
+
+
+def arguments(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--base", default=DEFAULT_BASE, help="frozen base model: hub id, directory or .gguf file")
+    add("--data", nargs="+", required=True, help=".parquet, .jsonl(.gz), .txt(.gz) files, a hub data set id, or one packed .bin file")
+    add("--validation", nargs="+", help="the same kinds; default: the last --eval-sequences sequences of --data, which then stay out of training")
+    add("--max-tokens", type=int, help="pack at most this many tokens of --data")
+    add("--out", required=True, help="directory for checkpoints, log.jsonl and validation.jsonl")
+    add("--resume", action="store_true", help="continue from the newest checkpoint in --out, or start if there is none")
+    # None: chosen for the size of the base in recipe()
+    add("--chunk", type=int, help="tokens of a chunk (L)")
+    add("--chunks", type=int, help="chunks of a sequence (C); the pass holds 2C segments")
+    add("--batch", type=int, help="sequences of a step over all processes")
+    add("--micro-batch", type=int, default=1, help="sequences of one forward and backward pass")
+    add("--steps", type=int, help="optimiser steps")
+    add("--lr", type=float)
+    add("--warmup", type=int, help="steps of linear warm-up; then linear decay to 0")
+    add("--weight-decay", type=float, default=0.01)
+    add("--clip", type=float, default=1.0, help="largest gradient norm")
+    add("--objective", choices=["both", "reconstruction", "completion"], default="both", help="eq. 5, or Table 2's ablations")
+    add("--windows", action="store_true", help="reconstruct random windows of the prefix, as the released code does, not a copy")
+    add("--d-r", type=int)
+    add("--rank", type=int)
+    add("--scale", type=float)
+    add("--norm", choices=NORMS, default="svd")
+    add("--damping", type=float, default=1e-2)
+    add("--targets", nargs="+", default=["o_proj"])
+    add("--dtype", choices=["float32", "bfloat16"], default="bfloat16", help="of the base; generator and S stay fp32")
+    add("--device", help="default: CUDA where there is one")
+    add("--checkpointing", action="store_true", help="recompute activations in the backward pass")
+    add("--eval-every", type=int, default=200)
+    add("--eval-sequences", type=int, default=50)
+    add("--save-every", type=int, default=200)
+    add("--keep", type=int, default=2, help="checkpoints kept")
+    add("--max-minutes", type=float, help="stop with a checkpoint after this long")
+    add("--seed", type=int, default=0)
+    return parser.parse_args(argv)
+
+
+def recipe(args, base):
+    """Fill what the command line left open: the paper's recipe (appendix B) for a 7B-sized base, a measured one for the default base."""
+    if base.config.get_text_config().hidden_size >= 2048:
+        llama = base.config.model_type == "llama"
+        defaults = {"d_r": 1024, "rank": 128, "scale": 1 / 8 if llama else 1 / 16, "lr": 1e-4 if llama else 5e-5,
+                    "chunk": 1024, "chunks": 8, "batch": 8, "steps": 15_259, "warmup": 100}            # 1 B tokens
+    else:
+        defaults = {"d_r": 256, "rank": 64, "scale": 1.0, "lr": 3e-3, "chunk": 128, "chunks": 2, "batch": 8, "steps": 1000, "warmup": 20}
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    for name in ("chunk", "chunks", "batch", "micro_batch", "steps", "eval_every", "eval_sequences", "save_every", "keep"):
+        if getattr(args, name) < 1:
+            raise InputError(f"--{name.replace('_', '-')} must be at least 1")
+    if args.chunk < 2:
+        raise InputError("--chunk must be at least 2: the first token of a segment is never a target")
+
+
+def learning_rate(args, step):
+    """Linear warm-up, then linear decay to 0 (WarmupDecayLR)."""
+    return args.lr * min((step + 1) / max(args.warmup, 1), (args.steps - step) / max(args.steps - args.warmup, 1), 1.0)
+
+
+def loss_weights(mask, C, objective):
+    """Weight of a nat in each segment, (B, 2C): eq. 5 as the sum of two token means over the whole global batch.
+    Segment 0 has no adapter and trains nothing, so it is left out. (The released code takes one token mean over all 2C segments.)"""
+    targets = mask[:, :, 1:].sum(-1)                                        # (B, 2C)
+    weights = torch.zeros(targets.shape)
+    if objective != "completion":
+        weights[:, C:] = 1 / targets[:, C:].sum().clamp(min=1)
+    if objective != "reconstruction":
+        weights[:, 1:C] = 1 / targets[:, 1:C].sum().clamp(min=1)
+    return weights
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# checkpoints
+
+
+def save_checkpoint(args, step, model, optimizer):
+    """out/step-NNNNNN, written aside, flushed to disk and renamed: a kill at any moment leaves the last complete one."""
+    final = os.path.join(args.out, f"step-{step:06d}")
+    if os.path.isdir(final):
+        return
+    part = os.path.join(args.out, "checkpoint.part")
+    shutil.rmtree(part, ignore_errors=True)
+    model.save_pretrained(part)
+    state = {f"{key}/{name}": value for name, p in model.generator.tensors().items() for key, value in optimizer.state[p].items()}
+    save_file({**state, "torch_rng": torch.get_rng_state()}, os.path.join(part, "optimizer.safetensors"))
+    with open(os.path.join(part, "trainer.json"), "w") as file:
+        json.dump({"step": step, "sequences_seen": step * args.batch, "args": vars(args)}, file, indent=1)
+    for name in os.listdir(part):
+        with open(os.path.join(part, name), "rb") as file:
+            os.fsync(file.fileno())
+    os.rename(part, final)
+    for old in checkpoints(args.out)[:-args.keep]:
+        shutil.rmtree(old)
+
+
+def checkpoints(out):
+    """Complete checkpoints of a run, oldest first."""
+    names = sorted(name for name in os.listdir(out) if name.startswith("step-")) if os.path.isdir(out) else []
+    return [os.path.join(out, name) for name in names]
+
+
+def load_checkpoint(args, path, model, optimizer):
+    """Restore generator, optimiser and RNG; returns the step. Raises InputError when the run was started with other flags."""
+    trainer = read_json(os.path.join(path, "trainer.json"))
+    free = {"out", "resume", "micro_batch", "device", "checkpointing", "eval_every", "save_every", "keep", "max_minutes"}    # change no result but rounding
+    for name, value in vars(args).items():
+        if name not in free and trainer["args"].get(name) != value:
+            raise InputError(f"--resume: {path} was trained with --{name.replace('_', '-')} {trainer['args'].get(name)}, not {value}; repeat its flags or choose another --out")
+    tensors, _ = read_safetensors(os.path.join(path, "generator.safetensors"))
+    model.generator.load_tensors(tensors, path)
+    state, _ = read_safetensors(os.path.join(path, "optimizer.safetensors"))
+    torch.set_rng_state(state.pop("torch_rng"))
+    for name, p in model.generator.tensors().items():
+        optimizer.state[p] = {key: state[f"{key}/{name}"].to(p.device if key != "step" else "cpu") for key in ("step", "exp_avg", "exp_avg_sq")}
+    return trainer["step"]
+
+
+def trim_log(path, step):
+    """Drop the lines that a killed run wrote after its last checkpoint."""
+    if os.path.exists(path):
+        with open(path) as file:
+            kept = [line for line in file if line.endswith("\n") and json.loads(line)["step"] <= step]
+        with open(path, "w") as file:
+            file.writelines(kept)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# validation
+
+
+@torch.no_grad()
+def validate(model, tokens, args, rank, world):
+    """Token-mean nats of each of the fixed validation sequences, (n, 3): reconstruction, completion, and reconstruction under the
+    adapter of another sequence, the control that tells memory from a mere change of style."""
+    C, n = args.chunks, len(tokens)
+    losses = torch.zeros(n, 3, dtype=torch.float64)
+    device = model.base.device
+    for i in tqdm(range(rank, n, world), desc="validation", leave=False, disable=rank != 0):
+        segments, _, visible = doubled(tokens[i:i + 1], C, pad=0)
+        nats, count = model.segment_losses(segments.to(device), None, visible)
+        losses[i, 0] = nats[:, C:].sum() / count[:, C:].sum()
+        losses[i, 1] = nats[:, 1:C].sum() / count[:, 1:C].sum() if C > 1 else math.nan
+        segments[:, :C] = tokens[(i + 1) % n].view(1, C, -1)
+        nats, count = model.segment_losses(segments.to(device), None, visible)
+        losses[i, 2] = nats[:, C:].sum() / count[:, C:].sum()
+    if world > 1:
+        losses = losses.to(device)
+        dist.all_reduce(losses)
+    return losses.cpu()
+
+
+def report_validation(args, step, losses):
+    """Append to validation.jsonl and print, with the paired difference to step 0 and its standard error."""
+    path = os.path.join(args.out, "validation.jsonl")
+    columns = ("reconstruction", "completion", "reconstruction_shuffled")
+    row = {"step": step, **{name: losses[:, k].mean().item() for k, name in enumerate(columns)}, "sequences": losses.tolist()}
+    with open(path, "a") as file:
+        file.write(json.dumps(row) + "\n")
+    with open(path) as file:
+        start = torch.tensor(json.loads(file.readline())["sequences"], dtype=torch.float64)
+    change = losses - start
+    error = change.std(0) / len(change) ** 0.5 if len(change) > 1 else torch.full((3,), math.nan)
+    for k, name in enumerate(columns):
+        tqdm.write(f"step {step:6d}  {name:24s} {row[name]:.4f} nats  perplexity {math.exp(row[name]):9.2f}  since step 0 {change[:, k].mean():+.4f} +- {error[k]:.4f}")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# the loop
+
+
+def reduce_gradients(parameters, totals, world):
+    """Sum gradients and totals over the processes in ONE reduction; the loss is already divided by the global token counts."""
+    flat = torch.cat([p.grad.flatten() for p in parameters] + [totals])
+    dist.all_reduce(flat)
+    at = 0
+    for p in parameters:
+        p.grad.copy_(flat[at:at + p.numel()].view_as(p))
+        at += p.numel()
+    totals.copy_(flat[at:])
+
+
+def peak_memory(device):
+    """Peak memory of this process in GB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+def train(args):
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if args.device is None and torch.cuda.is_available():
+        args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    if world > 1:
+        dist.init_process_group("nccl" if str(args.device).startswith("cuda") else "gloo")
+    if os.path.exists(args.out) and not os.path.isdir(args.out):
+        raise InputError(f"--out {args.out} is a file: name a directory")
+    if checkpoints(args.out) and not args.resume:
+        raise InputError(f"--out {args.out} already holds checkpoints: add --resume to continue that run, or name another directory")
+
+    base, tokenizer = load_base(args.base, getattr(torch, args.dtype), args.device)
+    device = base.device
+    recipe(args, base)
+    if args.batch % world:
+        raise InputError(f"--batch {args.batch} must be a multiple of the {world} processes")
+    torch.manual_seed(args.seed)
+    model = AdaptedLM(base, GeneratorConfig(args.d_r, args.rank, args.scale, args.norm, args.damping, args.targets))
+    model.checkpointing = args.checkpointing
+    parameters = list(model.generator.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=args.weight_decay)
+
+    C, length = args.chunks, args.chunks * args.chunk
+    if rank == 0:                                       # the first process packs, the others then find the file
+        data = open_tokens(args.data, tokenizer, args.max_tokens)
+    if world > 1:
+        dist.barrier()
+    data = open_tokens(args.data, tokenizer, args.max_tokens)
+    if args.validation:
+        held_out = open_tokens(args.validation, tokenizer)
+    else:
+        cut = len(data) - args.eval_sequences * length
+        data, held_out = data[:max(cut, 0)], data[max(cut, 0):]
+    count = min(args.eval_sequences, len(held_out) // length)
+    if count < 2:
+        raise InputError(f"validation needs at least 2 sequences of {length} tokens, the text gives {count}: give more text or shorter --chunks")
+    starts = np.linspace(0, len(held_out) - length, count).astype(int)       # fixed, and spread over the documents
+    validation = torch.from_numpy(np.stack([np.asarray(held_out[s:s + length], dtype=np.int64) for s in starts]))
+
+    step = 0
+    os.makedirs(args.out, exist_ok=True)
+    if args.resume and checkpoints(args.out):
+        step = load_checkpoint(args, checkpoints(args.out)[-1], model, optimizer)
+    if rank == 0:
+        for name in ("log.jsonl", "validation.jsonl"):
+            trim_log(os.path.join(args.out, name), step)
+        size = sum(p.numel() for p in parameters)
+        print(f"generator of {size / 1e6:.1f} M parameters on {args.base}; {len(data) / 1e6:.2f} M tokens; {args.batch} sequences of {C} x {args.chunk} tokens a step; "
+              f"{args.steps} steps from step {step}; {world} process{'es' if world > 1 else ''} on {device}")
+
+    stopping = []
+    signal.signal(signal.SIGTERM, lambda *_: stopping.append("SIGTERM"))
+    began, skipped = time.time(), 0
+    if step == 0:
+        losses = validate(model, validation, args, rank, world)
+        if rank == 0:
+            report_validation(args, 0, losses)
+    bar = tqdm(total=args.steps, initial=step, desc="training", unit="step", disable=rank != 0)
+    while step < args.steps:
+        t0 = time.time()
+        windows_seed = (args.seed, step) if args.windows else None
+        # every process cuts the whole global batch, so that the token counts need no communication, and computes its own rows
+        batch = sequences(data, length, step * args.batch, args.batch, args.seed)
+        segments, mask, visible = doubled(batch, C, tokenizer.pad_token_id, windows_seed)
+        weights = loss_weights(mask, C, args.objective)
+        mask = None if mask.all() else mask
+        totals = torch.zeros(4, device=device)          # reconstruction, completion, stop?, failed?
+        for rows in torch.arange(rank, args.batch, world).split(args.micro_batch):
+            try:
+                nats, _ = model.segment_losses(segments[rows].to(device), None if mask is None else mask[rows].to(device), visible)
+                losses = nats * weights[rows].to(device)
+                losses.sum().backward()
+                totals[0] += losses[:, C:].sum().detach()
+                totals[1] += losses[:, 1:C].sum().detach()
+            except torch.linalg.LinAlgError:            # NaN in S: the step is lost, and skipped below by every process
+                totals[3] += 1
+        totals[2] = bool(stopping) or bool(args.max_minutes and time.time() - began > 60 * args.max_minutes)
+        for p in parameters:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        if world > 1:
+            reduce_gradients(parameters, totals, world)
+
+        reconstruction, completion, stop, failed = totals.tolist()
+        norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip).item()
+        finite = math.isfinite(norm + reconstruction + completion) and not failed
+        lr = learning_rate(args, step)
+        if finite:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.step()
+        optimizer.zero_grad()
+        skipped = 0 if finite else skipped + 1
+        step += 1
+
+        if rank == 0:
+            seconds = time.time() - t0
+            row = {"step": step, "loss": reconstruction + completion, "reconstruction": reconstruction, "completion": completion, "lr": lr, "grad_norm": norm,
+                   "skipped": not finite, "tokens": step * args.batch * length, "tokens_per_s": args.batch * length / seconds, "memory_gb": peak_memory(device)}
+            with open(os.path.join(args.out, "log.jsonl"), "a") as file:
+                file.write(json.dumps(row) + "\n")
+            bar.update()
+            bar.set_postfix(reconstruction=f"{reconstruction:.3f}", completion=f"{completion:.3f}", tokens_s=f"{row['tokens_per_s']:.0f}")
+        if skipped == MAX_SKIPPED:
+            raise InputError(f"the loss or its gradient was not finite {MAX_SKIPPED} steps in a row (step {step}): lower --lr or raise --damping; the last checkpoint is good")
+        last = stop or step == args.steps
+        if step % args.eval_every == 0 or step == args.steps:
+            losses = validate(model, validation, args, rank, world)
+            if rank == 0:
+                report_validation(args, step, losses)
+        if rank == 0 and (step % args.save_every == 0 or last):
+            save_checkpoint(args, step, model, optimizer)
+        if last:
+            break
+    bar.close()
+    if world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+    if rank == 0:
+        print(f"stopped at step {step} of {args.steps}; generator in {checkpoints(args.out)[-1]}")
+
+
+if __name__ == "__main__":
+    run_command(lambda: train(arguments()))
