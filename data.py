@@ -63,39 +63,46 @@ def is_file_source(source):
 def read_rows(source, split="train"):
     """Yield (where, row) for every row of a .parquet, .jsonl(.gz) or .txt(.gz) file or a hub data set, streaming; where names file and line.
     Raises InputError when the source is missing, unreachable, empty or malformed."""
-    if is_file_source(source) and not os.path.isfile(source):
-        raise InputError(f"{source}: no such file")
-    where = source
+    where, empty = source, True
     try:
-        if source.endswith((".txt", ".txt.gz")):
-            with open_text(source) as file:
-                yield source, {"text": file.read()}
-        elif source.endswith((".jsonl", ".jsonl.gz")):
-            with open_text(source) as file:
-                for number, line in enumerate(file, 1):
-                    where = f"{source} line {number}"
-                    if line.strip():
-                        row = json.loads(line)
-                        if not isinstance(row, dict):
-                            raise ValueError("not a json object")
-                        yield where, row
-        else:
-            if source.endswith(".parquet"):
-                rows = datasets.load_dataset("parquet", data_files=source, split="train", streaming=True)
-            elif os.path.exists(source):
-                raise InputError(f"{source}: give a .parquet, .jsonl, .jsonl.gz, .txt or .txt.gz file, or a hub data set id")
-            else:
-                where = f"hub data set {source}"
-                hub_reachable()
-                rows = datasets.load_dataset(source, split=split, streaming=True)
-            for number, row in enumerate(rows, 1):
-                where = f"{source} row {number}"
-                yield where, row
+        for where, row in _rows(source, split):
+            if isinstance(row, str):
+                row = json.loads(row)
+            if not isinstance(row, dict):
+                raise ValueError("not a json object")
+            yield where, row
+            empty = False
     except InputError:
         raise
     except (OSError, EOFError, ValueError, pyarrow.ArrowException, datasets.exceptions.DatasetsError) as error:
         reason = str(error).strip().split("\n")[0]
         raise InputError(f"{where} cannot be read: {reason}") from None
+    if empty:
+        raise InputError(f"{source} is empty: it needs at least one row")
+
+
+def _rows(source, split):
+    """(where, row) for each row; a line of a .jsonl file comes as its text."""
+    if is_file_source(source) and not os.path.isfile(source):
+        raise InputError(f"{source}: no such file")
+    if source.endswith((".txt", ".txt.gz")):
+        with open_text(source) as file:
+            yield source, {"text": file.read()}
+    elif source.endswith((".jsonl", ".jsonl.gz")):
+        with open_text(source) as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield f"{source} line {number}", line
+    else:
+        if source.endswith(".parquet"):
+            rows = datasets.load_dataset("parquet", data_files=source, split="train", streaming=True)
+        elif os.path.exists(source):
+            raise InputError(f"{source}: give a .parquet, .jsonl, .jsonl.gz, .txt or .txt.gz file, or a hub data set id")
+        else:
+            hub_reachable()
+            rows = datasets.load_dataset(source, split=split, streaming=True)
+        for number, row in enumerate(rows, 1):
+            yield f"{source} row {number}", row
 
 
 def field(row, key, kind, where):
@@ -307,8 +314,6 @@ def load_msc(source=None):
         metadata = row.get("metadata") if isinstance(row.get("metadata"), dict) else {}
         rows.append({"id": str(metadata.get("initial_data_id", len(rows))), "sessions": sessions,
                      "question": field(asked, "B", str, where), "answer": field(asked, "A", str, where)})
-    if not rows:
-        raise InputError(f"{source} is empty: it needs at least one conversation")
     return rows
 
 

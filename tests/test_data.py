@@ -1,0 +1,182 @@
+"""Packing, the doubled sequence, chunks and the conversation loader."""
+
+import gzip
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+
+import data
+from data import doubled, load_msc, load_tokens, open_tokens, pack, read_rows, sequences, split_into_chunks
+from generator import InputError
+
+GOLDEN = json.load(open(os.path.join(os.path.dirname(__file__), "golden", "text_golden.json"), encoding="utf-8"))
+TEXTS = ["Eine Zeile.", "naïve — ≠ ascii\n\nsecond paragraph", "x" * 700]
+
+
+def write_sources(directory):
+    """The same three documents as .jsonl, .jsonl.gz, .parquet and .txt.gz files."""
+    import pyarrow
+    import pyarrow.parquet
+    lines = "".join(json.dumps({"text": t, "source": "here"}) + "\n" for t in TEXTS)
+    paths = [str(directory / name) for name in ("a.jsonl", "a.jsonl.gz", "a.parquet", "a.txt.gz")]
+    (directory / "a.jsonl").write_text(lines)
+    with gzip.open(paths[1], "wt") as file:
+        file.write(lines)
+    pyarrow.parquet.write_table(pyarrow.table({"text": TEXTS}), paths[2])
+    with gzip.open(paths[3], "wt") as file:
+        file.write(TEXTS[1])
+    return paths
+
+
+def test_pack_every_kind_of_file(tmp_path, tokenizer):
+    paths = write_sources(tmp_path)
+    want = [t for text in TEXTS for t in [257, *text_ids(tokenizer, text), 258]]
+    for path in paths[:3]:
+        pack([path], tokenizer, str(tmp_path / "t.bin"))
+        tokens = load_tokens(str(tmp_path / "t.bin"), len(tokenizer))
+        assert tokens.dtype == np.uint16 and tokens.tolist() == want
+        assert tokenizer.decode(tokens[1:len(TEXTS[0]) + 1]) == TEXTS[0]
+    pack([paths[3], paths[0]], tokenizer, str(tmp_path / "t.bin"), max_tokens=100)
+    one = [257, *text_ids(tokenizer, TEXTS[1]), 258]
+    assert load_tokens(str(tmp_path / "t.bin"), len(tokenizer)).tolist() == (one + want)[:100]
+    assert not list(tmp_path.glob("*.part"))
+
+
+def text_ids(tokenizer, text):
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def test_packed_once(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(data, "CACHE", str(tmp_path / "cache"))
+    path = write_sources(tmp_path)[0]
+    first = open_tokens([path], tokenizer).tolist()
+    monkeypatch.setattr(data, "pack", lambda *_: pytest.fail("packed twice"))
+    assert open_tokens([path], tokenizer).tolist() == first
+
+
+def test_chat_tokens_do_not_mark_documents(tokenizer):
+    """SmolLM2's way: <|endoftext|> between documents, no BOS."""
+    assert data.document_marks(tokenizer) == ([257], [258])
+    tokenizer.add_tokens(["<|endoftext|>"], special_tokens=True)
+    assert data.document_marks(tokenizer) == ([], [260])
+
+
+def test_sequences_are_an_endless_shuffled_stream():
+    tokens, length = np.arange(1003, dtype=np.uint16), 10
+    per_epoch = 99                                                             # a fresh offset of up to 9 tokens may cost one
+    seen = sequences(tokens, length, 0, 3 * per_epoch, seed=1)
+    assert (seen[:, 1:] - seen[:, :-1] == 1).all()                             # each is a run of the text
+    epochs = seen[:, 0].view(3, per_epoch)
+    assert all(len(set(e.tolist())) == per_epoch for e in epochs)              # each epoch reads a sequence once
+    assert len({e[0].item() % length for e in epochs}) > 1                     # and cuts elsewhere
+    pieces = torch.cat([sequences(tokens, length, first, 7, seed=1) for first in range(0, 70, 7)])
+    assert torch.equal(pieces, seen[:70])                                      # the position alone decides
+    assert not torch.equal(sequences(tokens, length, 0, 70, seed=2), pieces)
+
+
+def test_doubled_copy():
+    tokens = torch.arange(24).view(2, 12)
+    segments, mask, visible = doubled(tokens, 3, pad=99)
+    assert segments.tolist() == [[[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]] * 2, [[12, 13, 14, 15], [16, 17, 18, 19], [20, 21, 22, 23]] * 2]
+    assert visible.tolist() == [0, 1, 2, 1, 2, 3] and mask.all()
+
+
+def test_doubled_windows():
+    """Each is a run of tokens inside the chunks its adapter has read, padded to the right; the draw depends on the seed alone."""
+    C, L = 4, 8
+    tokens = torch.arange(2 * C * L).view(2, -1)
+    starts = set()
+    for seed in range(200):
+        segments, mask, _ = doubled(tokens, C, pad=99, windows_seed=(seed, 3))
+        assert torch.equal(segments[:, :C].reshape(2, -1), tokens)
+        for b in range(2):
+            for j in range(C):
+                n = mask[b, C + j].sum().item()
+                window = segments[b, C + j]
+                assert mask[b, C + j].tolist() == [1] * n + [0] * (L - n) and (window[n:] == 99).all()
+                start, end = window[0].item() - b * C * L, window[n - 1].item() - b * C * L + 1
+                assert window[:n].tolist() == list(range(window[0], window[0] + n)) and 0 <= start and end == min(start + L, (j + 1) * L)
+                starts.add(start)
+    assert len(starts) == C * L
+    assert torch.equal(doubled(tokens, C, 99, (7, 3))[0], doubled(tokens, C, 99, (7, 3))[0])
+
+
+@pytest.mark.parametrize("case", GOLDEN["split_into_chunks"], ids=lambda c: f"{c['n']}-{c['window']}")
+def test_chunks_as_the_authors_cut_them(case):
+    ids, mask = split_into_chunks([list(range(1, case["n"] + 1))], pad=0, chunk=case["window"])
+    assert ids.shape == (1, case["num_chunks"], case["chunk_len"]) and (mask == 0).sum() == case["pads"]
+    assert ids[mask.bool()].tolist() == list(range(1, case["n"] + 1))
+    if "input_ids" in case:
+        assert ids[0].tolist() == case["input_ids"] and mask[0].tolist() == case["attention_mask"]
+
+
+def test_chunks_of_a_batch():
+    ids, mask = split_into_chunks([[1, 2, 3, 4, 5], [6]], pad=0, chunk=4)
+    assert ids.tolist() == [[[1, 2, 3], [4, 5, 0]], [[6, 0, 0], [0, 0, 0]]]
+    assert mask.tolist() == [[[1, 1, 1], [1, 1, 0]], [[1, 0, 0], [0, 0, 0]]]
+    with pytest.raises(InputError, match="at least 1 token"):
+        split_into_chunks([[1], []], pad=0)
+
+
+def conversation(*sessions, answer="blue"):
+    return {"previous_dialogs": [{"dialog": [{"text": t} for t in s], "personas": [["SECRET"]]} for s in sessions], "summary_speaker_1": ["SECRET"],
+            "personas": [["SECRET"]], "self_instruct": {"B": "Which?", "A": answer}, "metadata": {"initial_data_id": "x1"}}
+
+
+def test_msc_loader(tmp_path):
+    path = tmp_path / "c.jsonl"
+    path.write_text(json.dumps(conversation(["Hi: there", "hello"], ["a", "b", "c"])) + "\n\n" + json.dumps(conversation(["Ann: hi", "Dr. O'Neil: hello"])) + "\n")
+    first, second = load_msc(str(path))
+    assert first == {"id": "x1", "sessions": ["Speaker 1: Hi: there\nSpeaker 2: hello", "Speaker 1: a\nSpeaker 2: b\nSpeaker 1: c"], "question": "Which?", "answer": "blue"}
+    assert second["sessions"] == ["Ann: hi\nDr. O'Neil: hello"]
+    assert "SECRET" not in json.dumps([first, second])
+
+
+def test_built_in_sample():
+    """24 conversations of four sessions; each answer is said exactly once and its question does not give it away."""
+    rows = load_msc()
+    assert len(rows) == 24 and len({r["id"] for r in rows}) == 24
+    assert len({s for r in rows for s in r["sessions"]}) == 96
+    for row in rows:
+        assert len(row["sessions"]) == 4
+        assert "\n".join(row["sessions"]).lower().count(row["answer"].lower()) == 1
+        assert row["answer"].lower() not in row["sessions"][3].lower() and row["answer"].lower() not in row["question"].lower()
+
+
+@pytest.mark.parametrize("text, words", [
+    ("", "is empty"), ("\n\n", "is empty"), ('{"a": 1}\n{"b": \n', "line 1: field 'previous_dialogs'"), ("[1]", "line 1 cannot be read: not a json object"),
+    (json.dumps(conversation(["hi"])) + "\n{broken", "line 2 cannot be read"),
+    (json.dumps({**conversation(["hi"]), "self_instruct": {"B": "Q"}}), "line 1: field 'A'"), (json.dumps(conversation([])), "no turn"),
+    (json.dumps({**conversation(["hi"]), "previous_dialogs": [["hi"]]}), "field 'dialog'"), ("\x00\udcff\x00", "cannot be read")])
+def test_bad_conversations(tmp_path, text, words):
+    path = tmp_path / "bad.jsonl"
+    path.write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(InputError, match=words) as caught:
+        load_msc(str(path))
+    assert "bad.jsonl" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_bad_files(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(data, "CACHE", str(tmp_path / "cache"))
+    for name in ("no.parquet", "no.jsonl", "no.txt"):
+        with pytest.raises(InputError, match=f"{name}: no such file"):
+            open_tokens([str(tmp_path / name)], tokenizer)
+    for name in ("bad.parquet", "bad.jsonl.gz"):
+        (tmp_path / name).write_bytes(b"nonsense")
+        with pytest.raises(InputError, match=f"{name}.*cannot be read"):
+            list(read_rows(str(tmp_path / name)))
+    (tmp_path / "f.jsonl").write_text('{"text": "a"}\n{"txt": "b"}\n')
+    with pytest.raises(InputError, match="f.jsonl line 2: field 'text'"):
+        open_tokens([str(tmp_path / "f.jsonl")], tokenizer)
+    (tmp_path / "e.txt").write_text("")
+    with pytest.raises(InputError, match="no text to pack"):
+        open_tokens([str(tmp_path / "e.txt")], tokenizer)
+    assert not list((tmp_path / "cache").glob("*.bin"))
+    (tmp_path / "t.bin").write_bytes(b"12345")
+    with pytest.raises(InputError, match="t.bin is not a packed token file"):
+        open_tokens([str(tmp_path / "t.bin")], tokenizer)
+    with pytest.raises(InputError, match="fewer than two sequences"):
+        sequences(np.zeros(5, dtype=np.uint16), 10, 0, 1, 0)

