@@ -41,19 +41,21 @@ IN_CONTEXT_PROMPT = ("{context}\n\nInstruction: Answer the question based on the
 @functools.lru_cache(maxsize=1)
 def hub_reachable():
     """One quick look at the hub. Its client retries for the better part of a minute; where it is out of reach, only its cache is asked."""
+    if huggingface_hub.constants.HF_HUB_OFFLINE:
+        return False
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     try:
         urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=10)
     except urllib.error.HTTPError:
         pass                                                 # it answered
-    except OSError:
+    except (OSError, ValueError):
         datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True
         return False
     return True
 
 
-def open_text(path):
-    return gzip.open(path, "rt", encoding="utf-8") if path.endswith(".gz") else open(path, encoding="utf-8")
+def open_bytes(path):
+    return gzip.open(path) if path.endswith(".gz") else open(path, "rb")
 
 
 def is_file_source(source):
@@ -66,7 +68,7 @@ def read_rows(source, split="train"):
     where, empty = source, True
     try:
         for where, row in _rows(source, split):
-            if isinstance(row, str):
+            if isinstance(row, bytes):
                 row = json.loads(row)
             if not isinstance(row, dict):
                 raise ValueError("not a json object")
@@ -74,7 +76,7 @@ def read_rows(source, split="train"):
             empty = False
     except InputError:
         raise
-    except (OSError, EOFError, ValueError, pyarrow.ArrowException, datasets.exceptions.DatasetsError) as error:
+    except Exception as error:                               # damaged files and lost connections end in many kinds of exception
         reason = str(error).strip().split("\n")[0]
         raise InputError(f"{where} cannot be read: {reason}") from None
     if empty:
@@ -82,14 +84,14 @@ def read_rows(source, split="train"):
 
 
 def _rows(source, split):
-    """(where, row) for each row; a line of a .jsonl file comes as its text."""
+    """(where, row) for each row; a line of a .jsonl file comes as its bytes, so that a bad one is known by its number."""
     if is_file_source(source) and not os.path.isfile(source):
         raise InputError(f"{source}: no such file")
     if source.endswith((".txt", ".txt.gz")):
-        with open_text(source) as file:
-            yield source, {"text": file.read()}
+        with open_bytes(source) as file:
+            yield source, {"text": file.read().decode("utf-8")}
     elif source.endswith((".jsonl", ".jsonl.gz")):
-        with open_text(source) as file:
+        with open_bytes(source) as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     yield f"{source} line {number}", line
@@ -114,14 +116,14 @@ def field(row, key, kind, where):
 
 def count_rows(source):
     """Rows a local file will yield, for a progress bar; None when only reading would tell."""
-    if source.endswith(".parquet") and os.path.isfile(source):
-        try:
+    try:
+        if source.endswith(".parquet"):
             return pyarrow.parquet.ParquetFile(source).metadata.num_rows
-        except (OSError, pyarrow.ArrowException):
-            return None                                      # read_rows will say what is wrong
-    if source.endswith((".jsonl", ".jsonl.gz")) and os.path.isfile(source):
-        with (gzip.open if source.endswith(".gz") else open)(source, "rb") as file:
-            return sum(1 for _ in file)
+        if source.endswith((".jsonl", ".jsonl.gz")):
+            with open_bytes(source) as file:
+                return sum(1 for _ in file)
+    except Exception:                                        # read_rows will say what is wrong
+        return None
     return 1 if source.endswith((".txt", ".txt.gz")) else None
 
 
@@ -138,15 +140,24 @@ def document_marks(tokenizer):
     return [t for t in [tokenizer.bos_token_id] if t is not None], [t for t in [tokenizer.eos_token_id] if t is not None]
 
 
+def tokenizer_facts(tokenizer):
+    """What tells two tokenizers apart: a token file belongs to one."""
+    probe = tokenizer("The quick brown fox, 1234.", add_special_tokens=False)["input_ids"]
+    return {"vocabulary": len(tokenizer), "probe": probe, "marks": list(document_marks(tokenizer))}
+
+
 def pack(sources, tokenizer, path, max_tokens=None):
     """Tokenise every document of sources into one flat file of uint16 (uint32 for a vocabulary beyond 65,536) and a .json beside it.
-    Written aside and renamed; memory use does not grow with the corpus. Raises InputError when the text holds no token."""
+    Written aside and renamed; 512 documents are in memory at a time. Raises InputError when the text holds no token."""
+    if max_tokens is not None and max_tokens < 1:
+        raise InputError("--max-tokens must be at least 1")
     before, after = document_marks(tokenizer)
     dtype = np.uint16 if len(tokenizer) <= 65_536 else np.uint32
     counts = [count_rows(source) for source in sources]
     total = max_tokens or (sum(counts) if None not in counts else None)
     tokens = documents = 0
-    with open(path + ".part", "wb") as file, tqdm(total=total, unit="token" if max_tokens else "doc", unit_scale=True, desc="packing") as bar:
+    part = f"{path}.{os.getpid()}.part"
+    with open(part, "wb") as file, tqdm(total=total, unit="token" if max_tokens else "doc", unit_scale=True, desc="packing") as bar:
         def write(texts):
             nonlocal tokens, documents
             encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
@@ -169,22 +180,22 @@ def pack(sources, tokenizer, path, max_tokens=None):
         if batch and not (max_tokens and tokens >= max_tokens):
             write(batch)
     if tokens <= documents * (len(before) + len(after)):
-        os.remove(path + ".part")
+        os.remove(part)
         raise InputError(f"{', '.join(sources)}: no text to pack")
     with open(path + ".json", "w") as file:
-        json.dump({"dtype": np.dtype(dtype).name, "tokens": tokens, "documents": documents, "vocabulary": len(tokenizer), "sources": sources}, file)
-    os.replace(path + ".part", path)
+        json.dump({"dtype": np.dtype(dtype).name, "tokens": tokens, "documents": documents, "sources": sources, **tokenizer_facts(tokenizer)}, file)
+    os.replace(part, path)
 
 
-def load_tokens(path, vocabulary):
-    """The token file as a read-only memory map (tokens,). Raises InputError when it is missing, cut short or of another vocabulary."""
+def load_tokens(path, tokenizer):
+    """The token file as a read-only memory map (tokens,). Raises InputError when it is missing, cut short or of another tokenizer."""
     try:
         with open(path + ".json") as file:
             meta = json.load(file)
         tokens = np.memmap(path, dtype=meta["dtype"], mode="r")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is not a packed token file: {error}") from None
-    if len(tokens) != meta["tokens"] or meta["vocabulary"] != vocabulary:
+    if len(tokens) != meta.get("tokens") or any(meta.get(key) != value for key, value in tokenizer_facts(tokenizer).items()):
         raise InputError(f"{path}: the token file is cut short or was packed with another tokenizer; pack the text again")
     return tokens
 
@@ -192,18 +203,17 @@ def load_tokens(path, vocabulary):
 def open_tokens(sources, tokenizer, max_tokens=None):
     """Memory-mapped tokens of sources: a .bin file as it is, anything else packed once into the cache (GENERATIVE_ADAPTER_CACHE)."""
     if len(sources) == 1 and sources[0].endswith(".bin"):
-        return load_tokens(sources[0], len(tokenizer))
+        return load_tokens(sources[0], tokenizer)
     for source in sources:
         if is_file_source(source) and not os.path.isfile(source):
             raise InputError(f"{source}: no such file")
     stamps = [(os.path.abspath(s), os.path.getsize(s), os.path.getmtime(s)) if os.path.isfile(s) else s for s in sources]
-    probe = tokenizer("The quick brown fox, 1234.", add_special_tokens=False)["input_ids"]
-    key = hashlib.sha256(json.dumps([stamps, len(tokenizer), probe, document_marks(tokenizer), max_tokens]).encode()).hexdigest()[:16]
+    key = hashlib.sha256(json.dumps([stamps, tokenizer_facts(tokenizer), max_tokens]).encode()).hexdigest()[:16]
     path = os.path.join(CACHE, key + ".bin")
     if not os.path.isfile(path):
         os.makedirs(CACHE, exist_ok=True)
         pack(sources, tokenizer, path, max_tokens)
-    return load_tokens(path, len(tokenizer))
+    return load_tokens(path, tokenizer)
 
 
 @functools.lru_cache(maxsize=2)
@@ -219,7 +229,7 @@ def sequences(tokens, length, first, count, seed):
     Sequence i is the same for any number of processes, so the data position is one integer."""
     per_epoch = (len(tokens) - length + 1) // length
     if per_epoch < 1:
-        raise InputError(f"the training text has {len(tokens)} tokens, fewer than two sequences of {length}: give more text or fewer --chunks")
+        raise InputError(f"the training text has {len(tokens)} tokens, fewer than two sequences of {length}: give more text, a shorter --chunk or fewer --chunks (without --validation, --eval-sequences are held out of it)")
     rows = []
     for i in range(first, first + count):
         start = epoch_order(len(tokens), length, seed, i // per_epoch)[i % per_epoch]
@@ -232,10 +242,10 @@ def sequences(tokens, length, first, count, seed):
 
 
 def doubled(tokens, C, pad, windows_seed=None):
-    """The doubled sequence of §2.3: tokens (B, C L) -> segments (B, 2C, L), mask (B, 2C, L), visible (2C,).
+    """The doubled sequence, both tasks of §2.3 in one pass: tokens (B, C L) -> segments (B, 2C, L), mask (B, 2C, L), visible (2C,).
 
     Chunk j is read under the adapter of the chunks before it (completion), then again under one that has seen it too (reconstruction):
-    visible = 0, 1, .., C-1, 1, 2, .., C. The second half is a copy (paper); with windows_seed, segment C+j is instead a random window of
+    visible = 0, 1, .., C-1, 1, 2, .., C. The second half is a copy (the authors' README); with windows_seed, segment C+j is instead a random window of
     the first (j+1) L tokens, right-padded, as in the released code, which draws them once while these are drawn afresh from the seed.
     """
     B, L = len(tokens), tokens.shape[1] // C
@@ -334,8 +344,8 @@ def main():
     parser.add_argument("--max-tokens", type=int, default=None, help="stop after this many tokens")
     args = parser.parse_args()
     from model import DEFAULT_BASE, load_tokenizer
-    if os.path.exists(args.out) or not args.out.endswith(".bin"):
-        raise InputError(f"--out {args.out}: name a new file ending in .bin")
+    if not args.out.endswith(".bin") or not os.path.isdir(os.path.dirname(args.out) or ".") or os.path.exists(args.out) or os.path.exists(args.out + ".json"):
+        raise InputError(f"--out {args.out}: name a new file ending in .bin, in a directory that exists")
     pack(args.sources, load_tokenizer(args.base or DEFAULT_BASE), args.out, args.max_tokens)
 
 

@@ -100,7 +100,8 @@ def mean_and_stderr(values):
 
 
 def base_flops(base, tokens, past=0, head=True):
-    """FLOPs of the base for that many tokens after `past` cached ones; embeddings are looked up, lm_head counts with head=True."""
+    """FLOPs of the base for that many tokens after `past` cached ones; embeddings are looked up. head: whether lm_head is needed, which
+    reading a context without asking for its logits is not."""
     c = base.config.get_text_config()
     blocks = find_blocks(base)[1]
     weights = sum(m.weight.numel() for m in blocks.modules() if isinstance(m, torch.nn.Linear))
@@ -112,12 +113,12 @@ def base_flops(base, tokens, past=0, head=True):
 
 def generator_flops(model, tokens, chunks):
     """FLOPs of the generator's matrix products for a context: projections and S for each token, norm and LoRA pair for each chunk.
-    The QRs and the small SVD of norm are not counted; they are less than one product each."""
+    The four products with S in norm are counted (svd; svd-exact has none), factorisations (QR, SVD) are not."""
     c, total = model.config, 0
     for name in model.generator.index:
         (d_out, d_r), d_in, d_h = model.generator[name].A1.shape, model.generator[name].B2.shape[1], model.generator[name].A2.shape[1]
         r = d_r if c.norm == "frobenius" else c.rank
-        norm = 0 if c.norm == "frobenius" else 8 * d_r * d_r * r
+        norm = 8 * d_r * d_r * r if c.norm == "svd" else 0
         total += tokens * (4 * d_h * d_r + 2 * d_r * d_r) + chunks * (norm + 2 * r * d_r * (d_in + d_out))
     return total
 
@@ -143,7 +144,7 @@ def adapter_floats(model):
 
 
 def encode(model, contexts, pad):
-    """Memory of contexts (lists of ids), one row each, streamed chunk by chunk; equal contexts are read once."""
+    """Memory of contexts (lists of ids), one row each, streamed chunk by chunk; equal contexts of a batch are read once."""
     unique = list({tuple(ids): None for ids in contexts})
     ids, mask = split_into_chunks(unique, pad, CHUNK)                              # (U, N, L)
     ids, mask, memory = ids.to(model.base.device), mask.to(model.base.device), None
@@ -224,17 +225,17 @@ def evaluate_msc(args, model, tokenizer, log):
                 # the KV cache of the conversation is reused, as in Table 1; the adapter is merged into the weights and costs nothing more
                 question = len(user_turn(tokenizer, rows[i]["question"]))
                 past = len(prompts[k]) - question
-                chunks = -(-len(read[k]) // CHUNK) if memory else 0
                 costs.append({
                     "inference_tflops": base_flops(model.base, question + generated[k], past) / 1e12,
-                    "contextualisation_tflops": (base_flops(model.base, past) + (chunk_flops(model, len(read[k]), chunks) if memory else 0)) / 1e12,
-                    "storage_mfloats": (kv_cache_floats(model.base, past) + (adapter_floats(model) if memory else 0)) / 1e6,
-                    "contextualisation_seconds": context_seconds / len(batch)})
+                    "contextualisation_tflops": (context_flops(model, len(read[k])) if memory else base_flops(model.base, past, head=False)) / 1e12,
+                    "storage_mfloats": (adapter_floats(model) if memory else kv_cache_floats(model.base, past)) / 1e6,
+                    **({"contextualisation_seconds": context_seconds / len(batch)} if memory else {})})
         yield {"method": method, "n": len(scores), **summary(scores), **{key: mean_and_stderr([c[key] for c in costs])[0] for key in costs[0]}, "seconds": time.time() - began}
 
 
-def chunk_flops(model, tokens, chunks):
+def context_flops(model, tokens):
     """FLOPs of contextualising: the base without lm_head, chunk by chunk with chunk-local attention, and the generator."""
+    chunks = -(-tokens // CHUNK)
     sizes = [tokens // chunks + (i < tokens % chunks) for i in range(chunks)]
     return sum(base_flops(model.base, n, head=False) for n in sizes) + generator_flops(model, tokens, chunks)
 
@@ -354,6 +355,9 @@ def arguments(argv=None):
     for path in (args.output, args.predictions):
         if path and (os.path.isdir(path) or not os.path.isdir(os.path.dirname(path) or ".")):
             raise InputError(f"{path} cannot be written: name a file in a directory that exists")
+    files = [os.path.realpath(path) for path in (args.data, args.output, args.predictions) if path]
+    if len(set(files)) < len(files):
+        raise InputError("--data, --output and --predictions must be different files")
     if args.batch_size < 1 or (args.limit is not None and args.limit < 1):
         raise InputError("--batch-size and --limit must be at least 1")
     return args
@@ -384,12 +388,14 @@ def main(argv=None):
 
     task = {"msc": evaluate_msc, "ppl": evaluate_ppl}[args.task]
     rows = list(task(args, model, tokenizer, write))
+    if not rows:
+        raise InputError(f"{args.data}: no method could be evaluated on it")
     print("\n" + markdown(rows))
     if note:
         print(f"NOTE: {note}")
     if args.output:
-        bare, full = "the bare question as one user turn", IN_CONTEXT_PROMPT
-        prompts = {m: full if m == "full-conversation" else bare for m in args.method} if args.task == "msc" else None
+        bare = "the question alone, as one user turn" if args.task == "msc" else "none: the text itself is scored"
+        prompts = {m: IN_CONTEXT_PROMPT if m == "full-conversation" else "context + text" if m == "in-context" else bare for m in args.method}
         result = {"task": args.task, "data": os.path.relpath(args.data) if args.data and os.path.exists(args.data) else args.data, "note": note,
                   "n": max(row["n"] for row in rows), "limit": args.limit, "seed": args.seed, "base": args.base, "checkpoint": args.checkpoint, "dtype": str(model.base.dtype).split(".")[-1],
                   "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__},

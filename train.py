@@ -5,18 +5,18 @@
         --base mistralai/Mistral-7B-Instruct-v0.2 --checkpointing --out out/mistral   # the paper's setting: flags default to its recipe
 
 The global batch is fixed by --batch whatever the number of processes. Every checkpoint out/run/step-* is a directory that
-evaluate.py --checkpoint reads; --resume continues from the newest one to weights bit-identical to an unbroken run.
+evaluate.py --checkpoint reads; --resume continues from the newest one, on a CPU to weights bit-identical to an unbroken run.
 """
 
 import argparse
 import json
 import math
 import os
-import resource
 import shutil
 import signal
 import sys
 import time
+from datetime import timedelta
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from data import doubled, open_tokens, run_command, sequences
 from generator import NORMS, GeneratorConfig, InputError, read_safetensors
-from model import DEFAULT_BASE, AdaptedLM, load_base, read_json
+from model import DEFAULT_BASE, AdaptedLM, load_base, make_directory, read_json
 
 MAX_SKIPPED = 10          # steps in a row without a finite gradient before the run gives up
 
@@ -86,6 +86,10 @@ def recipe(args, base):
             raise InputError(f"--{name.replace('_', '-')} must be at least 1")
     if args.chunk < 2:
         raise InputError("--chunk must be at least 2: the first token of a segment is never a target")
+    if args.objective == "completion" and args.chunks < 2:
+        raise InputError("--objective completion needs --chunks of at least 2: the first chunk has no adapter")
+    if min(args.lr, args.clip) <= 0 or min(args.warmup, args.weight_decay) < 0:
+        raise InputError("--lr and --clip must be positive, --warmup and --weight-decay not negative")
 
 
 def learning_rate(args, step):
@@ -152,12 +156,13 @@ def load_checkpoint(args, path, model, optimizer):
 
 
 def trim_log(path, step):
-    """Drop the lines that a killed run wrote after its last checkpoint."""
+    """Drop the lines that a killed run wrote after the checkpoint of that step; all of them where it left none (step None)."""
     if os.path.exists(path):
         with open(path) as file:
-            kept = [line for line in file if line.endswith("\n") and json.loads(line)["step"] <= step]
-        with open(path, "w") as file:
+            kept = [line for line in file if step is not None and line.endswith("\n") and json.loads(line)["step"] <= step]
+        with open(path + ".part", "w") as file:
             file.writelines(kept)
+        os.replace(path + ".part", path)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -165,18 +170,18 @@ def trim_log(path, step):
 
 
 @torch.no_grad()
-def validate(model, tokens, args, rank, world):
-    """Token-mean nats of each of the fixed validation sequences, (n, 3): reconstruction, completion, and reconstruction under the
-    adapter of another sequence, the control that tells memory from a mere change of style."""
+def validate(model, tokens, args, process, world):
+    """Token-mean nats of each of the fixed validation sequences, (n, 3): reconstruction, completion (NaN for one chunk), and reconstruction
+    under the adapter of a sequence half the set away, the control that tells memory from a mere change of style."""
     C, n = args.chunks, len(tokens)
     losses = torch.zeros(n, 3, dtype=torch.float64)
     device = model.base.device
-    for i in tqdm(range(rank, n, world), desc="validation", leave=False, disable=rank != 0):
+    for i in tqdm(range(process, n, world), desc="validation", leave=False, disable=process != 0):
         segments, _, visible = doubled(tokens[i:i + 1], C, pad=0)
         nats, count = model.segment_losses(segments.to(device), None, visible)
         losses[i, 0] = nats[:, C:].sum() / count[:, C:].sum()
         losses[i, 1] = nats[:, 1:C].sum() / count[:, 1:C].sum() if C > 1 else math.nan
-        segments[:, :C] = tokens[(i + 1) % n].view(1, C, -1)
+        segments[:, :C] = tokens[(i + n // 2) % n].view(1, C, -1)
         nats, count = model.segment_losses(segments.to(device), None, visible)
         losses[i, 2] = nats[:, C:].sum() / count[:, C:].sum()
     if world > 1:
@@ -189,15 +194,15 @@ def report_validation(args, step, losses):
     """Append to validation.jsonl and print, with the paired difference to step 0 and its standard error."""
     path = os.path.join(args.out, "validation.jsonl")
     columns = ("reconstruction", "completion", "reconstruction_shuffled")
-    row = {"step": step, **{name: losses[:, k].mean().item() for k, name in enumerate(columns)}, "sequences": losses.tolist()}
+    means = losses.mean(0).tolist()
     with open(path, "a") as file:
-        file.write(json.dumps(row) + "\n")
+        file.write(json.dumps({"step": step, **dict(zip(columns, means)), "sequences": losses.tolist()}) + "\n")
     with open(path) as file:
         start = torch.tensor(json.loads(file.readline())["sequences"], dtype=torch.float64)
     change = losses - start
     error = change.std(0) / len(change) ** 0.5 if len(change) > 1 else torch.full((3,), math.nan)
     for k, name in enumerate(columns):
-        tqdm.write(f"step {step:6d}  {name:24s} {row[name]:.4f} nats  perplexity {math.exp(row[name]):9.2f}  since step 0 {change[:, k].mean():+.4f} +- {error[k]:.4f}")
+        tqdm.write(f"step {step:6d}  {name:24s} {means[k]:.4f} nats  perplexity {math.exp(means[k]):9.2f}  since step 0 {change[:, k].mean():+.4f} +- {error[k]:.4f}")
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -216,20 +221,23 @@ def reduce_gradients(parameters, totals, world):
 
 
 def peak_memory(device):
-    """Peak memory of this process in GB."""
+    """Peak memory of this process in GB; None where the system does not tell."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
+    try:
+        import resource
+    except ImportError:                                 # Windows
+        return None
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
 def train(args):
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if args.device is None and torch.cuda.is_available():
-        args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    if world > 1:
-        dist.init_process_group("nccl" if str(args.device).startswith("cuda") else "gloo")
-    if os.path.exists(args.out) and not os.path.isdir(args.out):
-        raise InputError(f"--out {args.out} is a file: name a directory")
+    process, world, local = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    if torch.cuda.is_available() and args.device in (None, "cuda"):
+        args.device = f"cuda:{local}"
+        torch.cuda.set_device(local)
+    if world > 1:                                       # the others may wait for hours while the first process packs the text
+        dist.init_process_group("nccl" if str(args.device).startswith("cuda") else "gloo", timeout=timedelta(hours=24))
     if checkpoints(args.out) and not args.resume:
         raise InputError(f"--out {args.out} already holds checkpoints: add --resume to continue that run, or name another directory")
 
@@ -245,29 +253,28 @@ def train(args):
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=args.weight_decay)
 
     C, length = args.chunks, args.chunks * args.chunk
-    if rank == 0:                                       # the first process packs, the others then find the file
-        data = open_tokens(args.data, tokenizer, args.max_tokens)
-    if world > 1:
-        dist.barrier()
-    data = open_tokens(args.data, tokenizer, args.max_tokens)
-    if args.validation:
-        held_out = open_tokens(args.validation, tokenizer)
-    else:
+    for packing in (True, False):                       # the first process of a machine packs, then the others find the files
+        if packing == (local == 0):
+            data = open_tokens(args.data, tokenizer, args.max_tokens)
+            held_out = open_tokens(args.validation, tokenizer) if args.validation else None
+        if world > 1:
+            dist.barrier()
+    if held_out is None:
         cut = len(data) - args.eval_sequences * length
         data, held_out = data[:max(cut, 0)], data[max(cut, 0):]
+    sequences(data, length, 0, 1, args.seed)            # too little text: say so before anything is computed or written
     count = min(args.eval_sequences, len(held_out) // length)
     if count < 2:
         raise InputError(f"validation needs at least 2 sequences of {length} tokens, the text gives {count}: give more text or shorter --chunks")
-    starts = np.linspace(0, len(held_out) - length, count).astype(int)       # fixed, and spread over the documents
+    starts = np.linspace(0, len(held_out) - length, count).astype(int)       # fixed, and spread over the text
     validation = torch.from_numpy(np.stack([np.asarray(held_out[s:s + length], dtype=np.int64) for s in starts]))
 
-    step = 0
-    os.makedirs(args.out, exist_ok=True)
-    if args.resume and checkpoints(args.out):
-        step = load_checkpoint(args, checkpoints(args.out)[-1], model, optimizer)
-    if rank == 0:
+    make_directory(args.out)
+    resumed = args.resume and checkpoints(args.out)
+    step = load_checkpoint(args, resumed[-1], model, optimizer) if resumed else 0
+    if process == 0:
         for name in ("log.jsonl", "validation.jsonl"):
-            trim_log(os.path.join(args.out, name), step)
+            trim_log(os.path.join(args.out, name), step if resumed else None)
         size = sum(p.numel() for p in parameters)
         print(f"generator of {size / 1e6:.1f} M parameters on {args.base}; {len(data) / 1e6:.2f} M tokens; {args.batch} sequences of {C} x {args.chunk} tokens a step; "
               f"{args.steps} steps from step {step}; {world} process{'es' if world > 1 else ''} on {device}")
@@ -276,10 +283,10 @@ def train(args):
     signal.signal(signal.SIGTERM, lambda *_: stopping.append("SIGTERM"))
     began, skipped = time.time(), 0
     if step == 0:
-        losses = validate(model, validation, args, rank, world)
-        if rank == 0:
+        losses = validate(model, validation, args, process, world)
+        if process == 0:
             report_validation(args, 0, losses)
-    bar = tqdm(total=args.steps, initial=step, desc="training", unit="step", disable=rank != 0)
+    bar = tqdm(total=args.steps, initial=step, desc="training", unit="step", disable=process != 0)
     while step < args.steps:
         t0 = time.time()
         windows_seed = (args.seed, step) if args.windows else None
@@ -289,7 +296,7 @@ def train(args):
         weights = loss_weights(mask, C, args.objective)
         mask = None if mask.all() else mask
         totals = torch.zeros(4, device=device)          # reconstruction, completion, stop?, failed?
-        for rows in torch.arange(rank, args.batch, world).split(args.micro_batch):
+        for rows in torch.arange(process, args.batch, world).split(args.micro_batch):
             try:
                 nats, _ = model.segment_losses(segments[rows].to(device), None if mask is None else mask[rows].to(device), visible)
                 losses = nats * weights[rows].to(device)
@@ -316,7 +323,7 @@ def train(args):
         skipped = 0 if finite else skipped + 1
         step += 1
 
-        if rank == 0:
+        if process == 0:
             seconds = time.time() - t0
             row = {"step": step, "loss": reconstruction + completion, "reconstruction": reconstruction, "completion": completion, "lr": lr, "grad_norm": norm,
                    "skipped": not finite, "tokens": step * args.batch * length, "tokens_per_s": args.batch * length / seconds, "memory_gb": peak_memory(device)}
@@ -328,10 +335,10 @@ def train(args):
             raise InputError(f"the loss or its gradient was not finite {MAX_SKIPPED} steps in a row (step {step}): lower --lr or raise --damping; the last checkpoint is good")
         last = stop or step == args.steps
         if step % args.eval_every == 0 or step == args.steps:
-            losses = validate(model, validation, args, rank, world)
-            if rank == 0:
+            losses = validate(model, validation, args, process, world)
+            if process == 0:
                 report_validation(args, step, losses)
-        if rank == 0 and (step % args.save_every == 0 or last):
+        if process == 0 and (step % args.save_every == 0 or last):
             save_checkpoint(args, step, model, optimizer)
         if last:
             break
@@ -339,7 +346,7 @@ def train(args):
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()
-    if rank == 0:
+    if process == 0:
         print(f"stopped at step {step} of {args.steps}; generator in {checkpoints(args.out)[-1]}")
 
 

@@ -36,17 +36,29 @@ def test_pack_every_kind_of_file(tmp_path, tokenizer):
     want = [t for text in TEXTS for t in [257, *text_ids(tokenizer, text), 258]]
     for path in paths[:3]:
         pack([path], tokenizer, str(tmp_path / "t.bin"))
-        tokens = load_tokens(str(tmp_path / "t.bin"), len(tokenizer))
+        tokens = load_tokens(str(tmp_path / "t.bin"), tokenizer)
         assert tokens.dtype == np.uint16 and tokens.tolist() == want
         assert tokenizer.decode(tokens[1:len(TEXTS[0]) + 1]) == TEXTS[0]
     pack([paths[3], paths[0]], tokenizer, str(tmp_path / "t.bin"), max_tokens=100)
     one = [257, *text_ids(tokenizer, TEXTS[1]), 258]
-    assert load_tokens(str(tmp_path / "t.bin"), len(tokenizer)).tolist() == (one + want)[:100]
+    assert load_tokens(str(tmp_path / "t.bin"), tokenizer).tolist() == (one + want)[:100]
     assert not list(tmp_path.glob("*.part"))
 
 
 def text_ids(tokenizer, text):
     return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def test_a_token_file_belongs_to_its_tokenizer(tmp_path, tokenizer):
+    pack([write_sources(tmp_path)[0]], tokenizer, str(tmp_path / "t.bin"))
+    tokenizer.eos_token = "<unused>"
+    with pytest.raises(InputError, match="another tokenizer"):
+        load_tokens(str(tmp_path / "t.bin"), tokenizer)
+    with open(tmp_path / "t.bin", "ab") as file:
+        file.write(b"12")
+    tokenizer.eos_token = "</s>"
+    with pytest.raises(InputError, match="cut short"):
+        load_tokens(str(tmp_path / "t.bin"), tokenizer)
 
 
 def test_packed_once(tmp_path, tokenizer, monkeypatch):
@@ -175,6 +187,12 @@ def test_bad_files(tmp_path, tokenizer, monkeypatch):
     with pytest.raises(InputError, match="no text to pack"):
         open_tokens([str(tmp_path / "e.txt")], tokenizer)
     assert not list((tmp_path / "cache").glob("*.bin"))
+    damaged = gzip.compress(b'{"text": "a"}\n' * 2000)
+    (tmp_path / "cut.jsonl.gz").write_bytes(damaged[:30] + b"????" + damaged[34:])
+    (tmp_path / "bytes.jsonl").write_bytes(b'{"text": "a"}\n' * 89 + b'{"text": "\xff"}\n')
+    for name, words in (("bad.jsonl.gz", "cannot be read"), ("cut.jsonl.gz", "cannot be read"), ("bytes.jsonl", "bytes.jsonl line 90")):
+        with pytest.raises(InputError, match=words):
+            open_tokens([str(tmp_path / name)], tokenizer)
     (tmp_path / "t.bin").write_bytes(b"12345")
     with pytest.raises(InputError, match="t.bin is not a packed token file"):
         open_tokens([str(tmp_path / "t.bin")], tokenizer)

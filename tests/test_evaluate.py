@@ -174,7 +174,7 @@ def test_ppl_against_plain_cross_entropy(tmp_path, base_directory, text_file):
     (["--task", "msc", "--data", "missing.jsonl"], "missing.jsonl: no such file"), (["--task", "msc", "--data", MSC_SAMPLE, "--base", "missing.gguf"], "missing.gguf: no such file"),
     (["--task", "msc", "--data", MSC_SAMPLE, "--checkpoint", "missing"], "missing: no such directory"), (["--task", "msc", "--method", "magic"], "--method magic"),
     (["--task", "msc", "--output", "tests"], "tests cannot be written"), (["--task", "msc", "--predictions", "no/such/dir.jsonl"], "cannot be written"),
-    (["--task", "msc", "--limit", "0"], "--limit"), (["--task", "ppl"], "SlimPajama-627B.*cannot be read"), (["--task", "msc", "--data", "no/hub-id"], "no/hub-id.*cannot be read")])
+    (["--task", "msc", "--limit", "0"], "--limit"), (["--task", "msc", "--data", "x.jsonl", "--predictions", "./x.jsonl"], "different files"), (["--task", "ppl"], "SlimPajama-627B.*cannot be read"), (["--task", "msc", "--data", "no/hub-id"], "no/hub-id.*cannot be read")])
 def test_refusals(base_directory, flags, words, monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")                    # nothing listens there: the hub is out of reach

@@ -212,6 +212,8 @@ class TestErrors:
         for name, words in ((str(tmp_path), "config.json"), ("no/such.gguf", "no such file"), ("/no/such/directory", "cannot be loaded")):
             with pytest.raises(InputError, match=words):
                 load_base(name)
+        with pytest.raises(InputError, match="--device banana"):
+            load_base(device="banana")
         (tmp_path / "broken.gguf").write_bytes(b"GGUF but not really")
         with pytest.raises(InputError, match="cannot be loaded"):
             load_base(str(tmp_path / "broken.gguf"))
@@ -219,12 +221,14 @@ class TestErrors:
     def test_targets_and_architecture(self):
         with pytest.raises(InputError, match="'z_proj' is unknown"):
             make_model(targets=["z_proj"])
+        with pytest.raises(InputError, match="logits"):
+            AdaptedLM(make_base("granite", logits_scaling=8.0), GeneratorConfig(d_r=8, rank=8))
         from transformers import GPT2Config, GPT2LMHeadModel
         with pytest.raises(InputError, match="GPT2LMHeadModel"):
             AdaptedLM(GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=16, n_head=2)), GeneratorConfig())
 
     def test_config(self):
-        for values, words in (({"norm": "l2"}, "norm"), ({"d_r": 8, "rank": 9}, "rank"), ({"damping": -1}, "damping"), ({"targets": []}, "targets")):
+        for values, words in (({"norm": "l2"}, "norm"), ({"d_r": 8, "rank": 9}, "rank"), ({"damping": -1}, "damping"), ({"targets": []}, "targets"), ({"d_r": 24.0}, "integers")):
             with pytest.raises(InputError, match=words):
                 GeneratorConfig(**values)
 

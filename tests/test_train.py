@@ -120,12 +120,16 @@ def test_refusals(tmp_path, base_directory, text_file, monkeypatch):
             main(base_directory, text_file, tmp_path / "run", *flags)
     assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*")}
     (tmp_path / "file").write_text("")
-    for args, words in (((base_directory, text_file, tmp_path / "file"), "is a file"), ((base_directory, str(tmp_path / "no.jsonl"), tmp_path / "x"), "no such file"),
-                        ((base_directory, text_file, tmp_path / "x", "--chunks", "200"), "validation needs at least 2"),
+    short = str(tmp_path / "short.txt")
+    (tmp_path / "short.txt").write_text("a line of text")
+    for args, words in (((base_directory, text_file, tmp_path / "file"), "cannot be a directory"), ((base_directory, str(tmp_path / "no.jsonl"), tmp_path / "x"), "no such file"),
+                        ((base_directory, text_file, tmp_path / "x", "--chunks", "200"), "the training text has"),
+                        ((base_directory, text_file, tmp_path / "x", "--validation", short), "validation needs at least 2"),
                         ((base_directory, text_file, tmp_path / "x", "--targets", "z_proj"), "z_proj"), ((base_directory, text_file, tmp_path / "x", "--rank", "17"), "rank"),
                         ((base_directory, text_file, tmp_path / "x", "--chunk", "1"), "--chunk"), ((str(tmp_path), text_file, tmp_path / "x"), "config.json")):
         with pytest.raises(InputError, match=words):
             main(*args)
+        assert not (tmp_path / "x").exists()
 
 
 def test_exit_code(tmp_path, base_directory):
