@@ -214,7 +214,7 @@ class AdaptedLM(nn.Module):
         targets = labels[:, :, 1:].flatten()                                                # (B N (L-1),)
         at = (targets != -100).nonzero().squeeze(1)                                         # (T,)
         # rows are gathered into one contiguous 2-D block: a linear over a strided slice copies the whole lm_head once a row of the batch
-        hidden = hidden[:, :, :-1].reshape(B * N * (L - 1), -1)[at]                         # (T, d_h)
+        hidden = hidden[:, :, :-1].reshape(B * N * (L - 1), hidden.shape[-1])[at]                         # (T, d_h)
         nats = HeadLoss.apply(hidden, targets[at], self.base.get_output_embeddings())       # (T,)
         nats = torch.zeros(B * N * (L - 1), device=nats.device).index_put((at,), nats)
         return nats.view(B, N, L - 1).sum(-1), (targets != -100).view(B, N, L - 1).sum(-1)

@@ -113,6 +113,16 @@ def test_short_and_empty_contexts():
         assert (B0 @ A0).abs().max() == 0
 
 
+def test_segments_without_a_target():
+    """One token, or labels that are all -100: no nats, no targets, and a gradient of zero."""
+    model = make_model()
+    for segments, labels in ((tokens(2, 2, 1), None), (tokens(2, 2, 9), torch.full((2, 2, 9), -100))):
+        nats, count = model.segment_losses(segments, None, [0, 1], labels)
+        nats.sum().backward()
+        assert nats.tolist() == [[0, 0], [0, 0]] == count.tolist()
+    assert all(p.grad is None or not p.grad.any() for p in model.generator.parameters())
+
+
 def test_losses_equal_plain_cross_entropy_and_checkpointing_changes_nothing():
     model = make_model()
     segments = tokens(2, 4, 20)
