@@ -9,6 +9,7 @@ import argparse
 import functools
 import gzip
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -148,7 +149,7 @@ def tokenizer_facts(tokenizer):
 
 def pack(sources, tokenizer, path, max_tokens=None):
     """Tokenise every document of sources into one flat file of uint16 (uint32 for a vocabulary beyond 65,536) and a .json beside it.
-    Written aside and renamed; 512 documents are in memory at a time. Raises InputError when the text holds no token."""
+    The token file is written aside and renamed; 512 documents are in memory at a time. Raises InputError when the text holds no token."""
     if max_tokens is not None and max_tokens < 1:
         raise InputError("--max-tokens must be at least 1")
     before, after = document_marks(tokenizer)
@@ -156,35 +157,26 @@ def pack(sources, tokenizer, path, max_tokens=None):
     counts = [count_rows(source) for source in sources]
     total = max_tokens or (sum(counts) if None not in counts else None)
     tokens = documents = 0
+    texts = (field(row, "text", str, where) for source in sources for where, row in read_rows(source))
     part = f"{path}.{os.getpid()}.part"
-    with open(part, "wb") as file, tqdm(total=total, unit="token" if max_tokens else "doc", unit_scale=True, desc="packing") as bar:
-        def write(texts):
-            nonlocal tokens, documents
-            encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-            flat = [t for ids in encoded for t in (*before, *ids, *after)]
-            flat = flat[:max_tokens - tokens] if max_tokens else flat
-            np.asarray(flat, dtype=dtype).tofile(file)
-            tokens, documents = tokens + len(flat), documents + len(texts)
-            bar.update(len(flat) if max_tokens else len(texts))
-            bar.set_postfix(tokens=f"{tokens / 1e6:.1f}M")
-
-        batch = []
-        for source in sources:
-            for where, row in read_rows(source):
-                batch.append(field(row, "text", str, where))
-                if len(batch) == 512:
-                    write(batch)
-                    batch = []
-                if max_tokens and tokens >= max_tokens:
-                    break
-        if batch and not (max_tokens and tokens >= max_tokens):
-            write(batch)
-    if tokens <= documents * (len(before) + len(after)):
-        os.remove(part)
-        raise InputError(f"{', '.join(sources)}: no text to pack")
-    with open(path + ".json", "w") as file:
-        json.dump({"dtype": np.dtype(dtype).name, "tokens": tokens, "documents": documents, "sources": sources, **tokenizer_facts(tokenizer)}, file)
-    os.replace(part, path)
+    try:
+        with open(part, "wb") as file, tqdm(total=total, unit="token" if max_tokens else "doc", unit_scale=True, desc="packing") as bar:
+            while tokens != max_tokens and (batch := list(itertools.islice(texts, 512))):
+                encoded = tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
+                flat = [t for ids in encoded for t in (*before, *ids, *after)]
+                flat = flat[:max_tokens - tokens] if max_tokens else flat
+                np.asarray(flat, dtype=dtype).tofile(file)
+                tokens, documents = tokens + len(flat), documents + len(batch)
+                bar.update(len(flat) if max_tokens else len(batch))
+                bar.set_postfix(tokens=f"{tokens / 1e6:.1f}M")
+        if tokens <= documents * (len(before) + len(after)):
+            raise InputError(f"{', '.join(sources)}: no text to pack")
+        with open(path + ".json", "w") as file:
+            json.dump({"dtype": np.dtype(dtype).name, "tokens": tokens, "documents": documents, "sources": sources, **tokenizer_facts(tokenizer)}, file)
+        os.replace(part, path)
+    finally:
+        if os.path.exists(part):
+            os.remove(part)
 
 
 def load_tokens(path, tokenizer):
@@ -249,9 +241,9 @@ def doubled(tokens, C, pad, windows_seed=None):
     the first (j+1) L tokens, right-padded, as in the released code, which draws them once while these are drawn afresh from the seed.
     """
     B, L = len(tokens), tokens.shape[1] // C
-    chunks = tokens.view(B, C, L)
+    chunks = tokens.view(B, C, L)                                              # (B, C, L)
     mask = torch.ones(B, 2 * C, L, dtype=torch.long)
-    second = chunks.clone()
+    second = chunks.clone()                                                    # (B, C, L)
     if windows_seed is not None:
         second.fill_(pad)
         random = np.random.default_rng(windows_seed)

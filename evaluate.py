@@ -1,8 +1,8 @@
 """The paper's evaluation (§4, §5): one table, one JSON, each method beside its controls.
 
     python evaluate.py --task msc                                   # Table 1: memory of conversations; default base, built-in sample
-    python evaluate.py --task msc --data MemGPT/MSC-Self-Instruct --checkpoint out/run/step-001000 --output msc.json
-    python evaluate.py --task ppl --data validation.parquet --checkpoint out/run/step-001000      # Table 2
+    python evaluate.py --task msc --data MemGPT/MSC-Self-Instruct --checkpoint out/run/step-000280 --output msc.json
+    python evaluate.py --task ppl --data validation.parquet --checkpoint out/run/step-000280      # Table 2
 
 Methods: closed-book (bare question), full-conversation / in-context (context in the prompt), adapter (bare question, context in the
 weights) and adapter-shuffled, the control: the adapter of ANOTHER context. What a generator remembers is the gap between the last two;
@@ -130,7 +130,8 @@ def kv_cache_floats(base, tokens):
 
 
 def adapter_floats(model):
-    """Floats of one LoRA adapter, r (d_in + d_out) a target layer: what has to be kept of a context to answer about it."""
+    """Floats of one LoRA adapter, r (d_in + d_out) a target layer: what has to be kept of a context to answer about it.
+    To go on streaming, keep S: d_r^2 a target."""
     total = 0
     for name in model.generator.index:
         generator = model.generator[name]
@@ -227,9 +228,9 @@ def evaluate_msc(args, model, tokenizer, log):
                 past = len(prompts[k]) - question
                 costs.append({
                     "inference_tflops": base_flops(model.base, question + generated[k], past) / 1e12,
-                    "contextualisation_tflops": (context_flops(model, len(read[k])) if memory else base_flops(model.base, past, head=False)) / 1e12,
-                    "storage_mfloats": (adapter_floats(model) if memory else kv_cache_floats(model.base, past)) / 1e6,
-                    **({"contextualisation_seconds": context_seconds / len(batch)} if memory else {})})
+                    "contextualisation_tflops": (context_flops(model, len(read[k])) if memory is not None else base_flops(model.base, past, head=False)) / 1e12,
+                    "storage_mfloats": (adapter_floats(model) if memory is not None else kv_cache_floats(model.base, past)) / 1e6,
+                    **({"contextualisation_seconds": context_seconds / len(batch)} if memory is not None else {})})
         yield {"method": method, "n": len(scores), **summary(scores), **{key: mean_and_stderr([c[key] for c in costs])[0] for key in costs[0]}, "seconds": time.time() - began}
 
 

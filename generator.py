@@ -3,14 +3,15 @@
 Symbols, in the order a reader of the paper meets them (§2.2, §2.4):
 
     Sigma(t)  the context read so far: chunks C_1 .. C_t                  B    batch: contexts side by side
-    H_t       hidden states of chunk t at the INPUT of a decoder block    L    tokens of a chunk (M_t in the paper)
-    h         one row of H_t                                              d_h  width of the residual stream
+    H_t       hidden states of chunk t at the INPUT of decoder block l    L    tokens of a chunk (M_t in the paper, whose L counts blocks)
+    h         one row of H_t                                              N, C segments of a pass; its context chunks, C <= N
+    d_h       width of the residual stream                                V    vocabulary
     W         a frozen linear layer of that block, (d_out, d_in)          d_r  width of the memory S
     A1, A2    (d_out, d_r), (d_r, d_h)   trained, one set for each W      r    rank of the adapter, r <= d_r
     B1, B2    (d_h, d_r),  (d_r, d_in)   trained, one set for each W      s    scale: 1/16 Mistral, 1/8 Llama2 (appendix B)
     g         (d_h,) gain of an RMSNorm on h                              Omega  (d_r, r) fixed random sketch
     S_t       (d_r, d_r) the memory: S_t = S_{t-1} + A2 H_t^T H_t B1      (eq. 3), S_0 = 0, rows A2, columns B1
-    norm      S = U Sigma V^T  ->  U_r V_r^T                              (eq. 6, 7)
+    norm      S = U Sigma V^T  ->  U_r f V_r^T, f = 1 at damping 0        (eq. 6, 7)
     W_Delta   s A1 norm(S_t) B2 = (s A1 U) (V^T B2) = lora_B lora_A       (eq. 8, 9)
 
 Every target W of a block reads the same H. The base model is frozen, S is all that is remembered: constant size, any length.
@@ -90,10 +91,10 @@ class SpectralNorm(torch.autograd.Function):
     exact=False finds the leading r directions as torch.svd_lowrank(niter=1) does: Q spans S S^T S Omega, and the triplets of the
     small M = Q^T S (r, d_r) stand for those of S. exact=True takes the full SVD of S and truncates it.
 
-    The backward pass is the derivative of the spectral function itself (Daleckii-Krein), never of U and V: with C = U^T G V, its
-    symmetric part E and antisymmetric part A, and G the gradient by norm(S),
+    The backward pass is the derivative of the spectral function itself (Daleckii-Krein), never of U and V: with G the gradient by
+    norm(S), X = U^T G V, and sym and skew the symmetric and antisymmetric parts of X,
 
-        grad_S = U (E * D1 + A * D2) V^T + (I - U U^T) G V diag(f/sigma) V^T + U diag(f/sigma) U^T G (I - V V^T)
+        grad_S = U (sym * D1 + skew * D2) V^T + (I - U U^T) G V diag(f/sigma) V^T + U diag(f/sigma) U^T G (I - V V^T)
         D1 = (f_i - f_j) / (sigma_i - sigma_j),   D2 = (f_i + f_j) / (sigma_i + sigma_j)
 
     It is finite on ties, on rank-deficient S and on S = 0, where autograd through a QR or an SVD is not. It is exact (lambda held
@@ -107,8 +108,8 @@ class SpectralNorm(torch.autograd.Function):
             U, sigma, Vh = torch.linalg.svd(S)                              # (..., d_r, d_r), (..., d_r), (..., d_r, d_r)
         else:
             Q = torch.linalg.qr(S @ sketch(S.shape[-1], rank, S.device).to(S.dtype)).Q   # (..., d_r, r)
-            Q = torch.linalg.qr(S.mT @ Q).Q
-            Q = torch.linalg.qr(S @ Q).Q
+            Q = torch.linalg.qr(S.mT @ Q).Q                                 # (..., d_r, r)
+            Q = torch.linalg.qr(S @ Q).Q                                    # (..., d_r, r)
             U, sigma, Vh = torch.linalg.svd(Q.mT @ S, full_matrices=False)  # (..., r, r), (..., r), (..., r, d_r)
             U = Q @ U                                                       # (..., d_r, r)
         lam = damping * sigma[..., :1] + 1e-12
@@ -120,15 +121,15 @@ class SpectralNorm(torch.autograd.Function):
         return U[..., :rank], f[..., :rank, None] * Vh[..., :rank, :]       # (..., d_r, r), (..., r, d_r)
 
     @staticmethod
-    def backward(ctx, grad_X, grad_Y):
+    def backward(ctx, grad_U, grad_fVh):
         U, sigma, Vh, f, w, lam, kept = ctx.saved_tensors
         r = ctx.rank
-        GV = grad_X * torch.where(kept, w / sigma, 0)[..., None, :r]        # (..., d_r, r): grad_X = G V diag(f), so this is G V
-        UG = grad_Y                                                         # (..., r, d_r): grad_Y = U^T G
+        GV = grad_U * torch.where(kept, w / sigma, 0)[..., None, :r]        # (..., d_r, r): grad_U is G V diag(f), so this is G V
+        UG = grad_fVh                                                       # (..., r, d_r): grad_fVh is U^T G
         UGV = U.mT @ GV                                                     # (..., k, r), k = d_r if exact else r
-        C = UGV.new_zeros(*UGV.shape[:-1], UGV.shape[-2])                   # (..., k, k): U^T G V
-        C[..., :, :r] = UGV                                                 # its columns of cut directions come from UG,
-        C[..., :r, :] = UG @ Vh.mT                                          # and a pair of two cut directions is never used
+        X = UGV.new_zeros(*UGV.shape[:-1], UGV.shape[-2])                   # (..., k, k): U^T G V
+        X[..., :, :r] = UGV                                                 # its columns of cut directions come from UG,
+        X[..., :r, :] = UG @ Vh.mT                                          # and a pair of two cut directions is never used
 
         i, j = (..., slice(None), None), (..., None, slice(None))           # a value a row, a value a column
         both, one = kept[i] & kept[j], kept[i] ^ kept[j]
@@ -136,13 +137,13 @@ class SpectralNorm(torch.autograd.Function):
         smooth = lam[..., None] ** 2 * (sigma[i] + sigma[j]) / (w[i] * w[j] * (sigma[i] * w[j] + sigma[j] * w[i]))
         gap = sigma[i] - sigma[j]                                           # kept against cut: f jumps, and has no derivative at a tie
         jump = torch.where(gap.abs() > NULL_DIRECTION * sigma[..., :1, None], (f[i] - f[j]) / gap, 0)
-        D1 = torch.where(both, smooth, torch.where(one, jump, 0))
+        D1 = torch.where(both, smooth, torch.where(one, jump, 0))           # (..., k, k)
         D2 = torch.where(both | one, (f[i] + f[j]) / (sigma[i] + sigma[j]), 0)
-        K = (C + C.mT) / 2 * D1 + (C - C.mT) / 2 * D2
+        K = (X + X.mT) / 2 * D1 + (X - X.mT) / 2 * D2                       # sym * D1 + skew * D2
 
         f_over_sigma = torch.where(kept, 1 / w, 0)[..., :r]
-        left = (GV - U @ UGV) * f_over_sigma[..., None, :]                  # (I - U U^T) G V diag(f/sigma)
-        right = (UG - (UG @ Vh.mT) @ Vh) * f_over_sigma[..., :, None]       # diag(f/sigma) U^T G (I - V V^T)
+        left = (GV - U @ UGV) * f_over_sigma[..., None, :]                  # (..., d_r, r): (I - U U^T) G V diag(f/sigma)
+        right = (UG - (UG @ Vh.mT) @ Vh) * f_over_sigma[..., :, None]       # (..., r, d_r): diag(f/sigma) U^T G (I - V V^T)
         return U @ K @ Vh + left @ Vh[..., :r, :] + U[..., :r] @ right, None, None, None
 
 
@@ -197,8 +198,8 @@ class LayerGenerator(nn.Module):
         if c.norm == "frobenius":
             lora_A = frobenius_norm(S) @ self.B2                                           # (..., d_r, d_in)
             return lora_A, (c.scale * self.A1).expand(*S.shape[:-2], -1, -1)               # (..., d_out, d_r)
-        U, V = svd_norm(S, c.rank, c.damping, exact=c.norm == "svd-exact")
-        return V @ self.B2, c.scale * (self.A1 @ U)                                        # (..., r, d_in), (..., d_out, r)
+        U, fVh = svd_norm(S, c.rank, c.damping, exact=c.norm == "svd-exact")
+        return fVh @ self.B2, c.scale * (self.A1 @ U)                                      # (..., r, d_in), (..., d_out, r)
 
 
 class AdapterGenerator(nn.Module):

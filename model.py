@@ -50,11 +50,10 @@ def locate_base(name):
             raise InputError(f"base {path}: no such file")
         directory, file = os.path.split(os.path.abspath(path))
         return directory, {"gguf_file": file}
-    if os.path.exists(path):
-        if not os.path.isfile(os.path.join(path, "config.json")):
-            raise InputError(f"base {path} is neither a .gguf file nor a directory with a config.json")
-        return path, {}
-    hub_reachable()
+    if os.path.exists(path) and not os.path.isfile(os.path.join(path, "config.json")):
+        raise InputError(f"base {path} is neither a .gguf file nor a directory with a config.json")
+    if not os.path.exists(path):
+        hub_reachable()                                                # where it is not, only its cache is asked, without a minute of retries
     return path, {}
 
 
@@ -89,7 +88,7 @@ def load_base(name=DEFAULT_BASE, dtype=None, device=None):
         options["quantization_config"] = GgufConfig(dequantize=True)
     model = _load(AutoModelForCausalLM, name, path, dtype=dtype, attn_implementation="sdpa", **options)
     if name == DEFAULT_BASE:
-        model.name_or_path = DEFAULT_BASE_HUB_ID
+        model.name_or_path = DEFAULT_BASE_HUB_ID                       # what an exported adapter has to name: peft loads the base from there
     if isinstance(model.config.eos_token_id, int):                     # the GGUF tokenizer's own eos differs between transformers versions
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(model.config.eos_token_id)
     model.generation_config.pad_token_id = tokenizer.pad_token_id
@@ -180,8 +179,8 @@ class AdaptedLM(nn.Module):
             raise ValueError(f"visible needs one number from 0 to {N} for each of the {N} segments, got {visible}")
         C = max(visible)                                                # segments C and later never enter S
         used = sorted(set(visible) - {0})
-        prefixes = torch.tensor([v - 1 for v in used], device=segments.device, dtype=torch.long)
-        rows = torch.tensor([used.index(v) + 1 if v else 0 for v in visible], device=segments.device)
+        prefixes = torch.tensor([v - 1 for v in used], device=segments.device, dtype=torch.long)                    # (len(used),)
+        rows = torch.tensor([used.index(v) + 1 if v else 0 for v in visible], device=segments.device)                # (N,)
         mask = None if mask is None else mask[:, :C]
 
         def adapters(l, H):
@@ -196,7 +195,7 @@ class AdaptedLM(nn.Module):
 
         # no attention mask: chunks are right-padded and attention is causal, so padding can only reach S, where mask keeps it out
         with self._adapting(adapters if C else None):
-            hidden = self.base.get_decoder()(input_ids=segments.flatten(0, 1), use_cache=False).last_hidden_state
+            hidden = self.base.get_decoder()(input_ids=segments.flatten(0, 1), use_cache=False).last_hidden_state   # (B N, L, d_h)
         return hidden.view(B, N, L, -1)
 
     def forward_segments(self, segments, mask, visible):
@@ -236,7 +235,7 @@ class AdaptedLM(nn.Module):
                 states[name] = self.generator[name].update(H, mask)
                 if memory is not None:
                     states[name] = states[name] + memory.states[name].to(H.device)
-            return {name: fixed[name] for name in self.block_targets[l]} if fixed else {}
+            return fixed or {}
 
         with self._adapting(adapters):
             self.base.get_decoder()(input_ids=input_ids, use_cache=False)

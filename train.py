@@ -24,7 +24,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from data import doubled, open_tokens, run_command, sequences
+from data import doubled, is_file_source, open_tokens, run_command, sequences
 from generator import NORMS, GeneratorConfig, InputError, read_safetensors
 from model import DEFAULT_BASE, AdaptedLM, load_base, make_directory, read_json
 
@@ -36,7 +36,7 @@ def arguments(argv=None):
     add = parser.add_argument
     add("--base", default=DEFAULT_BASE, help="frozen base model: hub id, directory or .gguf file")
     add("--data", nargs="+", required=True, help=".parquet, .jsonl(.gz), .txt(.gz) files, a hub data set id, or one packed .bin file")
-    add("--validation", nargs="+", help="the same kinds; default: the last --eval-sequences sequences of --data, which then stay out of training")
+    add("--validation", nargs="+", help="files of the same kinds; default: the last --eval-sequences sequences of --data, which then stay out of training")
     add("--max-tokens", type=int, help="pack at most this many tokens of --data")
     add("--out", required=True, help="directory for checkpoints, log.jsonl and validation.jsonl")
     add("--resume", action="store_true", help="continue from the newest checkpoint in --out, or start if there is none")
@@ -71,14 +71,14 @@ def arguments(argv=None):
 
 
 def recipe(args, base):
-    """Fill what the command line left open: the paper's recipe (appendix B) for a 7B-sized base; for a small one what showed memory
-    soonest on a CPU (chunks short enough that S keeps rank <= r, where the gradient of norm is exact; see the README)."""
+    """Fill what the command line left open. A base of width 2,048 or more gets the paper's recipe (appendix B; model_type llama stands for
+    Llama2); a smaller one what showed memory soonest on a CPU: chunks so short that rank(S) <= r, where the gradient of norm is exact."""
     if base.config.get_text_config().hidden_size >= 2048:
         llama = base.config.model_type == "llama"
         defaults = {"d_r": 1024, "rank": 128, "scale": 1 / 8 if llama else 1 / 16, "lr": 1e-4 if llama else 5e-5,
                     "chunk": 1024, "chunks": 8, "batch": 8, "steps": 15_259, "warmup": 100}            # 1 B tokens
     else:
-        defaults = {"d_r": 256, "rank": 64, "scale": 1.0, "lr": 4e-3, "chunk": 32, "chunks": 2, "batch": 8, "steps": 330, "warmup": 15}
+        defaults = {"d_r": 256, "rank": 64, "scale": 1.0, "lr": 4e-3, "chunk": 32, "chunks": 2, "batch": 8, "steps": 280, "warmup": 15}
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -127,7 +127,7 @@ def save_checkpoint(args, step, model, optimizer):
     with open(os.path.join(part, "trainer.json"), "w") as file:
         json.dump({"step": step, "sequences_seen": step * args.batch, "args": vars(args)}, file, indent=1)
     for name in os.listdir(part):
-        with open(os.path.join(part, name), "rb") as file:
+        with open(os.path.join(part, name), "rb+") as file:
             os.fsync(file.fileno())
     os.rename(part, final)
     for old in checkpoints(args.out)[:-args.keep]:
@@ -239,6 +239,9 @@ def train(args):
         torch.cuda.set_device(local)
     if world > 1:                                       # the others may wait for hours while the first process packs the text
         dist.init_process_group("nccl" if str(args.device).startswith("cuda") else "gloo", timeout=timedelta(hours=24))
+    for source in args.validation or []:
+        if not is_file_source(source) and not source.endswith(".bin"):
+            raise InputError(f"--validation {source}: name files (.parquet, .jsonl, .txt or a packed .bin)")
     if checkpoints(args.out) and not args.resume:
         raise InputError(f"--out {args.out} already holds checkpoints: add --resume to continue that run, or name another directory")
 
@@ -254,12 +257,12 @@ def train(args):
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=args.weight_decay)
 
     C, length = args.chunks, args.chunks * args.chunk
-    for packing in (True, False):                       # the first process of a machine packs, then the others find the files
-        if packing == (local == 0):
-            data = open_tokens(args.data, tokenizer, args.max_tokens)
-            held_out = open_tokens(args.validation, tokenizer) if args.validation else None
-        if world > 1:
-            dist.barrier()
+    if world > 1 and local > 0:                         # the first process of a machine packs, the others then find the files
+        dist.barrier()
+    data = open_tokens(args.data, tokenizer, args.max_tokens)
+    held_out = open_tokens(args.validation, tokenizer) if args.validation else None
+    if world > 1 and local == 0:
+        dist.barrier()
     if held_out is None:
         cut = len(data) - args.eval_sequences * length
         data, held_out = data[:max(cut, 0)], data[max(cut, 0):]
@@ -292,9 +295,9 @@ def train(args):
         t0 = time.time()
         windows_seed = (args.seed, step) if args.windows else None
         # every process cuts the whole global batch, so that the token counts need no communication, and computes its own rows
-        batch = sequences(data, length, step * args.batch, args.batch, args.seed)
-        segments, mask, visible = doubled(batch, C, tokenizer.pad_token_id, windows_seed)
-        weights = loss_weights(mask, C, args.objective)
+        batch = sequences(data, length, step * args.batch, args.batch, args.seed)               # (batch, C L)
+        segments, mask, visible = doubled(batch, C, tokenizer.pad_token_id, windows_seed)       # (batch, 2C, L) twice, (2C,)
+        weights = loss_weights(mask, C, args.objective)                                         # (batch, 2C)
         mask = None if mask.all() else mask
         totals = torch.zeros(4, device=device)          # reconstruction, completion, stop?, failed?
         for rows in torch.arange(process, args.batch, world).split(args.micro_batch):
@@ -333,7 +336,7 @@ def train(args):
             bar.update()
             bar.set_postfix(reconstruction=f"{reconstruction:.3f}", completion=f"{completion:.3f}", tokens_s=f"{row['tokens_per_s']:.0f}")
         if skipped == MAX_SKIPPED:
-            raise InputError(f"the loss or its gradient was not finite {MAX_SKIPPED} steps in a row (step {step}): lower --lr or raise --damping; the last checkpoint is good")
+            raise InputError(f"the loss or its gradient was not finite {MAX_SKIPPED} steps in a row (step {step}): lower --lr or raise --damping; checkpoints already written are good")
         last = stop or step == args.steps
         if step % args.eval_every == 0 or step == args.steps:
             losses = validate(model, validation, args, process, world)

@@ -186,7 +186,7 @@ def test_bad_files(tmp_path, tokenizer, monkeypatch):
     (tmp_path / "e.txt").write_text("")
     with pytest.raises(InputError, match="no text to pack"):
         open_tokens([str(tmp_path / "e.txt")], tokenizer)
-    assert not list((tmp_path / "cache").glob("*.bin"))
+    assert not list((tmp_path / "cache").iterdir())
     damaged = gzip.compress(b'{"text": "a"}\n' * 2000)
     (tmp_path / "cut.jsonl.gz").write_bytes(damaged[:30] + b"????" + damaged[34:])
     (tmp_path / "bytes.jsonl").write_bytes(b'{"text": "a"}\n' * 89 + b'{"text": "\xff"}\n')
