@@ -73,8 +73,8 @@ def read_rows(source, split="train"):
                 row = json.loads(row)
             if not isinstance(row, dict):
                 raise ValueError("not a json object")
-            yield where, row
             empty = False
+            yield where, row
     except InputError:
         raise
     except Exception as error:                               # damaged files and lost connections end in many kinds of exception

@@ -11,6 +11,7 @@ one that has only learnt an answer style scores the same with both.
 
 import argparse
 import collections
+import itertools
 import json
 import os
 import platform
@@ -99,6 +100,11 @@ def mean_and_stderr(values):
 # cost (Table 1, Fig. 3), from shapes: 2 FLOPs a weight and token, and attention over the keys before it
 
 
+def head_dim(c):
+    """Width of an attention head, from a transformers config."""
+    return getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+
+
 def base_flops(base, tokens, past=0, head=True):
     """FLOPs of the base for that many tokens after `past` cached ones; embeddings are looked up. head: whether lm_head is needed, which
     reading a context without asking for its logits is not."""
@@ -106,38 +112,30 @@ def base_flops(base, tokens, past=0, head=True):
     blocks = find_blocks(base)[1]
     weights = sum(m.weight.numel() for m in blocks.modules() if isinstance(m, torch.nn.Linear))
     weights += base.get_output_embeddings().weight.numel() if head else 0
-    width = c.num_attention_heads * (getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads)
     keys = tokens * past + tokens * (tokens + 1) / 2
-    return 2 * weights * tokens + 4 * len(blocks) * width * keys                   # 2 for q k, 2 for the values
+    return 2 * weights * tokens + 4 * len(blocks) * c.num_attention_heads * head_dim(c) * keys                   # 2 for q k, 2 for the values
 
 
 def generator_flops(model, tokens, chunks):
     """FLOPs of the generator's matrix products for a context: projections and S for each token, norm and LoRA pair for each chunk.
     The four products with S in norm are counted (svd; svd-exact has none), factorisations (QR, SVD) are not."""
-    c, total = model.config, 0
-    for name in model.generator.index:
-        (d_out, d_r), d_in, d_h = model.generator[name].A1.shape, model.generator[name].B2.shape[1], model.generator[name].A2.shape[1]
-        r = d_r if c.norm == "frobenius" else c.rank
-        norm = 8 * d_r * d_r * r if c.norm == "svd" else 0
+    d_r, r, total = model.config.d_r, model.config.adapter_rank, 0
+    norm = 8 * d_r * d_r * r if model.config.norm == "svd" else 0
+    for layer in model.generator.layers:
+        d_out, d_in, d_h = len(layer.A1), layer.B2.shape[1], len(layer.g)
         total += tokens * (4 * d_h * d_r + 2 * d_r * d_r) + chunks * (norm + 2 * r * d_r * (d_in + d_out))
     return total
 
 
 def kv_cache_floats(base, tokens):
     c = base.config.get_text_config()
-    head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-    return 2 * c.num_hidden_layers * c.num_key_value_heads * head_dim * tokens
+    return 2 * c.num_hidden_layers * c.num_key_value_heads * head_dim(c) * tokens
 
 
 def adapter_floats(model):
     """Floats of one LoRA adapter, r (d_in + d_out) a target layer: what has to be kept of a context to answer about it.
     To go on streaming, keep S: d_r^2 a target."""
-    total = 0
-    for name in model.generator.index:
-        generator = model.generator[name]
-        r = generator.A1.shape[1] if model.config.norm == "frobenius" else model.config.rank
-        total += r * (generator.B2.shape[1] + generator.A1.shape[0])
-    return total
+    return sum(model.config.adapter_rank * (layer.B2.shape[1] + len(layer.A1)) for layer in model.generator.layers)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -193,9 +191,8 @@ def other_contexts(keys, seed):
 # tasks: each yields the rows of its table, one a method
 
 
-def evaluate_msc(args, model, tokenizer, log):
+def evaluate_msc(args, everything, model, tokenizer, log):
     """Table 1. The adapter, its control and closed-book see the identical prompt, the bare question; only full-conversation reads the text."""
-    everything = load_msc(args.data)
     others = other_contexts([set(row["sessions"]) for row in everything], args.seed)
     rows = everything[:args.limit]
     contexts = ["\n\n".join(row["sessions"]) for row in everything]
@@ -212,10 +209,9 @@ def evaluate_msc(args, model, tokenizer, log):
                 read = [context_ids(tokenizer, contexts[others[i] if method == "adapter-shuffled" else i]) for i in batch]
                 memory = encode(model, read, pad)
             context_seconds = time.time() - t0
+            prompts = bare = [user_turn(tokenizer, rows[i]["question"]) for i in batch]
             if method == "full-conversation":
                 prompts = [in_context_prompt(tokenizer, contexts[i], rows[i]["question"], window) for i in batch]
-            else:
-                prompts = [user_turn(tokenizer, rows[i]["question"]) for i in batch]
             answers, generated = answer(model, tokenizer, prompts, memory)
             for k, i in enumerate(batch):
                 gold = rows[i]["answer"]
@@ -224,10 +220,9 @@ def evaluate_msc(args, model, tokenizer, log):
                 scores.append(score)
                 log({"task": "msc", "method": method, "id": rows[i]["id"], "question": rows[i]["question"], "gold": gold, "prediction": answers[k], **score})
                 # the KV cache of the conversation is reused, as in Table 1; the adapter is merged into the weights and costs nothing more
-                question = len(user_turn(tokenizer, rows[i]["question"]))
-                past = len(prompts[k]) - question
+                past = len(prompts[k]) - len(bare[k])
                 costs.append({
-                    "inference_tflops": base_flops(model.base, question + generated[k], past) / 1e12,
+                    "inference_tflops": base_flops(model.base, len(bare[k]) + generated[k], past) / 1e12,
                     "contextualisation_tflops": (context_flops(model, len(read[k])) if memory is not None else base_flops(model.base, past, head=False)) / 1e12,
                     "storage_mfloats": (adapter_floats(model) if memory is not None else kv_cache_floats(model.base, past)) / 1e6,
                     **({"contextualisation_seconds": context_seconds / len(batch)} if memory is not None else {})})
@@ -251,11 +246,11 @@ def summary(scores):
 
 
 @torch.no_grad()
-def evaluate_ppl(args, model, tokenizer, log):
+def evaluate_ppl(args, texts, model, tokenizer, log):
     """Table 2: perplexity of a document's first 1,024 tokens (reconstruction) and of the next 1,024 (completion), exp of the mean over
     documents of the token-mean nats. A document of fewer than 2,048 tokens gives what is left; the first token of a segment is no target."""
     documents = []
-    for where, row in read_rows(args.data, split="validation"):
+    for where, row in texts:
         if len(documents) == (args.limit or 100):
             break
         ids = context_ids(tokenizer, field(row, "text", str, where))[:2 * CHUNK]
@@ -371,14 +366,15 @@ def main(argv=None):
         if hub_reachable():
             args.data = MSC_HUB_ID
         else:
-            args.data, n = MSC_SAMPLE, len(load_msc())
-            note = f"the hub is out of reach: this is the built-in sample of {n} conversations, NOT the paper's benchmark ({MSC_HUB_ID})"
+            args.data = MSC_SAMPLE
+            note = f"the hub is out of reach: this is the built-in sample of {len(load_msc())} conversations, NOT the paper's benchmark ({MSC_HUB_ID})"
             print(f"NOTE: {note}")
-    if args.task == "msc":                               # bad data should not have to wait for a model to load
-        load_msc(args.data)
+    if args.task == "msc":                               # data before model: a bad file should not have to wait for it to load
+        data = load_msc(args.data)
     else:
         args.data = args.data or PPL_HUB_ID
-        next(read_rows(args.data, split="validation"))
+        texts = read_rows(args.data, split="validation")
+        data = itertools.chain([next(texts)], texts)
     model, tokenizer = load_model(args)
     log = open(args.predictions, "w", encoding="utf-8") if args.predictions else None
 
@@ -388,7 +384,7 @@ def main(argv=None):
             log.flush()
 
     task = {"msc": evaluate_msc, "ppl": evaluate_ppl}[args.task]
-    rows = list(task(args, model, tokenizer, write))
+    rows = list(task(args, data, model, tokenizer, write))
     if not rows:
         raise InputError(f"{args.data}: no method could be evaluated on it")
     print("\n" + markdown(rows))

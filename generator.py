@@ -61,6 +61,11 @@ class GeneratorConfig:
         if not self.targets:
             raise InputError("targets is empty: name at least one module, for example o_proj")
 
+    @property
+    def adapter_rank(self):
+        """Rank of the LoRA pair of a memory: r, but d_r for frobenius, which keeps full rank."""
+        return self.d_r if self.norm == "frobenius" else self.rank
+
     @classmethod
     def from_dict(cls, values):
         """Config from a json object; keys it does not know are ignored. Raises InputError when a field is missing or malformed."""
@@ -193,7 +198,7 @@ class LayerGenerator(nn.Module):
 
     def adapter(self, S):
         """W_Delta = lora_B lora_A (eq. 8, 9): S (..., d_r, d_r) fp32 -> lora_A (..., r, d_in), lora_B (..., d_out, r), s folded into lora_B.
-        frobenius keeps full rank: its r is d_r."""
+        r is config.adapter_rank."""
         c = self.config
         if c.norm == "frobenius":
             lora_A = frobenius_norm(S) @ self.B2                                           # (..., d_r, d_in)

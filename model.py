@@ -213,7 +213,7 @@ class AdaptedLM(nn.Module):
         targets = labels[:, :, 1:].flatten()                                                # (B N (L-1),)
         at = (targets != -100).nonzero().squeeze(1)                                         # (T,)
         # rows are gathered into one contiguous 2-D block: a linear over a strided slice copies the whole lm_head once a row of the batch
-        hidden = hidden[:, :, :-1].reshape(B * N * (L - 1), hidden.shape[-1])[at]                         # (T, d_h)
+        hidden = hidden[:, :, :-1].reshape(B * N * (L - 1), hidden.shape[-1])[at]           # (T, d_h)
         nats = HeadLoss.apply(hidden, targets[at], self.base.get_output_embeddings())       # (T,)
         nats = torch.zeros(B * N * (L - 1), device=nats.device).index_put((at,), nats)
         return nats.view(B, N, L - 1).sum(-1), (targets != -100).view(B, N, L - 1).sum(-1)
@@ -308,8 +308,7 @@ class AdaptedLM(nn.Module):
         PEFT multiplies by lora_alpha / r: alpha = s r where that is an integer (vLLM types it so), else s stays in lora_B and alpha = r."""
         if len(memory.tokens) != 1:
             raise ValueError(f"export_peft writes the adapter of one context, this memory holds {len(memory.tokens)}")
-        pairs = {name: (A[0].detach(), B[0].detach()) for name, (A, B) in self.lora(memory).items()}
-        r = next(iter(pairs.values()))[0].shape[0]
+        pairs, r = {name: (A[0].detach(), B[0].detach()) for name, (A, B) in self.lora(memory).items()}, self.config.adapter_rank
         alpha = self.config.scale * r
         factor, alpha = (self.config.scale, int(alpha)) if alpha == int(alpha) > 0 else (1.0, r)
         tensors = {}

@@ -151,7 +151,7 @@ def load_checkpoint(args, path, model, optimizer):
     model.generator.load_tensors(tensors, path)
     state, _ = read_safetensors(os.path.join(path, "optimizer.safetensors"))
     torch.set_rng_state(state.pop("torch_rng"))
-    for name, p in model.generator.tensors().items():
+    for name, p in model.generator.tensors().items() if state else ():        # no state: every step so far was skipped
         optimizer.state[p] = {key: state[f"{key}/{name}"].to(p.device if key != "step" else "cpu") for key in ("step", "exp_avg", "exp_avg_sq")}
     return trainer["step"]
 
@@ -210,7 +210,7 @@ def report_validation(args, step, losses):
 # the loop
 
 
-def reduce_gradients(parameters, totals, world):
+def reduce_gradients(parameters, totals):
     """Sum gradients and totals over the processes in ONE reduction; the loss is already divided by the global token counts."""
     flat = torch.cat([p.grad.flatten() for p in parameters] + [totals])
     dist.all_reduce(flat)
@@ -313,7 +313,7 @@ def train(args):
         for p in parameters:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         if world > 1:
-            reduce_gradients(parameters, totals, world)
+            reduce_gradients(parameters, totals)
 
         reconstruction, completion, stop, failed = totals.tolist()
         norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip).item()
