@@ -72,11 +72,12 @@ def test_loss_is_eq_5():
     C, L = 3, 8
     tokens = torch.randint(0, 256, (2, C * L), generator=torch.Generator().manual_seed(0))
     segments, mask, visible = doubled(tokens, C, pad=259, windows_seed=1)
-    nats, count = make_model().segment_losses(segments, mask, visible)
+    labels = segments.masked_fill(mask == 0, -100)
+    nats, count = make_model().segment_losses(segments, mask, visible, labels)
     reconstruction = nats[:, C:].sum() / count[:, C:].sum()
     completion = nats[:, 1:C].sum() / count[:, 1:C].sum()
     for objective, want in (("both", reconstruction + completion), ("reconstruction", reconstruction), ("completion", completion)):
-        torch.testing.assert_close((nats * train.loss_weights(mask, C, objective)).sum(), want)
+        torch.testing.assert_close((nats * train.loss_weights(labels, C, objective)).sum(), want)
 
 
 def test_learning_rate():
