@@ -34,7 +34,7 @@ DEFAULT_BASE = "smollm2-135m-instruct"                 # the 4-bit GGUF inside t
 DEFAULT_BASE_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 TARGETS = {"q_proj": "self_attn.q_proj", "k_proj": "self_attn.k_proj", "v_proj": "self_attn.v_proj", "o_proj": "self_attn.o_proj",
            "gate_proj": "mlp.gate_proj", "up_proj": "mlp.up_proj", "down_proj": "mlp.down_proj"}
-LOSS_ROWS = 1024          # tokens whose logits stand in memory at once: 1024 x 49,152 fp32 is 200 MB
+LOSS_ROWS = 512           # tokens whose logits stand in memory at once: 512 x 49,152 fp32 is 100 MB
 
 
 def locate_base(name):

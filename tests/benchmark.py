@@ -1,0 +1,254 @@
+"""Speed and memory of norm, contextualising and a training step, on a CPU or a CUDA device: a table, and JSON with --output.
+
+    python tests/benchmark.py --output cpu.json                              # SmolLM2's shape, random weights
+    python tests/benchmark.py --shape mistral --output h200.json             # Mistral-7B's shape, created on the device; needs about 80 GB
+    python tests/benchmark.py --shape tiny                                   # a rehearsal in seconds
+
+Every measurement runs in a process of its own, so that peak memory is its own too; times are the best of --repeats after one warm-up. On a CPU
+absolute times say little: compare the ratios of one run on an idle machine.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import sys
+import time
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import torch
+import transformers
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+
+from data import doubled
+from evaluate import base_flops, generator_flops
+from generator import GeneratorConfig, SpectralNorm, svd_norm
+from model import AdaptedLM, HeadLoss
+from train import keep_freed_memory, peak_memory
+
+# base, its config, generator, chunks of a training sequence, tokens of a chunk, tokens of each of two contexts
+SHAPES = {
+    "smollm2": (LlamaForCausalLM, LlamaConfig(hidden_size=576, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, intermediate_size=1536, vocab_size=49152,
+                                              max_position_embeddings=8192, tie_word_embeddings=True), dict(d_r=256, rank=64, scale=1.0), 8, 128, 1024),
+    "mistral": (MistralForCausalLM, MistralConfig(vocab_size=32000, max_position_embeddings=32768), dict(d_r=1024, rank=128, scale=1 / 16), 8, 1024, 1024),
+    "tiny": (LlamaForCausalLM, LlamaConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=128, vocab_size=512), dict(d_r=32, rank=8, scale=1.0),
+             4, 32, 64)}
+
+
+def synchronize(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def best_time(function, device, repeats):
+    """Seconds of one call: the best of `repeats` after a warm-up."""
+    function()
+    times = []
+    for _ in range(repeats):
+        synchronize(device)
+        start = time.perf_counter()
+        function()
+        synchronize(device)
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def ceilings(args, device):
+    """What the hardware gives: a large matrix product in bf16 and fp32, and a copy."""
+    n = 8192 if device.type == "cuda" else 2048
+    row = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+        row[f"matmul_{str(dtype)[6:]}_tflops"] = 2 * n**3 / best_time(lambda: a @ b, device, 5) / 1e12
+    x = torch.empty(2**28 if device.type == "cuda" else 2**26, device=device)
+    y = torch.empty_like(x)
+    row["copy_gb_per_s"] = 2 * x.numel() * 4 / best_time(lambda: y.copy_(x), device, 5) / 1e9
+    return row
+
+
+def context_S(tokens, d_r, batch, device):
+    """S of random tokens whose features fall off as they do in a language model (a power law): (batch, d_r, d_r)."""
+    random = torch.Generator().manual_seed(tokens)
+    h = torch.randn(batch, tokens, d_r, generator=random) * torch.arange(1, d_r + 1) ** -0.7
+    left, right = (h @ torch.randn(d_r, d_r, generator=random) / d_r**0.5 for _ in range(2))
+    return (left.mT @ right).to(device)
+
+
+def norm(args, device):
+    """norm of a block's prefixes, (C, d_r, d_r): ours and torch.svd_lowrank, which the released code calls."""
+    _, _, generator, C, _, _ = SHAPES[args.shape]
+    d_r, r = generator["d_r"], generator["rank"]
+    S = context_S(8 * r, d_r, C, device)
+    gradient = torch.randn_like(S)
+
+    def lowrank(S):
+        U, _, V = torch.svd_lowrank(S, q=r, niter=1)
+        return U, V.mT
+
+    def both(function):
+        leaf = S.clone().requires_grad_()
+        left, right = function(leaf)
+        (left @ right).backward(gradient)
+
+    ours = lambda S: svd_norm(S, r)
+    with torch.no_grad():
+        row = {"shape": list(S.shape), "rank": r, "ours_forward_ms": best_time(lambda: ours(S), device, args.repeats) * 1e3,
+               "svd_lowrank_forward_ms": best_time(lambda: lowrank(S), device, args.repeats) * 1e3}
+    row["ours_forward_backward_ms"] = best_time(lambda: both(ours), device, args.repeats) * 1e3
+    row["svd_lowrank_forward_backward_ms"] = best_time(lambda: both(lowrank), device, args.repeats) * 1e3
+    row["speedup_forward_backward"] = row["svd_lowrank_forward_backward_ms"] / row["ours_forward_backward_ms"]
+    return row
+
+
+def gradient_distance(args, device):
+    """The derivative of norm along changes that keep the rank of S, in float64: ours against central differences of the same function, as
+    |ours - numeric| over the root mean square of numeric. Exact for contexts of at most r tokens; beyond, it leaves out how the sketched basis turns."""
+    _, _, generator, _, _, _ = SHAPES[args.shape]
+    d_r, r, row = generator["d_r"], generator["rank"], {}
+    random = torch.Generator().manual_seed(0)
+    for tokens in (r // 2, r, 2 * r, 16 * r):
+        S = context_S(tokens, d_r, 1, "cpu")[0].double()
+        sigma = torch.linalg.matrix_norm(S, 2)
+        G = torch.randn(d_r, d_r, generator=random).double()
+        leaf = S.clone().requires_grad_()
+        left, right = SpectralNorm.apply(leaf, r, 1e-2, False)
+        (left @ right * G).sum().backward()
+
+        def value(S):                                   # lambda stays what it is at S, as in the backward pass
+            left, right = SpectralNorm.apply(S, r, 1e-2 * (sigma / torch.linalg.matrix_norm(S, 2)).item(), False)
+            return (left @ right * G).sum()
+
+        pairs = []
+        for _ in range(8):
+            L, R = (torch.randn(d_r, d_r, generator=random).double() / d_r**0.5 for _ in range(2))
+            step = 1e-6 * (L @ S + S @ R)
+            pairs.append(torch.stack([(leaf.grad * step).sum(), (value(S + step) - value(S - step)) / 2]))
+        ours, numeric = torch.stack(pairs, 1)
+        row[f"tokens_{tokens}"] = ((ours - numeric).square().mean().sqrt() / numeric.square().mean().sqrt()).item()
+    return row
+
+
+def make(args, device, adapted=True):
+    """A base of the shape with random weights on the device, and the AdaptedLM round it with an A1 that is not zero."""
+    kind, config, generator, *_ = SHAPES[args.shape]
+    torch.manual_seed(0)
+    config._attn_implementation = "sdpa"
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(getattr(torch, args.dtype))
+    with torch.device(device):
+        base = kind(config).eval().requires_grad_(False)
+    torch.set_default_dtype(before)
+    if not adapted:
+        return base
+    model = AdaptedLM(base, GeneratorConfig(**generator))
+    for layer in model.generator.layers:
+        torch.nn.init.normal_(layer.A1, std=0.02)
+    return model
+
+
+def contextualising(args, device):
+    """Reading 2 contexts of a chunk each, beside the plain forward pass of the same tokens without lm_head, and with it."""
+    model, length = make(args, device), SHAPES[args.shape][5]
+    ids = torch.randint(model.base.config.vocab_size, (2, length), device=device)
+    with torch.no_grad():
+        row = {"tokens": ids.numel(), "plain_s": best_time(lambda: model.base.get_decoder()(ids, use_cache=False), device, args.repeats),
+               "plain_logits_s": best_time(lambda: model.base(ids, use_cache=False), device, args.repeats),
+               "contextualise_s": best_time(lambda: model.contextualize(ids), device, args.repeats)}
+    return {**row, "ratio": row["contextualise_s"] / row["plain_s"], "tokens_per_s": ids.numel() / row["contextualise_s"]}
+
+
+def step(args, device, kind):
+    """A training step on one doubled sequence. kind: "bare" is the frozen base alone, forward and backward to the embeddings under the same loss; "step"
+    adds the generator and AdamW; "checkpointing" recomputes activations."""
+    if device.type == "cpu":
+        keep_freed_memory()
+    else:
+        torch.set_float32_matmul_precision("high")
+    _, config, _, C, L, _ = SHAPES[args.shape]
+    segments, _, visible = doubled(torch.randint(config.vocab_size, (args.batch, C * L)), C, pad=0)       # (B, 2C, L)
+    segments = segments.to(device)
+    if kind == "bare":
+        base = make(args, device, adapted=False)
+
+        def run():
+            embeds = base.get_input_embeddings()(segments.flatten(0, 1)).requires_grad_()                 # (B 2C, L, d_h)
+            hidden = base.get_decoder()(inputs_embeds=embeds, use_cache=False).last_hidden_state[:, :-1]
+            HeadLoss.apply(hidden.reshape(-1, hidden.shape[-1]), segments[:, :, 1:].flatten(), base.get_output_embeddings()).mean().backward()
+        flops = 0
+    else:
+        model = make(args, device)
+        model.checkpointing = kind == "checkpointing"
+        optimizer = torch.optim.AdamW(model.generator.parameters(), lr=1e-5, fused=device.type == "cuda")
+
+        def run():
+            nats, count = model.segment_losses(segments, None, visible)
+            (nats.sum() / count.sum()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        # forward, and backward to the hidden states alone: twice the frozen base; generator weights have a gradient too: three times. Recomputation is no model FLOP
+        flops = args.batch * (2 * 2 * C * base_flops(model.base, L) + 3 * generator_flops(model, C * L, C))
+    seconds = best_time(run, device, args.repeats)
+    return {"seconds": seconds, "context_tokens_per_s": args.batch * C * L / seconds, "peak_memory_gb": peak_memory(device), "model_tflops": flops / 1e12}
+
+
+def run_job(function, args, options):
+    torch.set_num_threads(args.threads)
+    return function(args, torch.device(args.device), **options)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--shape", choices=SHAPES, default="smollm2")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--dtype", choices=["float32", "bfloat16"], help="of the base; default float32 on a CPU, with a step in bfloat16 beside it, bfloat16 on CUDA")
+    add("--batch", type=int, default=1, help="sequences of a training step")
+    add("--threads", type=int, default=os.cpu_count())
+    add("--repeats", type=int, default=3)
+    add("--output", help="write all figures as JSON")
+    args = parser.parse_args()
+    cpu = args.device == "cpu"
+    args.dtype = args.dtype or ("float32" if cpu else "bfloat16")
+    jobs = [("ceilings", ceilings, {}), ("norm", norm, {}), ("gradient_distance", gradient_distance, {}), ("contextualising", contextualising, {})]
+    if args.shape != "mistral":                         # without checkpointing its activations alone are 100 GB
+        jobs += [("bare", step, {"kind": "bare"}), ("step", step, {"kind": "step"})]
+    jobs += [("checkpointing", step, {"kind": "checkpointing"})]
+    results, pool = {}, multiprocessing.get_context("spawn")
+    for name, function, options in jobs + ([("bare_bfloat16", step, {"kind": "bare"}), ("step_bfloat16", step, {"kind": "step"})] if cpu and args.dtype == "float32" else []):
+        if name.endswith("bfloat16"):
+            args = argparse.Namespace(**{**vars(args), "dtype": "bfloat16"})
+        with pool.Pool(1) as worker:
+            results[name] = worker.apply(run_job, (function, args, options))
+        print(f"{name:18s} " + "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in results[name].items()), flush=True)
+
+    best, ratios = results.get("step", results["checkpointing"]), {}
+    layers = SHAPES[args.shape][1].num_hidden_layers
+    forward, both = results["norm"]["ours_forward_ms"] / 1e3, results["norm"]["ours_forward_backward_ms"] / 1e3
+    for name in ("step", "checkpointing"):
+        if name in results:
+            row = results[name]
+            row["norm_share"] = layers * args.batch * (both + (forward if name == "checkpointing" else 0)) / row["seconds"]
+            row["model_flops_utilisation"] = row["model_tflops"] / row["seconds"] / results["ceilings"][f"matmul_{'float32' if cpu else 'bfloat16'}_tflops"]
+            if "bare" in results:
+                ratios[f"{name} / bare"] = row["seconds"] / results["bare"]["seconds"]
+                ratios[f"{name} / bare, peak memory"] = row["peak_memory_gb"] / results["bare"]["peak_memory_gb"]
+            ratios[f"{name}, norm's share"] = row["norm_share"]
+            ratios[f"{name}, model FLOPs utilisation"] = row["model_flops_utilisation"]
+    ratios["contextualising / plain forward"] = results["contextualising"]["ratio"]
+    ratios["norm forward + backward, svd_lowrank / ours"] = results["norm"]["speedup_forward_backward"]
+    if "step_bfloat16" in results:
+        ratios["step, fp32 / bf16"] = best["seconds"] / results["step_bfloat16"]["seconds"]
+    print("\n| figure | value |\n| --- | --- |")
+    for name, value in ratios.items():
+        print(f"| {name} | {value:.3g} |")
+    if args.output:
+        facts = {"shape": args.shape, "device": torch.cuda.get_device_name() if not cpu else platform.processor() or platform.machine(), "threads": args.threads, "batch": args.batch,
+                 "torch": torch.__version__, "transformers": transformers.__version__}
+        with open(args.output, "w") as file:
+            json.dump({**facts, "results": results, "ratios": ratios}, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()
