@@ -387,24 +387,26 @@ def demonstration(text, output):
 
 
 def conversation(tokenizer, pairs, limit):
-    """Questions and answers in the base's chat template, as many as fit into limit tokens (the first always goes in, cut): (ids, labels), labels -100 but for
-    the answers and the token that ends each. The first question stands there exactly as user_turn shows it at test time."""
+    """Those questions and answers that fit into limit tokens, in the base's chat template: (ids, labels), labels -100 but for the answers and the token
+    that ends each. The first question stands there exactly as user_turn shows it at test time. Where not one fits, the last is cut.
+    A base without a template gets one question."""
     messages, ids, labels = [], [], []
     ends = {tokenizer.eos_token_id, *document_marks(tokenizer)[1]}
-    for question, answer in pairs[:1] if tokenizer.chat_template is None else pairs:
+    for question, answer in pairs:
+        turn = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         if tokenizer.chat_template is None:
             prompt = user_turn(tokenizer, question)
             full = prompt + tokenizer(answer, add_special_tokens=False, verbose=False)["input_ids"] + [tokenizer.eos_token_id]
         else:
-            messages.append({"role": "user", "content": question})
-            prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
-            messages.append({"role": "assistant", "content": answer})
-            full = tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]
-        if len(full) > limit and ids:
-            break
+            prompt = tokenizer.apply_chat_template(messages + turn[:1], add_generation_prompt=True, return_dict=True)["input_ids"]
+            full = tokenizer.apply_chat_template(messages + turn, return_dict=True)["input_ids"]
+        if len(full) > limit and (ids or (question, answer) != pairs[-1]):
+            continue
         stop = next((i + 1 for i in range(len(prompt), len(full)) if full[i] in ends), len(full))
         labels = labels + [-100] * (len(prompt) - len(labels)) + full[len(prompt):stop] + [-100] * (len(full) - stop)
-        ids = full
+        ids, messages = full, messages + turn
+        if tokenizer.chat_template is None:
+            break
     return ids[:limit], labels[:limit]
 
 

@@ -203,7 +203,7 @@ def qa_file(tmp_path_factory):
 def test_conversation_labels(tokenizer):
     """Only the answers and the token that ends each are targets; the first question is the prompt of evaluation."""
     tokenizer.chat_template = CHATML
-    ids, labels = conversation(tokenizer, [("Who?", "Ana."), ("Où?", "Nîmes"), ("x" * 200, "y")], limit=100)
+    ids, labels = conversation(tokenizer, [("Who?", "Ana."), ("x" * 200, "y"), ("Où?", "Nîmes")], limit=100)
     assert tokenizer.decode(ids) == "<s>user: Who?</s>\n<s>assistant: Ana.</s>\n<s>user: Où?</s>\n<s>assistant: Nîmes</s>\n"
     assert tokenizer.decode([t for t in labels if t != -100]) == "Ana.</s>Nîmes</s>" and all(t in (-100, i) for t, i in zip(labels, ids))
     prompt = user_turn(tokenizer, "Who?")
