@@ -80,10 +80,10 @@ class GeneratorConfig:
 # norm(S): eq. 7 as a spectral function
 #
 # Why a range finder and a polar factor are eq. 7-9. Eq. 7 keeps the r leading triplets of S = U Sigma V^T and sets sigma to 1: N = U_r V_r^T.
-# If Q (d_r, r) is an orthonormal basis of the leading left directions, U_r = Q W with W orthogonal, then M = Q^T S = W^T-rotated
-# Sigma_r V_r^T, and its polar factor P = (M M^T)^(-1/2) M = Q^T U_r V_r^T. So N = Q P, and no singular vector is needed to have it;
-# eq. 8 and 9 are then lora_B = s A1 Q, lora_A = P B2: Q stands for U and P for V^T, rotated against each other by W, which cancels in
-# the product. Damping adds lambda^2 to M M^T; null directions of S are null in M and stay 0.
+# Let Q (d_r, r) be any orthonormal basis of the leading left directions, U_r = Q W with W orthogonal. Then M = Q^T S = W Sigma_r V_r^T, its
+# polar factor is P = (M M^T)^(-1/2) M = W V_r^T, and Q P = U_r V_r^T = N: no singular vector is needed. Eq. 8 and 9 follow with Q for U and
+# P for V^T, lora_B = s A1 Q and lora_A = P B2, since W cancels in their product. Damping adds lambda^2 to M M^T; a direction that is null in S
+# is null in M and stays 0. (The true leading directions need the full SVD; Q from a sketch is what the released code has.)
 
 
 @lru_cache(maxsize=16)
