@@ -57,6 +57,24 @@ def test_killed_and_resumed_is_bit_identical(tmp_path, base_directory, text_file
     lines = [[json.loads(line) for line in open(tmp_path / run_ / "log.jsonl")] for run_ in ("whole", "killed")]
     assert [(r["step"], r["loss"]) for r in lines[0]] == [(r["step"], r["loss"]) for r in lines[1]]
     assert lines[0][-1]["reconstruction"] < lines[0][0]["reconstruction"] - 0.1               # and it learns
+    assert sorted(p.name for p in (tmp_path / "whole").glob("step-*")) == ["step-000028", "step-000030"]
+
+
+def test_sigterm_and_time_limit_leave_a_checkpoint(tmp_path, base_directory, text_file):
+    """Both end the run after the step under way, with exit code 0 and a checkpoint of that step."""
+    cache, flags = str(tmp_path / "cache"), ("--steps", "100000", "--save-every", "100000")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GENERATIVE_ADAPTER_CACHE": cache}
+    process = subprocess.Popen(command(base_directory, text_file, tmp_path / "term", *flags), cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    log = tmp_path / "term" / "log.jsonl"
+    while process.poll() is None and not (log.exists() and log.read_text().count("\n") >= 3):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    done = run(base_directory, text_file, tmp_path / "limit", *flags, "--max-minutes", "0.0001", cache=cache)
+    assert process.returncode == done.returncode == 0
+    for name, printed in (("term", out), ("limit", done.stdout)):
+        step = sum(1 for _ in open(tmp_path / name / "log.jsonl"))
+        assert f"stopped at step {step} of 100000" in printed and weights(tmp_path / name, step)
 
 
 def test_killed_twenty_times(tmp_path, base_directory, text_file):
