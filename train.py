@@ -259,7 +259,7 @@ def load_checkpoint(args, path, model, optimizer):
     state, _ = read_safetensors(os.path.join(path, "optimizer.safetensors"))
     torch.set_rng_state(state.pop("torch_rng"))
     for name, p in model.generator.tensors().items() if state else ():        # no state: every step so far was skipped
-        optimizer.state[p] = {key: state[f"{key}/{name}"].to(p.device if key != "step" else "cpu") for key in ("step", "exp_avg", "exp_avg_sq")}
+        optimizer.state[p] = {key: state[f"{key}/{name}"].to(p.device if key != "step" or optimizer.defaults["fused"] else "cpu") for key in ("step", "exp_avg", "exp_avg_sq")}
     return trainer["step"]
 
 
@@ -381,10 +381,10 @@ def train(args):
     model = adapted_model(args, base)
     if args.batch % world:
         raise InputError(f"--batch {args.batch} must be a multiple of the {world} processes")
-    if device.type == "cuda":                           # products with S and the fp32 weights may use TF32; norm turns it off for itself
-        torch.set_float32_matmul_precision("high")
-    else:
+    if device.type == "cpu":
         keep_freed_memory()
+    elif args.dtype == "bfloat16":                      # TF32 holds the bf16 factors of S exactly; norm turns it off for itself
+        torch.set_float32_matmul_precision("high")
     model.checkpointing = args.checkpointing
     parameters = list(model.generator.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=args.weight_decay, fused=device.type == "cuda")
