@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import evaluate
 from conftest import ROOT, make_base, make_model
-from data import MSC_SAMPLE, load_msc
+from data import IN_CONTEXT_PROMPT, MSC_SAMPLE, in_context_prompts, load_msc
 from evaluate import exact_match, f1_score, mean_and_stderr, normalize_answer, normalize_text, recall, rouge_l_recall
 from generator import InputError
 from model import AdaptedLM, load_base
@@ -133,10 +133,12 @@ def test_msc_scores_follow_from_the_predictions(tmp_path, base_directory):
 
 def test_long_context_loses_its_beginning(tokenizer):
     context, window = "alpha " * 200 + "omega", 400
-    prompt = tokenizer.decode(evaluate.in_context_prompt(tokenizer, context, "Which?", window))
-    assert len(prompt) + evaluate.NEW_TOKENS <= window + 4 and "omega\n\nInstruction: Answer" in prompt and prompt.endswith("Question: Which?\n\nAnswer:")
+    (ids, longer), lost = in_context_prompts(tokenizer, IN_CONTEXT_PROMPT, context, ["Which?", "Which one?"], window)
+    prompt = tokenizer.decode(ids)
+    assert len(ids) < len(longer) == window and lost == len(tokenizer(IN_CONTEXT_PROMPT.format(context=context, question="Which one?"))["input_ids"]) + 1 - window
+    assert "omega\n\nInstruction: Answer" in prompt and prompt.endswith("Question: Which?\n\nAnswer:")
     with pytest.raises(InputError, match="window"):
-        evaluate.in_context_prompt(tokenizer, "x", "q" * 500, window)
+        in_context_prompts(tokenizer, IN_CONTEXT_PROMPT, "x", ["q" * 500], window)
 
 
 def test_ppl_against_plain_cross_entropy(tmp_path, base_directory, text_file):
