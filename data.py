@@ -418,7 +418,9 @@ def open_predictions(path):
     if path and os.path.exists(path):
         with open(path, "rb") as file:
             *lines, half = file.read().split(b"\n")
-        for number, line in enumerate([*lines, *([half] if not half.startswith(b'{"key": ') else [])], 1):
+        if half[:8] != b'{"key": '[:len(half)]:
+            lines.append(half)                               # not the beginning of a line of ours
+        for number, line in enumerate(lines, 1):
             try:
                 record = json.loads(line)
                 done[record["key"]] = record

@@ -221,7 +221,9 @@ def read_contexts(run, method, contexts, items, template):
         forward, validation = (sum(base_flops(base, len(ids)) for ids, _ in examples) for examples in (train, dev))
         epochs = len(losses) - 1                                        # the backward pass costs two forward passes
         costs = [(epochs * 3 * forward + len(losses) * validation, sum(p.numel() for p in base.parameters()), {})]
-    seconds = {} if method == "full-conversation" else {"contextualisation_seconds": (time.time() - began) / len(contexts)}       # there it is part of the answer
+    seconds = {"contextualisation_seconds": (time.time() - began) / len(contexts) if kept or weights else 0.0}
+    if method == "full-conversation":                                   # each conversation is read with its question, in one pass
+        seconds = {}
     costs = [{"contextualisation_tflops": flops / 1e12, "storage_mfloats": floats / 1e6, **seconds, **more} for flops, floats, more in costs]
     return prompts, kept, costs * (len(items) // len(costs)), weights
 
@@ -233,7 +235,7 @@ def predict(run, method, groups, score, template=IN_CONTEXT_PROMPT, **where):
     A batch is computed whole if one of its answers is missing: padded as in an unbroken run, it gives the same answers to the last bit."""
     args, model, name, records = run.args, run.model, " ".join([method, *map(str, where.values())]), []
     digest = fingerprint(run, method, template)
-    with tqdm(total=sum(len(items) for _, items in groups), desc=name, unit="question") as bar:
+    with tqdm(total=sum(len(items) for _, items in groups), desc=name, unit="question", leave=None) as bar:
         for group, (contexts, items) in enumerate(groups):
             read = None
             for at in range(0, len(items), args.batch_size):
@@ -325,7 +327,7 @@ def evaluate_qa(run, documents):
                 run.note(f"{method} at {length} tokens is left out: the documents make a single group")
                 continue
             groups = [([texts[other]], [item for i in part for item in items[i]]) for other, part in zip(others, parts)]
-            yield table_row(predict(run, method, groups, qa_scores, groups=count), began, method=method, context_length=length, groups=count)
+            yield table_row(predict(run, method, groups, qa_scores, parts=count), began, method=method, context_length=length, groups=count)
 
 
 def evaluate_metaicl(run, tasks):
@@ -339,7 +341,7 @@ def evaluate_metaicl(run, tasks):
             continue
         for shots in [0] if method in ("zero-shot", "fine-tuned") else args.shots:
             rows = {}
-            for name, other in zip(names, others):
+            for name, other in tqdm(list(zip(names, others)), desc=f"{method}, {shots} shots", unit="task"):
                 items, began = [{"number": i, **item} for i, item in enumerate(tasks[name]["test"][:args.limit])], time.time()
                 groups = [([None], items)]
                 if method != "zero-shot":
@@ -449,11 +451,11 @@ def plot(path, rows):
     from matplotlib.figure import Figure
 
     x = next((key for key in ("context_length", "shots") if key in rows[0]), None)
-    panels = [(title, key, rows) for key, title in PANELS.items() if key in rows[0]]
+    panels = [(title, key, [row for row in rows if key not in COSTS or row["method"] != "adapter-shuffled"]) for key, title in PANELS.items() if key in rows[0]]
     if x == "shots":
         panels = [(f"{label}: accuracy", "accuracy", part) for label in ("classification", "non-classification") if (part := [row for row in rows if row["task"] == label])]
     methods, height = list(dict.fromkeys(row["method"] for row in rows)), -(-len(panels) // 2)
-    figure = Figure(figsize=(9, 3.2 * height + 0.4), layout="constrained")
+    figure, legend = Figure(figsize=(9, 3.2 * height + 0.4), layout="constrained"), {}
     for at, (title, key, drawn) in enumerate(panels, 1):
         axes = figure.add_subplot(height, min(2, len(panels)), at, title=title)
         for n, method in enumerate(methods):
@@ -464,17 +466,19 @@ def plot(path, rows):
             elif set(places) == {0}:
                 axes.axhline(values[0], linestyle="--", color=f"C{n}", label=method)
             else:
-                axes.errorbar(places, values, errors, marker="o", capsize=3, color=f"C{n}", label=method)
+                axes.errorbar(places, values, errors, marker="osD^v"[n], linestyle=":" if method.endswith("shuffled") else "-", capsize=3, color=f"C{n}", label=method)
         axes.grid(alpha=0.3)
+        legend.update(zip(*reversed(axes.get_legend_handles_labels())))
         if x is None:
             axes.invert_yaxis()
             continue
         ticks = sorted({row[x] for row in drawn} - {0})
+        axes.set_ylim(bottom=0)
         axes.set_xscale("log", base=2)
         axes.set_xticks(ticks, [f"{tick // 1024}K" if tick >= 1024 else tick for tick in ticks])
         axes.set_xlabel("context length, tokens" if x == "context_length" else "demonstrations")
     if x:
-        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=len(methods), frameon=False)
+        figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=len(methods), frameon=False)
     figure.savefig(path, dpi=110)
 
 
