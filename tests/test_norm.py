@@ -3,7 +3,12 @@
 import pytest
 import torch
 
-from generator import frobenius_norm, sketch, svd_norm
+from generator import MatmulNorm, SpectralNorm, frobenius_norm, sketch, solve_lyapunov, svd_norm
+
+# name: (the function of (S, rank, damping), whether it takes the full SVD); matmul is what CUDA runs
+NORMS = {"svd": (lambda S, rank, damping: svd_norm(S, rank, damping), False), "svd-exact": (lambda S, rank, damping: svd_norm(S, rank, damping, exact=True), True),
+         "matmul": (MatmulNorm.apply, False)}
+damped = pytest.mark.parametrize("norm, damping", [("svd", 1e-2), ("svd", 0.0), ("svd-exact", 1e-2), ("svd-exact", 0.0), ("matmul", 1e-2), ("matmul", 1e-3)])
 
 
 def matrix(d, spectrum, seed=0):
@@ -31,29 +36,27 @@ def plain_norm(S, rank, damping, exact):
 plain_norm.lam = None
 
 
-@pytest.mark.parametrize("exact", [False, True])
-@pytest.mark.parametrize("damping", [1e-2, 0.0])
+@damped
 @pytest.mark.parametrize("condition", [1, 1e2, 1e4])
-def test_value_in_fp32(condition, damping, exact):
+def test_value_in_fp32(condition, damping, norm):
     d, r = 64, 16
     spectrum = torch.logspace(4, 4 - torch.log10(torch.tensor(float(condition))).item(), r, dtype=torch.float64)
     tail = spectrum[-1] * torch.logspace(-0.5, -3, d - r, dtype=torch.float64)
     S = matrix(d, torch.cat([spectrum, tail]))
-    U, V = svd_norm(S.float(), r, damping, exact)
-    want = plain_norm(S.float().double(), r, damping, exact)
+    U, V = NORMS[norm][0](S.float(), r, damping)
+    want = plain_norm(S.float().double(), r, damping, NORMS[norm][1])
     assert (U @ V - want).norm() < 1e-3 * want.norm()
 
 
-@pytest.mark.parametrize("exact", [False, True])
-@pytest.mark.parametrize("damping", [1e-2, 0.0])
+@damped
 @pytest.mark.parametrize("spectrum", [range(5, 0, -1), [3, 3, 3, 1, 1], [2] * 8, list(range(24, 0, -1))], ids=["short", "tied", "all tied", "full"])
-def test_gradient_against_finite_differences(spectrum, damping, exact):
-    """Exact wherever rank(S) <= r, ties included; the full spectrum is exact for svd-exact, and for svd at rank = d_r."""
-    d = 24
+def test_gradient_against_finite_differences(spectrum, damping, norm):
+    """Exact wherever rank(S) <= r, ties included; the full spectrum is exact for svd-exact, and for the others at rank = d_r."""
+    d, (function, exact) = 24, NORMS[norm]
     rank = 8 if len(spectrum) <= 8 or exact else d
     S = matrix(d, list(spectrum)).requires_grad_()
     G = torch.randn(d, d, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    U, V = svd_norm(S, rank, damping, exact)
+    U, V = function(S, rank, damping)
     (U @ V * G).sum().backward()
     plain_norm.lam = damping * max(spectrum)
     for seed in range(4):
@@ -67,23 +70,54 @@ def test_gradient_against_finite_differences(spectrum, damping, exact):
     plain_norm.lam = None
 
 
-@pytest.mark.parametrize("exact", [False, True])
-@pytest.mark.parametrize("damping", [1e-2, 0.0])
+@damped
 @pytest.mark.parametrize("S", [torch.zeros(24, 24), torch.eye(24), matrix(24, [5, 3, 1]).float(), matrix(24, [4, 4, 4, 4]).float()],
                          ids=["zero", "identity", "three tokens", "ties"])
-def test_corners(S, damping, exact):
+def test_corners(S, damping, norm):
     """Null directions give 0, not noise; values and gradients are finite; two calls agree to the bit."""
     rank, directions = 8, min(8, torch.linalg.matrix_rank(S).item())
-    S = S.clone().requires_grad_()
-    U, V = svd_norm(S, rank, damping, exact)
+    S, function = S.clone().requires_grad_(), NORMS[norm][0]
+    U, V = function(S, rank, damping)
     N = U @ V
     N.backward(torch.randn(24, 24, generator=torch.Generator().manual_seed(2)))
     assert S.grad.isfinite().all()
     sigma = torch.linalg.svdvals(N.detach())
     assert (sigma[:directions] > 0.95).all() and (sigma[directions:] < 1e-4).all()
     torch.rand(3)                                                               # the global generator must not matter
-    again = svd_norm(S, rank, damping, exact)
+    again = function(S, rank, damping)
     assert torch.equal(U, again[0]) and torch.equal(V, again[1])
+
+
+@pytest.mark.parametrize("damping", [1e-2, 1e-3])
+@pytest.mark.parametrize("tail", [False, True], ids=["short", "long"])
+@pytest.mark.parametrize("condition", [1, 1e2, 1e4])
+def test_gradient_in_fp32(condition, tail, damping):
+    """Both ways of computing the gradient, in fp32, against the Daleckii-Krein formula in float64: contexts shorter and longer than r."""
+    d, r = 64, 16
+    spectrum = torch.logspace(4, 4 - torch.log10(torch.tensor(float(condition))).item(), r if tail else r - 4, dtype=torch.float64)
+    S = matrix(d, torch.cat([spectrum, spectrum[-1] * torch.logspace(-0.5, -3, d - r, dtype=torch.float64)]) if tail else spectrum).float()
+    G = torch.randn(d, d, generator=torch.Generator().manual_seed(1))
+
+    def gradient(function, S):
+        S = S.clone().requires_grad_()
+        left, right = function.apply(S, r, damping, *([False] if function is SpectralNorm else []))
+        (left @ right).backward(G.to(S.dtype))
+        return S.grad
+
+    want = gradient(SpectralNorm, S.double())
+    for function in (SpectralNorm, MatmulNorm):
+        assert (gradient(function, S) - want).norm() < 1e-2 * want.norm()
+    assert (gradient(MatmulNorm, S.double()) - want).norm() < 1e-4 * want.norm()
+
+
+def test_lyapunov():
+    random = torch.Generator().manual_seed(0)
+    Q = torch.linalg.qr(torch.randn(3, 12, 12, generator=random, dtype=torch.float64)).Q
+    B = Q @ torch.diag(torch.logspace(1, -1, 12, dtype=torch.float64)) @ Q.mT
+    Y = torch.randn(3, 12, 12, generator=random, dtype=torch.float64)
+    Y = Y + Y.mT
+    W = solve_lyapunov(B, Y, low=1e-2)
+    torch.testing.assert_close(B @ W + W @ B, Y)
 
 
 def test_full_rank_is_the_polar_factor():
