@@ -124,9 +124,9 @@ def base_flops(base, tokens, past=0, head=True):
 
 def generator_flops(model, tokens, chunks):
     """FLOPs of the generator's matrix products for a context: projections and S for each token, norm and LoRA pair for each chunk.
-    The four products with S in norm are counted (svd; svd-exact has none), factorisations (QR, SVD) are not."""
+    In norm (svd; svd-exact has none) the four products with S and the nine of (d_r, r) with (r, r) are counted, factors of r x r are not."""
     d_r, r, total = model.config.d_r, model.config.adapter_rank, 0
-    norm = 8 * d_r * d_r * r if model.config.norm == "svd" else 0
+    norm = 8 * d_r * d_r * r + 18 * d_r * r * r if model.config.norm == "svd" else 0
     for layer in model.generator.layers:
         d_out, d_in, d_h = len(layer.A1), layer.B2.shape[1], len(layer.g)
         total += tokens * (4 * d_h * d_r + 2 * d_r * d_r) + chunks * (norm + 2 * r * d_r * (d_in + d_out))

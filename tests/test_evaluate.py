@@ -72,8 +72,7 @@ def test_generator_flops_against_the_counter():
             layer.adapter(sum(layer.update(torch.randn(20, 64)) for _ in range(3)))
             layer.adapter(torch.randn(24, 24))
             layer.adapter(torch.randn(24, 24))
-    small = 3 * len(g.layers) * 2 * 24 * 8 * 8    # Q times the (r, r) factor of the small SVD, inside norm
-    assert counter.get_total_flops() == evaluate.generator_flops(model, 60, 3) + small
+    assert counter.get_total_flops() == evaluate.generator_flops(model, 60, 3)
 
 
 def test_storage():
@@ -249,8 +248,8 @@ def test_cached_prefix_answers_like_whole_prompts(tokenizer, kind):
     assert torch.equal(before, kept["cache"].layers[0].keys) and all(cost["past"] == len(prompts[0]) - len(items[0]["question"].encode()) - 1 for cost in costs)
 
 
-def test_contextualisation_flops_against_the_counter():
-    """Two chunks read and their adapters made. The counter sees full attention, of which the causal half is counted, and small terms."""
+def test_contextualisation_flops_against_the_counter(monkeypatch):
+    """Two chunks read and their adapters made. The counter sees full attention, of which the causal half is counted."""
     base = make_base(attn_implementation="eager")
     model, L = make_model(base=base), 20
     ids = torch.randint(0, 256, (1, 2 * L))
@@ -258,15 +257,11 @@ def test_contextualisation_flops_against_the_counter():
         memory = model.contextualize(ids[:, :L])
         memory = model.contextualize(ids[:, L:], memory=memory)
         model.lora(memory)
-    evaluate_chunk, evaluate.CHUNK = evaluate.CHUNK, L
-    try:
-        want = evaluate.context_flops(model, 2 * L)
-    finally:
-        evaluate.CHUNK = evaluate_chunk
+    monkeypatch.setattr(evaluate, "CHUNK", L)
+    want = evaluate.context_flops(model, 2 * L)
     acausal = 2 * 3 * 4 * 4 * 16 * (L * L - L * (L + 1) // 2)           # chunks, blocks, 4 FLOPs, heads, their width
     applied = 3 * 2 * L * 8 * (64 + 64)                                 # the unmerged pair at work on the second chunk
-    small = 2 * 3 * 2 * 24 * 8 * 8                                      # inside norm
-    assert abs(counter.get_total_flops() - want - acausal - applied - small) <= 2 * 2 * L * 8          # rotary frequencies, where they are counted
+    assert abs(counter.get_total_flops() - want - acausal - applied) <= 2 * 2 * L * 8          # rotary frequencies, where they are counted
 
 
 SQUAD = [("The river Öre runs past seven green stones. " * 4, [("How many stones?", ["seven", "seven green"]), ("Which river?", ["Öre", "the river Öre"])]),
