@@ -354,6 +354,12 @@ def load_msc(source=None):
     return rows
 
 
+def first_ids(rows, tokenizer, length, count):
+    """The first `length` ids of each of the first `count` documents that have at least 2. rows: (where, row) as read_rows yields them."""
+    texts = (context_ids(tokenizer, field(row, "text", str, where))[:length] for where, row in rows)
+    return list(itertools.islice((ids for ids in texts if len(ids) > 1), count))
+
+
 def load_qa(source, task):
     """Documents with their questions, in the order of the data: [{"text", "questions": [{"id", "question", "golds": [text, ...]}]}].
 

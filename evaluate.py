@@ -21,6 +21,7 @@ import os
 import platform
 import random
 import re
+import statistics
 import string
 import time
 import types
@@ -30,7 +31,7 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from data import (IN_CONTEXT_PROMPT, METAICL_CLASSIFICATION, METAICL_OTHER, METAICL_PROMPT, METAICL_QUERY, METAICL_SEEDS, MSC_HUB_ID, MSC_SAMPLE, context_ids, field, hub_reachable,
+from data import (IN_CONTEXT_PROMPT, METAICL_CLASSIFICATION, METAICL_OTHER, METAICL_PROMPT, METAICL_QUERY, METAICL_SEEDS, MSC_HUB_ID, MSC_SAMPLE, context_ids, first_ids, hub_reachable,
                   in_context_prompts, left_pad, load_metaicl, load_msc, load_qa, metaicl_example, open_predictions, read_rows, run_command, split_into_chunks, stamps, user_turn)
 from generator import GeneratorConfig, InputError, Memory
 from model import DEFAULT_BASE, AdaptedLM, find_blocks, load_base
@@ -97,9 +98,7 @@ def rouge_l_recall(prediction, gold):
 
 def mean_and_stderr(values):
     """(mean, standard error) of a list; the error of fewer than two values is None."""
-    n = len(values)
-    mean = sum(values) / n
-    return mean, (sum((v - mean) ** 2 for v in values) / (n - 1) / n) ** 0.5 if n > 1 else None
+    return statistics.fmean(values), statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -221,9 +220,8 @@ def read_contexts(run, method, contexts, items, template):
         forward, validation = (sum(base_flops(base, len(ids)) for ids, _ in examples) for examples in (train, dev))
         epochs = len(losses) - 1                                        # the backward pass costs two forward passes
         costs = [(epochs * 3 * forward + len(losses) * validation, sum(p.numel() for p in base.parameters()), {})]
-    seconds = {"contextualisation_seconds": (time.time() - began) / len(contexts) if kept or weights else 0.0}
-    if method == "full-conversation":                                   # each conversation is read with its question, in one pass
-        seconds = {}
+    # different conversations are read with their questions in one pass, whose parts have no times of their own
+    seconds = {} if method == "full-conversation" else {"contextualisation_seconds": (time.time() - began) / len(contexts) if kept or weights else 0.0}
     costs = [{"contextualisation_tflops": flops / 1e12, "storage_mfloats": floats / 1e6, **seconds, **more} for flops, floats, more in costs]
     return prompts, kept, costs * (len(items) // len(costs)), weights
 
@@ -288,7 +286,7 @@ def table_row(records, began, **what):
         if key in records[0]:
             mean, error = mean_and_stderr([record[key] for record in records])
             row[key], row[key + "_stderr"] = 100 * mean, None if error is None else 100 * error
-    costs = {key: mean_and_stderr([record[key] for record in records])[0] for key in COSTS if key in records[0]}
+    costs = {key: statistics.fmean(record[key] for record in records) for key in COSTS if key in records[0]}
     return {**row, **costs, "seconds": time.time() - began}
 
 
@@ -350,16 +348,14 @@ def evaluate_metaicl(run, tasks):
                     contexts = examples if method == "fine-tuned" else ["\n\n".join(f"{row['question']} {row['golds'][0]}" for row in rows) for rows in drawn]
                     groups = [([context], items) for context in contexts]
                 records = predict(run, method, groups, icl_scores, METAICL_PROMPT, name=name, shots=shots)
-                means = [{key: mean_and_stderr([r[key] for r in records[i::len(items)]])[0] for key in ("accuracy", *COSTS)} for i in range(len(items))]
+                means = [{key: statistics.fmean(record[key] for record in records[i::len(items)]) for key in ("accuracy", *COSTS)} for i in range(len(items))]
                 rows[name] = table_row(means, began, method=method, task=name, shots=shots)
                 yield rows[name]
             for label, wanted in (("classification", METAICL_CLASSIFICATION), ("non-classification", METAICL_OTHER), ("all", names)):
                 if part := [rows[name] for name in wanted if name in rows]:
-                    mean = {key: mean_and_stderr([row[key] for row in part])[0] for key in ("accuracy", *COSTS)}
-                    errors = [row["accuracy_stderr"] for row in part]
+                    row, errors = table_row([{**row, "accuracy": row["accuracy"] / 100} for row in part], 0, method=method, task=label, shots=shots), [row["accuracy_stderr"] for row in part]
                     error = None if None in errors else sum(e * e for e in errors) ** 0.5 / len(part)
-                    averages.append({"method": method, "task": label, "shots": shots, "n": sum(row["n"] for row in part), "accuracy": mean.pop("accuracy"), "accuracy_stderr": error,
-                                     **mean, "seconds": sum(row["seconds"] for row in part)})
+                    averages.append({**row, "n": sum(row["n"] for row in part), "accuracy_stderr": error, "seconds": sum(row["seconds"] for row in part)})
     yield from averages
 
 
@@ -368,19 +364,14 @@ def evaluate_ppl(run, texts):
     """Table 2: perplexity of a document's first 1,024 tokens (reconstruction) and of the next 1,024 (completion), exp of the mean over
     documents of the token-mean nats. A document of fewer than 2,048 tokens gives what is left; the first token of a segment is no target.
     The checkpoints of several ablations stand side by side; what no generator touches is computed once."""
-    args, device, documents, L = run.args, run.model.base.device, [], CHUNK
-    for where, row in texts:
-        if len(documents) == (args.limit or 100):
-            break
-        ids = context_ids(run.tokenizer, field(row, "text", str, where))[:2 * L]
-        if len(ids) > 1:
-            documents.append(torch.tensor(ids, device=device))
+    args, device, L = run.args, run.model.base.device, CHUNK
+    documents = [torch.tensor(ids, device=device) for ids in first_ids(texts, run.tokenizer, 2 * L, args.limit or 100)]                 # (up to 2 L,)
     if len(documents) < 2:
         raise InputError(f"{args.data}: ppl needs at least 2 documents of 2 tokens or more, found {len(documents)}")
     others = other_contexts([{i} for i in range(len(documents))], args.seed)
 
     def nats(model, method, i):
-        """(reconstruction, completion) of document i in nats a token; None where no token is left."""
+        """Of document i, in nats a token; None where no token is left."""
         context, completion = documents[i][:L], documents[i][L:]
         if method == "in-context":                                      # the context and the target's first token are no targets
             passes, skip, visible = [[torch.cat([context, target])] for target in (context, completion)], len(context) + 1, [0]
@@ -395,7 +386,7 @@ def evaluate_ppl(run, texts):
             labels[:, :, :skip] = -100
             total, count = model.segment_losses(tokens, mask[None], visible, labels)
             values += [t.item() / n.item() if n else None for t, n in zip(total[0], count[0])]
-        return values[-2:]
+        return dict(zip(("reconstruction_nats", "completion_nats"), values[-2:]))
 
     for method in args.method:
         for name, model in run.models if method.startswith("adapter") else run.models[:1]:
@@ -404,8 +395,7 @@ def evaluate_ppl(run, texts):
             for i in tqdm(range(len(documents)), desc=method, unit="document"):
                 key = f"ppl {method} {i} {digest}"
                 if key not in run.done:
-                    reconstruction, completion = nats(model, method, i)
-                    run.write({"key": key, "task": "ppl", "method": method, "document": i, "reconstruction_nats": reconstruction, "completion_nats": completion})
+                    run.write({"key": key, "task": "ppl", "method": method, "document": i, **nats(model, method, i)})
                 records.append(run.done[key])
             row = {"method": method, **({"checkpoint": name} if method.startswith("adapter") else {}), "n": len(records)}
             for key in ("reconstruction", "completion"):
@@ -424,14 +414,12 @@ def evaluate_ppl(run, texts):
 def load_models(args):
     """([(name, AdaptedLM)] for each --checkpoint on one base, tokenizer); without a checkpoint the generator is untrained and says so."""
     base, tokenizer = load_base(args.base, getattr(torch, args.dtype) if args.dtype else None, args.device)
-    default = DEFAULT_CHECKPOINT if args.base == DEFAULT_BASE and os.path.isdir(DEFAULT_CHECKPOINT) else "none"
-    models = []
-    for name in args.checkpoint or [default]:
-        if name == "none":
-            print("NOTE: the generator is untrained (A1 = 0), so the adapter rows equal closed-book; train one with train.py and name it with --checkpoint")
-            torch.manual_seed(args.seed)
-        models.append((name, AdaptedLM(base, GeneratorConfig()) if name == "none" else AdaptedLM.from_pretrained(base, name)))
-    return models, tokenizer
+    shipped = DEFAULT_CHECKPOINT if args.base == DEFAULT_BASE and os.path.isdir(DEFAULT_CHECKPOINT) else "none"
+    names = args.checkpoint or [shipped]
+    if "none" in names:
+        print("NOTE: the generator is untrained (A1 = 0), so the adapter rows equal closed-book; train one with train.py and name it with --checkpoint")
+        torch.manual_seed(args.seed)
+    return [(name, AdaptedLM(base, GeneratorConfig()) if name == "none" else AdaptedLM.from_pretrained(base, name)) for name in names], tokenizer
 
 
 def markdown(rows):
@@ -454,21 +442,22 @@ def plot(path, rows):
     panels = [(title, key, [row for row in rows if key not in COSTS or row["method"] != "adapter-shuffled"]) for key, title in PANELS.items() if key in rows[0]]
     if x == "shots":
         panels = [(f"{label}: accuracy", "accuracy", part) for label in ("classification", "non-classification") if (part := [row for row in rows if row["task"] == label])]
-    methods, height = list(dict.fromkeys(row["method"] for row in rows)), -(-len(panels) // 2)
-    figure, legend = Figure(figsize=(9, 3.2 * height + 0.4), layout="constrained"), {}
-    for at, (title, key, drawn) in enumerate(panels, 1):
-        axes = figure.add_subplot(height, min(2, len(panels)), at, title=title)
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    shape = (-(-len(panels) // 2), min(2, len(panels)))
+    figure = Figure(figsize=(9, 3.2 * shape[0] + 0.4), layout="constrained")
+    for (title, key, drawn), axes in zip(panels, figure.subplots(*shape, squeeze=False).flat):
         for n, method in enumerate(methods):
-            points = sorted(((row.get(x, 0), row[key], row.get(key + "_stderr") or 0, row.get("checkpoint", "")) for row in drawn if row["method"] == method and key in row))
-            places, values, errors, names = zip(*points) if points else [()] * 4
+            points = [row for row in drawn if row["method"] == method and key in row]
+            values, errors = [row[key] for row in points], [row.get(key + "_stderr") or 0 for row in points]
             if x is None:
-                axes.barh([f"{method} {os.path.basename(os.path.normpath(name))}" if len(names) > 1 else method for name in names], values, xerr=errors, color=f"C{n}")
-            elif set(places) == {0}:
+                axes.barh([f"{method} {os.path.basename(os.path.normpath(row['checkpoint']))}" if "checkpoint" in row else method for row in points], values, xerr=errors)
+            elif points and points[0][x] == 0:
                 axes.axhline(values[0], linestyle="--", color=f"C{n}", label=method)
-            else:
-                axes.errorbar(places, values, errors, marker="osD^v"[n], linestyle=":" if method.endswith("shuffled") else "-", capsize=3, color=f"C{n}", label=method)
+            elif points:
+                style = {"marker": "osD^v"[n], "linestyle": ":" if method.endswith("shuffled") else "-", "color": f"C{n}", "label": method}
+                axes.errorbar([row[x] for row in points], values, errors, capsize=3, **style)
+        axes.set_title(title)
         axes.grid(alpha=0.3)
-        legend.update(zip(*reversed(axes.get_legend_handles_labels())))
         if x is None:
             axes.invert_yaxis()
             continue
@@ -478,7 +467,7 @@ def plot(path, rows):
         axes.set_xticks(ticks, [f"{tick // 1024}K" if tick >= 1024 else tick for tick in ticks])
         axes.set_xlabel("context length, tokens" if x == "context_length" else "demonstrations")
     if x:
-        figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=len(methods), frameon=False)
+        figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(methods), frameon=False)
     figure.savefig(path, dpi=110)
 
 
@@ -549,14 +538,13 @@ def main(argv=None):
     model = models[0][1]
     versions = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
     dtype = str(model.base.dtype).split(".")[-1]
-    facts = [args.base, stamps(args.base), args.data, stamps(args.data), args.limit, args.seed, args.batch_size, dtype, model.base.device.type, versions]
+    facts = [args.base, stamps(args.base), args.data, stamps(args.data), args.limit, args.seed, args.demo_seeds, args.batch_size, dtype, model.base.device.type, versions]
     run = types.SimpleNamespace(args=args, models=models, model=model, tokenizer=tokenizer, facts=facts, done=done, write=write, note=note)
     rows = list({"msc": evaluate_msc, "squad": evaluate_qa, "streamingqa": evaluate_qa, "metaicl": evaluate_metaicl, "ppl": evaluate_ppl}[args.task](run, data))
     if not rows:
         raise InputError(f"{args.data}: no method could be evaluated on it")
     print("\n" + markdown(rows))
-    for text in notes:
-        print(f"NOTE: {text}")
+    print("".join(f"NOTE: {text}\n" for text in notes), end="")
     if args.output:
         bare = {"ppl": "none: the text itself is scored", "metaicl": f"{METAICL_QUERY} as one user turn"}.get(args.task, "the question alone, as one user turn")
         full = {"ppl": "context + text", "metaicl": METAICL_PROMPT.replace("{question}", METAICL_QUERY)}.get(args.task, IN_CONTEXT_PROMPT)
