@@ -105,8 +105,7 @@ def mean_and_stderr(values):
 # cost (Table 1, Fig. 3), from shapes: 2 FLOPs a weight and token, and attention over the keys before it
 
 
-def head_dim(c):
-    """Width of an attention head, from a transformers config."""
+def head_dim(c):                                            # c: a transformers config
     return getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
 
 
@@ -414,8 +413,7 @@ def evaluate_ppl(run, texts):
 def load_models(args):
     """([(name, AdaptedLM)] for each --checkpoint on one base, tokenizer); without a checkpoint the generator is untrained and says so."""
     base, tokenizer = load_base(args.base, getattr(torch, args.dtype) if args.dtype else None, args.device)
-    shipped = DEFAULT_CHECKPOINT if args.base == DEFAULT_BASE and os.path.isdir(DEFAULT_CHECKPOINT) else "none"
-    names = args.checkpoint or [shipped]
+    names = args.checkpoint or [DEFAULT_CHECKPOINT if args.base == DEFAULT_BASE and os.path.isdir(DEFAULT_CHECKPOINT) else "none"]
     if "none" in names:
         print("NOTE: the generator is untrained (A1 = 0), so the adapter rows equal closed-book; train one with train.py and name it with --checkpoint")
         torch.manual_seed(args.seed)
@@ -458,14 +456,13 @@ def plot(path, rows):
                 axes.errorbar([row[x] for row in points], values, errors, capsize=3, **style)
         axes.set_title(title)
         axes.grid(alpha=0.3)
-        if x is None:
+        if x:
+            ticks = sorted({row[x] for row in drawn} - {0})
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(ticks, [f"{tick // 1024}K" if tick >= 1024 else tick for tick in ticks])
+            axes.set(ylim=(0, None), xlabel="context length, tokens" if x == "context_length" else "demonstrations")
+        else:
             axes.invert_yaxis()
-            continue
-        ticks = sorted({row[x] for row in drawn} - {0})
-        axes.set_ylim(bottom=0)
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(ticks, [f"{tick // 1024}K" if tick >= 1024 else tick for tick in ticks])
-        axes.set_xlabel("context length, tokens" if x == "context_length" else "demonstrations")
     if x:
         figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(methods), frameon=False)
     figure.savefig(path, dpi=110)
@@ -516,8 +513,7 @@ def load_data(args, note):
     args.data = args.data or HUB_IDS[args.task]
     if args.task == "metaicl":
         tasks, missing = load_metaicl(args.data, args.demo_seeds, max(args.shots), "fine-tuned" in args.method)
-        if missing:
-            note(f"{len(missing)} of MetaICL's 26 test tasks are not in {args.data}: {', '.join(missing)}")
+        note(f"{len(tasks)} of MetaICL's 26 test tasks are averaged; not in {args.data}: {', '.join(missing) or 'none'}")
         return tasks
     if args.task == "ppl":
         texts = read_rows(args.data, split="validation")
@@ -536,8 +532,7 @@ def main(argv=None):
     done, write = open_predictions(args.predictions)
     models, tokenizer = load_models(args)
     model = models[0][1]
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
-    dtype = str(model.base.dtype).split(".")[-1]
+    versions, dtype = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}, str(model.base.dtype).split(".")[-1]
     facts = [args.base, stamps(args.base), args.data, stamps(args.data), args.limit, args.seed, args.demo_seeds, args.batch_size, dtype, model.base.device.type, versions]
     run = types.SimpleNamespace(args=args, models=models, model=model, tokenizer=tokenizer, facts=facts, done=done, write=write, note=note)
     rows = list({"msc": evaluate_msc, "squad": evaluate_qa, "streamingqa": evaluate_qa, "metaicl": evaluate_metaicl, "ppl": evaluate_ppl}[args.task](run, data))
@@ -552,10 +547,9 @@ def main(argv=None):
                   "n": max(row["n"] for row in rows), "limit": args.limit, "seed": args.seed, "base": args.base,
                   "checkpoint": models[0][0] if len(models) == 1 else [name for name, _ in models], "dtype": dtype, "versions": versions,
                   "prompts": {method: full if method in IN_CONTEXT else bare for method in args.method}, "rows": rows}
-        part = args.output + ".part"
-        with open(part, "w", encoding="utf-8") as file:
+        with open(args.output + ".part", "w", encoding="utf-8") as file:
             json.dump(result, file, indent=1, ensure_ascii=False)
-        os.replace(part, args.output)
+        os.replace(args.output + ".part", args.output)
     if args.plot:
         plot(args.plot, rows)
 
