@@ -2,7 +2,8 @@
 
     python data.py corpus.parquet more.jsonl.gz notes.txt --out tokens.bin        # tokens of the default base; --base for another
 
-A source is a .parquet, .jsonl(.gz) or .txt(.gz) file with a "text" field (a .txt file is one document), or a hub data set id.
+A source is a .parquet, .jsonl(.gz) or .txt(.gz) file with a "text" field (a .txt file is one document), or a hub data set id, with its
+configuration after a colon where it has several ("microsoft/ms_marco:v1.1"). Instruction tuning reads the schemas of Table 3's sets.
 """
 
 import argparse
@@ -30,6 +31,11 @@ from generator import InputError
 MSC_HUB_ID = "MemGPT/MSC-Self-Instruct"
 MSC_SAMPLE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "msc_sample.jsonl")
 CACHE = os.path.expanduser(os.environ.get("GENERATIVE_ADAPTER_CACHE", "~/.cache/generative-adapter"))
+
+# Table 3, the sets with a hub id; MetaICL has none: give its files
+TABLE_3 = ["stanfordnlp/coqa", "ucinlp/drop", "deepmind/narrativeqa", "qiaojin/PubMedQA:pqa_labeled", "textmachinelab/quail", "microsoft/ms_marco:v1.1",
+           "kmfoda/booksum", "sggetao/PwC"]
+TARGET_TOKENS = 128       # a conversation may be this long even where chunks are shorter
 
 # Fig. 7, document question answering: one user turn
 IN_CONTEXT_PROMPT = ("{context}\n\nInstruction: Answer the question based on the context above. Respond with a short phrase only. "
@@ -104,7 +110,8 @@ def _rows(source, split):
             raise InputError(f"{source}: give a .parquet, .jsonl, .jsonl.gz, .txt or .txt.gz file, or a hub data set id")
         else:
             hub_reachable()
-            rows = datasets.load_dataset(source, split=split, streaming=True)
+            name, _, configuration = source.partition(":")
+            rows = datasets.load_dataset(name, configuration or None, split=split, streaming=True)
         for number, row in enumerate(rows, 1):
             yield f"{source} row {number}", row
 
@@ -287,10 +294,9 @@ def left_pad(prompts, pad):
 # --------------------------------------------------------------------------------------------------------------------
 # text in and out of the model
 
-# Fig. 7, MetaICL: the question is METAICL_QUERY, the context are demonstrations (METAICL_QUERY and the output) joined by blank lines
+# Fig. 7, MetaICL: the context are demonstrations joined by blank lines, the question is one without an output
 METAICL_PROMPT = ("{context}\n\nInstruction: Based on the demonstration above, provide a short and concise answer, without any explanation or "
                   "additional words.\n\n{question}")
-METAICL_QUERY = "Input: {input}\nOutput:"
 METAICL_SEEDS = [100, 13, 21, 42, 87]
 # the 26 test tasks of MetaICL's hr_to_lr setting (Table 4), split by the task_type of its configuration files
 METAICL_CLASSIFICATION = (
@@ -325,13 +331,6 @@ def in_context_prompts(tokenizer, template, context, questions, room):
             raise InputError(f"a question alone is longer than the {room} tokens that the base's window leaves for it")
         context, lost = tokenizer.decode(ids[excess:]), lost + min(excess, len(ids))
     return [prompt(question) for question in questions], lost
-
-
-def metaicl_example(tokenizer, row):
-    """(ids, labels) of a MetaICL row for fine-tuning: the query as one user turn, the output and EOS as the reply; the reply alone is a target."""
-    prompt = user_turn(tokenizer, row["question"])
-    reply = tokenizer(row["golds"][0], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-    return prompt + reply, [-100] * len(prompt) + reply
 
 
 def load_msc(source=None):
@@ -402,7 +401,7 @@ def load_metaicl(directory, seeds, shots, dev):
     The test items are those of seed 100, as in the released code; dev: whether dev files are read (only fine-tuning wants them)."""
     def rows(task, seed, split):
         read = read_rows(os.path.join(directory, task, f"{task}_16_{seed}_{split}.jsonl"))
-        return [{"id": f"{task} {number}", "question": METAICL_QUERY.format(input=field(row, "input", str, where)), "golds": [field(row, "output", str, where)]}
+        return [{"id": f"{task} {number}", "question": demonstration(field(row, "input", str, where), ""), "golds": [field(row, "output", str, where)]}
                 for number, (where, row) in enumerate(read)]
 
     tasks = {}
@@ -450,6 +449,146 @@ def stamps(path):
     """What tells whether the files at a path are still the same: names, sizes and times; of a hub id, nothing."""
     files = [path] if os.path.isfile(path) else sorted(os.path.join(where, name) for where, _, names in os.walk(path) for name in names)
     return [(os.path.abspath(name), os.path.getsize(name), os.path.getmtime(name)) for name in files]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# instruction data: contexts with questions (Table 3)
+
+
+def question_answers(row, where):
+    """(context, [(question, [answers])]) of a row, recognised by its fields: this project's own schema, SQuAD's, or one of Table 3's hub sets.
+    Answers may be none. Raises InputError for fields it does not know."""
+    if "qas" in row:
+        return row["context"], [(qa["question"], list(qa["answers"])) for qa in row["qas"]]
+    if "story" in row:                                                                        # CoQA
+        return row["story"], [(q, [a]) for q, a in zip(row["questions"], row["answers"]["input_text"])]
+    if "passage" in row:                                                                      # DROP
+        return row["passage"], [(row["question"], list(row["answers_spans"]["spans"]))]
+    if "document" in row:                                                                     # NarrativeQA, on summaries
+        return row["document"]["summary"]["text"], [(row["question"]["text"], [a["text"] for a in row["answers"]])]
+    if "long_answer" in row:                                                                  # PubMedQA
+        return "\n".join(row["context"]["contexts"]), [(row["question"], [row["long_answer"]])]
+    if "correct_answer_id" in row:                                                            # QuAIL
+        return row["context"], [(row["question"], [row["answers"][row["correct_answer_id"]]])]
+    if "passages" in row:                                                                     # MS MARCO
+        return "\n\n".join(row["passages"]["passage_text"]), [(row["query"], list(row["answers"]))]
+    if "chapter" in row:                                                                      # BookSum
+        return row["chapter"], [("Write a summary of the text.", [row["summary_text"]])]
+    if "prompt" in row:                                                                       # PwC
+        return row["input"], [(row["prompt"], [row["answer"]])]
+    if "context" in row and "question" in row:                                                # SQuAD
+        return row["context"], [(row["question"], list(row["answers"]["text"]))]
+    raise InputError(f"{where}: the fields {', '.join(row)} are not of a known instruction set: give context and qas [{{question, answers}}], or task, input and output")
+
+
+def load_instructions(sources):
+    """(documents, tasks) of instruction data: [(source, context, [(question, [answers])])], rows of one context joined, and
+    {task: (definition, [(input, [outputs])])} for sets in the manner of MetaICL. Raises InputError when a row is malformed."""
+    documents, tasks = {}, {}
+    for source in sources:
+        for where, row in tqdm(read_rows(source), total=count_rows(source), unit="row", desc=os.path.basename(source), leave=False):
+            try:
+                if "task" in row:
+                    outputs = [row["output"]] if isinstance(row["output"], str) else list(row["output"])
+                    tasks.setdefault(row["task"], (row.get("definition") or "", []))[1].append((row["input"], outputs))
+                else:
+                    context, pairs = question_answers(row, where)
+                    pairs = [(q.strip(), [a for a in answers if a.strip()]) for q, answers in pairs]
+                    documents.setdefault((source, context), []).extend((q, answers) for q, answers in pairs if q and answers)
+            except (KeyError, TypeError, AttributeError, IndexError) as error:
+                raise InputError(f"{where}: a field of the instruction data is missing or malformed ({type(error).__name__}: {error})") from None
+    return [(source, context, pairs) for (source, context), pairs in documents.items() if pairs and context.strip()], tasks
+
+
+def load_texts(sources):
+    """Texts of documents, each once: the field "text", or the context of a row with questions."""
+    return list(dict.fromkeys(row["text"] if isinstance(row.get("text"), str) else field({"context": question_answers(row, where)[0]}, "context", str, where)
+                              for source in sources for where, row in read_rows(source)))
+
+
+def demonstration(text, output):
+    """An example of a task, as MetaICL writes it; the question is the same with an empty output."""
+    return f"Input: {text}\nOutput: {output}".rstrip()
+
+
+def conversation(tokenizer, pairs, limit):
+    """Questions and answers in the base's chat template, as many as fit into limit tokens (the first always goes in, cut): (ids, labels), labels -100 but for
+    the answers and the token that ends each. The first question stands there exactly as user_turn shows it at test time."""
+    messages, ids, labels = [], [], []
+    ends = {tokenizer.eos_token_id, *document_marks(tokenizer)[1]}
+    for question, answer in pairs[:1] if tokenizer.chat_template is None else pairs:
+        if tokenizer.chat_template is None:
+            prompt = user_turn(tokenizer, question)
+            full = prompt + tokenizer(answer, add_special_tokens=False, verbose=False)["input_ids"] + [tokenizer.eos_token_id]
+        else:
+            messages.append({"role": "user", "content": question})
+            prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+            messages.append({"role": "assistant", "content": answer})
+            full = tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]
+        if len(full) > limit and ids:
+            break
+        stop = next((i + 1 for i in range(len(prompt), len(full)) if full[i] in ends), len(full))
+        labels = labels + [-100] * (len(prompt) - len(labels)) + full[len(prompt):stop] + [-100] * (len(full) - stop)
+        ids = full
+    return ids[:limit], labels[:limit]
+
+
+def instruction_units(documents, tasks):
+    """What an epoch goes through once: every document, and a task once for each 20 of its items."""
+    return [*range(len(documents)), *(task for task, (_, items) in tasks.items() for _ in range(-(-len(items) // 20)) if len(items) > 1)]
+
+
+def instruction_example(tokenizer, documents, tasks, unit, chunk, chunks, random):
+    """(context ids, conversation ids, labels) of a unit. A document is set among others of its source, in random order, until a random length of
+    up to chunks x chunk tokens is reached: distractors, whose questions may be asked too. A task gives demonstrations up to that length
+    and four queries. Contexts are joined by blank lines and raw, as in evaluation."""
+    room, limit = int(random.integers(chunk // 2, chunk * chunks + 1)), max(chunk, TARGET_TOKENS)
+
+    def length(text):
+        return len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    if isinstance(unit, str):
+        definition, items = tasks[unit]
+        order = [items[k] for k in random.permutation(len(items))[:68]]
+        queries, demonstrations = order[:min(4, len(order) - 1)], order[min(4, len(order) - 1):]
+        pieces = [definition] if definition else []
+        pieces += [demonstration(text, outputs[0]) for text, outputs in demonstrations]
+        pairs = [(demonstration(text, ""), outputs) for text, outputs in queries]
+        used, kept = 0, []
+        for piece in pieces:
+            used += length(piece) + 2
+            if used > room and kept:
+                break
+            kept.append(piece)
+    else:
+        source, context, pairs = documents[unit]
+        kept, used = [context], length(context)
+        for other in random.integers(len(documents), size=64):
+            other_source, other_context, other_pairs = documents[other]
+            if other_source != source or other_context in kept:
+                continue
+            used += length(other_context) + 2
+            if used > room:
+                break
+            kept.append(other_context)
+            pairs = pairs + other_pairs
+        random.shuffle(kept)
+        pairs = [pairs[k] for k in random.permutation(len(pairs))]
+    pairs = [(question, answers[int(random.integers(len(answers)))]) for question, answers in pairs]
+    return context_ids(tokenizer, "\n\n".join(kept))[:chunk * chunks], *conversation(tokenizer, pairs, limit)
+
+
+def instruction_batch(examples, pad, chunk):
+    """Examples (context ids, conversation ids, labels) -> segments (B, C+1, L), mask, visible (C+1,), labels (B, C+1, L): C context chunks, padded, then
+    the conversation under the adapter of all of them: visible = 0, 1, .., C-1, C."""
+    segments, mask = split_into_chunks([context for context, _, _ in examples], pad, chunk)      # (B, C, L)
+    C, L = segments.shape[1], max(segments.shape[2], *(len(ids) for _, ids, _ in examples))
+    segments = torch.nn.functional.pad(segments, (0, L - segments.shape[2], 0, 1), value=pad)     # (B, C+1, L)
+    mask = torch.nn.functional.pad(mask, (0, L - mask.shape[2], 0, 1))
+    labels = torch.full_like(segments, -100)
+    for b, (_, ids, targets) in enumerate(examples):
+        segments[b, C, :len(ids)], mask[b, C, :len(ids)], labels[b, C, :len(ids)] = torch.tensor(ids), 1, torch.tensor(targets)
+    return segments, mask, torch.arange(C + 1), labels
 
 
 def run_command(main):

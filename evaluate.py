@@ -31,8 +31,8 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from data import (IN_CONTEXT_PROMPT, METAICL_CLASSIFICATION, METAICL_OTHER, METAICL_PROMPT, METAICL_QUERY, METAICL_SEEDS, MSC_HUB_ID, MSC_SAMPLE, context_ids, first_ids, hub_reachable,
-                  in_context_prompts, left_pad, load_metaicl, load_msc, load_qa, metaicl_example, open_predictions, read_rows, run_command, split_into_chunks, stamps, user_turn)
+from data import (IN_CONTEXT_PROMPT, METAICL_CLASSIFICATION, METAICL_OTHER, METAICL_PROMPT, METAICL_SEEDS, MSC_HUB_ID, MSC_SAMPLE, context_ids, conversation, demonstration, first_ids,
+                  hub_reachable, in_context_prompts, left_pad, load_metaicl, load_msc, load_qa, open_predictions, read_rows, run_command, split_into_chunks, stamps, user_turn)
 from generator import GeneratorConfig, InputError, Memory
 from model import DEFAULT_BASE, AdaptedLM, find_blocks, load_base
 from train import fit_base
@@ -194,15 +194,15 @@ def read_contexts(run, method, contexts, items, template):
     contexts: one for all items, or one each; their costs are TFLOPs, M floats to keep and seconds, and the questions come on top."""
     model, tokenizer, base, began = run.model, run.tokenizer, run.model.base, time.time()
     prompts = [user_turn(tokenizer, item["question"]) for item in items]
-    kept, weights, costs = {}, None, [(0.0, 0.0, {})]                   # FLOPs, floats, more
+    kept, weights, costs, window = {}, None, [(0.0, 0.0, {})], base.config.get_text_config().max_position_embeddings           # costs: FLOPs, floats, more
     if method.startswith("adapter"):
         read = [context_ids(tokenizer, context) for context in contexts]
         kept["memory"] = encode(model, read, tokenizer.pad_token_id)
         costs = [(context_flops(model, len(ids)), adapter_floats(model), {}) for ids in read]
     elif method in IN_CONTEXT:
-        bare, room, costs = prompts, base.config.get_text_config().max_position_embeddings - NEW_TOKENS, []
+        bare, costs = prompts, []
         asked = [[item["question"] for item in items]] if len(contexts) == 1 else [[item["question"]] for item in items]
-        fitted = [in_context_prompts(tokenizer, template, context, questions, room) for context, questions in zip(contexts, asked)]
+        fitted = [in_context_prompts(tokenizer, template, context, questions, window - NEW_TOKENS) for context, questions in zip(contexts, asked)]
         prompts = [prompt for some, _ in fitted for prompt in some]
         for some, lost in fitted:
             past = len(some[0]) - len(bare[len(costs)])
@@ -214,8 +214,12 @@ def read_contexts(run, method, contexts, items, template):
                 kept["cache"] = base.get_decoder()(input_ids=torch.tensor([kept["prefix"]], device=base.device), use_cache=True).past_key_values
     elif method == "fine-tuned":
         weights = {name: tensor.clone() for name, tensor in base.state_dict().items()}
-        train, dev = ([metaicl_example(tokenizer, row) for row in rows] for rows in contexts[0])
+        train, dev = ([conversation(tokenizer, [(row["question"], row["golds"][0])], window) for row in rows] for rows in contexts[0])
+        for p in base.parameters():                                     # steps of 1e-5 would be lost in bfloat16
+            p.data = p.data.float()
         losses = fit_base(base, train, dev, lr=1e-5, batch_size=16, epochs=40, patience=3, seed=run.args.seed, pad=tokenizer.pad_token_id)
+        for name, p in base.named_parameters():
+            p.data = p.data.to(weights[name].dtype)
         forward, validation = (sum(base_flops(base, len(ids)) for ids, _ in examples) for examples in (train, dev))
         epochs = len(losses) - 1                                        # the backward pass costs two forward passes
         costs = [(epochs * 3 * forward + len(losses) * validation, sum(p.numel() for p in base.parameters()), {})]
@@ -312,6 +316,8 @@ def evaluate_qa(run, documents):
     questions. Closed-book has no context: one row, of length 0. Lengths that make the same groups share their answers."""
     args, documents = run.args, documents[:run.args.limit]
     total = sum(map(len, run.tokenizer([document["text"] for document in documents], add_special_tokens=False, verbose=False)["input_ids"]))
+    if len(documents) == 1 or total <= max(args.context_lengths):
+        run.note(f"the documents hold {total} tokens: longer contexts are all the same single group, to which adapter-shuffled has no other")
     number = itertools.count()
     items = [[{**question, "number": next(number)} for question in document["questions"]] for document in documents]
     for method in args.method:
@@ -321,7 +327,6 @@ def evaluate_qa(run, documents):
             texts = ["\n\n".join(documents[i]["text"] for i in part) for part in parts] if length else [None]
             others = other_contexts([{g} for g in range(count)], args.seed) if method == "adapter-shuffled" else range(count)
             if None in others:
-                run.note(f"{method} at {length} tokens is left out: the documents make a single group")
                 continue
             groups = [([texts[other]], [item for i in part for item in items[i]]) for other, part in zip(others, parts)]
             yield table_row(predict(run, method, groups, qa_scores, parts=count), began, method=method, context_length=length, groups=count)
@@ -541,8 +546,9 @@ def main(argv=None):
     print("\n" + markdown(rows))
     print("".join(f"NOTE: {text}\n" for text in notes), end="")
     if args.output:
-        bare = {"ppl": "none: the text itself is scored", "metaicl": f"{METAICL_QUERY} as one user turn"}.get(args.task, "the question alone, as one user turn")
-        full = {"ppl": "context + text", "metaicl": METAICL_PROMPT.replace("{question}", METAICL_QUERY)}.get(args.task, IN_CONTEXT_PROMPT)
+        query = demonstration("{input}", "")
+        bare = {"ppl": "none: the text itself is scored", "metaicl": f"{query} as one user turn"}.get(args.task, "the question alone, as one user turn")
+        full = {"ppl": "context + text", "metaicl": METAICL_PROMPT.replace("{question}", query)}.get(args.task, IN_CONTEXT_PROMPT)
         result = {"task": args.task, "data": os.path.relpath(args.data) if os.path.exists(args.data) else args.data, "note": " ".join(notes) or None,
                   "n": max(row["n"] for row in rows), "limit": args.limit, "seed": args.seed, "base": args.base,
                   "checkpoint": models[0][0] if len(models) == 1 else [name for name, _ in models], "dtype": dtype, "versions": versions,

@@ -325,17 +325,21 @@ class AdaptedLM(nn.Module):
 
 class HeadLoss(torch.autograd.Function):
     """Next-token nats (T,) of hidden states (T, d_h) under a frozen lm_head, LOSS_ROWS tokens at a time.
-    The gradient to the hidden states is formed piece by piece in the forward pass, so logits (T, V) never stand at once nor are computed twice."""
+    The gradient by the hidden states, (softmax - one-hot) W_head, is formed piece by piece in the forward pass, in the buffer of the logits: logits
+    (T, V) never stand in memory at once nor are computed twice."""
 
     @staticmethod
     def forward(ctx, hidden, targets, lm_head):
         nats, grads = [], []
         for h, target in zip(hidden.split(LOSS_ROWS), targets.split(LOSS_ROWS)):
-            with torch.set_grad_enabled(hidden.requires_grad):
-                h = h.detach().requires_grad_(hidden.requires_grad)
-                loss = F.cross_entropy(lm_head(h).float(), target, reduction="none")        # (rows,)
-                grads += torch.autograd.grad(loss.sum(), h) if hidden.requires_grad else ()
-            nats.append(loss.detach())
+            logp = lm_head(h).float()                                                       # (rows, V)
+            logp -= logp.logsumexp(-1, keepdim=True)
+            at = (torch.arange(len(h), device=h.device), target)
+            nats.append(-logp[at])
+            if hidden.requires_grad:
+                p = logp.exp_()
+                p[at] -= 1
+                grads.append(p.to(h.dtype) @ lm_head.weight)                                # (rows, d_h)
         ctx.save_for_backward(*([torch.cat(grads)] if grads else []))
         return torch.cat(nats) if nats else hidden.new_zeros(0, dtype=torch.float32)
 

@@ -1,30 +1,37 @@
-"""Pretraining of the adapter generator: reconstruction + completion on plain text (§2.3, appendix B), a flat loop for one process or many.
+"""Training: a flat loop for one process or many, in three stages.
 
-    python train.py --data corpus.parquet --out out/run                             # one process, CPU or GPU, default base
+    python train.py --data corpus.parquet --out out/run                             # pretrain the generator (§2.3): one process, CPU or GPU
     torchrun --standalone --nproc_per_node=8 train.py --data corpus.parquet \\
         --base mistralai/Mistral-7B-Instruct-v0.2 --checkpointing --out out/mistral   # the paper's setting: flags default to its recipe
+    python train.py --stage instruct --checkpoint out/run/step-000280 --data qa.parquet tasks.parquet --out out/instruct      # Table 3
+    python train.py --stage finetune --data qa.parquet --documents docs.parquet --out out/sft      # the baselines SFT and CPT: the base itself
 
 The global batch is fixed by --batch whatever the number of processes. Every checkpoint out/run/step-* is a directory that
 evaluate.py --checkpoint reads; --resume continues from the newest one, on a CPU to weights bit-identical to an unbroken run.
 """
 
 import argparse
+import ctypes
 import json
 import math
 import os
+import random
 import shutil
 import signal
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from data import doubled, is_file_source, open_tokens, run_command, sequences
+from data import (TABLE_3, context_ids, conversation, document_marks, doubled, instruction_batch, instruction_example, instruction_units, is_file_source,
+                  load_instructions, load_texts, open_tokens, run_command, sequences)
 from generator import NORMS, GeneratorConfig, InputError, read_safetensors
 from model import DEFAULT_BASE, AdaptedLM, load_base, make_directory, read_json
 
@@ -34,8 +41,11 @@ MAX_SKIPPED = 10          # steps in a row without a finite gradient before the 
 def arguments(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
+    add("--stage", choices=["pretrain", "instruct", "finetune"], default="pretrain")
     add("--base", default=DEFAULT_BASE, help="frozen base model: hub id, directory or .gguf file")
-    add("--data", nargs="+", required=True, help=".parquet, .jsonl(.gz), .txt(.gz) files, a hub data set id, or one packed .bin file")
+    add("--checkpoint", help="start from this trained generator; its config decides d_r, rank, scale, norm, damping and targets")
+    add("--data", nargs="+", help=".parquet, .jsonl(.gz), .txt(.gz) files, a hub data set id, or one packed .bin file; instruct: default the hub sets of Table 3")
+    add("--documents", nargs="+", help="finetune: learn these texts first, by log-likelihood (CPT)")
     add("--validation", nargs="+", help="files of the same kinds; default: the last --eval-sequences sequences of --data, which then stay out of training")
     add("--max-tokens", type=int, help="pack at most this many tokens of --data")
     add("--out", required=True, help="directory for checkpoints, log.jsonl and validation.jsonl")
@@ -46,6 +56,8 @@ def arguments(argv=None):
     add("--batch", type=int, help="sequences of a step over all processes")
     add("--micro-batch", type=int, default=1, help="sequences of one forward and backward pass")
     add("--steps", type=int, help="optimiser steps")
+    add("--epochs", type=int, help="instruct: passes over the data instead of --steps (default 2); finetune: at most this many over the questions (default 10)")
+    add("--patience", type=int, default=3, help="finetune: stop after this many epochs in a row without a better validation loss")
     add("--lr", type=float)
     add("--warmup", type=int, help="steps of linear warm-up; then linear decay to 0")
     add("--weight-decay", type=float, default=0.01)
@@ -55,10 +67,10 @@ def arguments(argv=None):
     add("--d-r", type=int)
     add("--rank", type=int)
     add("--scale", type=float)
-    add("--norm", choices=NORMS, default="svd")
-    add("--damping", type=float, default=1e-2)
-    add("--targets", nargs="+", default=["o_proj"])
-    add("--dtype", choices=["float32", "bfloat16"], default="bfloat16", help="of the base; generator and S stay fp32")
+    add("--norm", choices=NORMS, help="default svd")
+    add("--damping", type=float, help="default 1e-2")
+    add("--targets", nargs="+", help="default o_proj")
+    add("--dtype", choices=["float32", "bfloat16"], help="of the base; generator and S stay fp32. Default bfloat16; finetune float32, where steps of 1e-5 do not round away")
     add("--device", help="default: CUDA where there is one")
     add("--checkpointing", action="store_true", help="recompute activations in the backward pass")
     add("--eval-every", type=int, default=200)
@@ -73,24 +85,44 @@ def arguments(argv=None):
 def recipe(args, base):
     """Fill what the command line left open. A base of width 2,048 or more gets the paper's recipe (appendix B; model_type llama stands for
     Llama2); a smaller one what showed memory soonest on a CPU: chunks so short that rank(S) <= r, where the gradient of norm is exact."""
+    llama = base.config.model_type == "llama"
     if base.config.get_text_config().hidden_size >= 2048:
-        llama = base.config.model_type == "llama"
-        defaults = {"d_r": 1024, "rank": 128, "scale": 1 / 8 if llama else 1 / 16, "lr": 1e-4 if llama else 5e-5,
-                    "chunk": 1024, "chunks": 8, "batch": 8, "steps": 15_259, "warmup": 100}            # 1 B tokens
+        defaults = {"d_r": 1024, "rank": 128, "scale": 1 / 8 if llama else 1 / 16, "chunk": 1024, "chunks": 8, "warmup": 100}
+        defaults |= {"lr": 5e-5, "batch": 32} if args.stage == "instruct" else {"lr": 1e-4 if llama else 5e-5, "batch": 8, "steps": 15_259}   # 1 B tokens
     else:
-        defaults = {"d_r": 256, "rank": 64, "scale": 1.0, "lr": 4e-3, "chunk": 32, "chunks": 2, "batch": 8, "steps": 280, "warmup": 15}
-    for name, value in defaults.items():
+        defaults = {"d_r": 256, "rank": 64, "scale": 1.0, "chunk": 32, "chunks": 2, "warmup": 15, "batch": 8}
+        defaults |= {"lr": 1e-3, "chunk": 128, "chunks": 4} if args.stage == "instruct" else {"lr": 4e-3, "steps": 280}
+    for name, value in {**defaults, "norm": "svd", "damping": 1e-2, "targets": ["o_proj"]}.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    for name in ("chunk", "chunks", "batch", "micro_batch", "steps", "eval_every", "eval_sequences", "save_every", "keep"):
+    for name in ("chunk", "chunks", "batch", "micro_batch", "eval_every", "eval_sequences", "save_every", "keep"):
         if getattr(args, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} must be at least 1")
+    for name in ("steps", "epochs"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise InputError(f"--{name} must be at least 1")
     if args.chunk < 2:
         raise InputError("--chunk must be at least 2: the first token of a segment is never a target")
-    if args.objective == "completion" and args.chunks < 2:
+    if args.stage == "pretrain" and args.objective == "completion" and args.chunks < 2:
         raise InputError("--objective completion needs --chunks of at least 2: the first chunk has no adapter")
     if min(args.lr, args.clip) <= 0 or min(args.warmup, args.weight_decay) < 0:
         raise InputError("--lr and --clip must be positive, --warmup and --weight-decay not negative")
+
+
+def adapted_model(args, base):
+    """The model to train: a fresh generator, or that of --checkpoint, whose config then fills the flags."""
+    names = ("d_r", "rank", "scale", "norm", "damping", "targets")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if args.checkpoint is None:
+        recipe(args, base)
+        return AdaptedLM(base, GeneratorConfig(**{name: getattr(args, name) for name in names}))
+    model = AdaptedLM.from_pretrained(base, args.checkpoint)
+    for name in names:
+        if given.get(name, getattr(model.config, name)) != getattr(model.config, name):
+            raise InputError(f"--{name.replace('_', '-')} {given[name]} is not what --checkpoint {args.checkpoint} was trained with ({getattr(model.config, name)}); leave the flag out")
+        setattr(args, name, getattr(model.config, name))
+    recipe(args, base)
+    return model
 
 
 def learning_rate(args, step):
@@ -98,10 +130,85 @@ def learning_rate(args, step):
     return args.lr * min((step + 1) / max(args.warmup, 1), (args.steps - step) / max(args.steps - args.warmup, 1), 1.0)
 
 
-def loss_weights(mask, C, objective):
-    """Weight of a nat in each segment, (B, 2C): eq. 5 as the sum of two token means over the whole global batch.
+# --------------------------------------------------------------------------------------------------------------------
+# batches: (segments (B, N, L), mask (B, N, L), visible (N,), labels (B, N, L)) of the whole global batch, the same on every process
+
+
+def pretraining_batches(args, tokenizer):
+    """(function step -> batch, the fixed validation batch, what they hold) of the doubled sequence over packed text."""
+    C, length = args.chunks, args.chunks * args.chunk
+    data = open_tokens(args.data, tokenizer, args.max_tokens)
+    held_out = open_tokens(args.validation, tokenizer) if args.validation else None
+    if held_out is None:
+        cut = len(data) - args.eval_sequences * length
+        data, held_out = data[:max(cut, 0)], data[max(cut, 0):]
+    sequences(data, length, 0, 1, args.seed)            # too little text: say so before anything is computed or written
+    count = min(args.eval_sequences, len(held_out) // length)
+    if count < 2:
+        raise InputError(f"validation needs at least 2 sequences of {length} tokens, the text gives {count}: give more text or shorter --chunks")
+    starts = np.linspace(0, len(held_out) - length, count).astype(int)       # fixed, and spread over the text
+    validation = torch.from_numpy(np.stack([np.asarray(held_out[s:s + length], dtype=np.int64) for s in starts]))
+
+    def batch(tokens, windows_seed=None):
+        segments, mask, visible = doubled(tokens, C, tokenizer.pad_token_id, windows_seed)      # (B, 2C, L) twice, (2C,)
+        return segments, mask, visible, segments.masked_fill(mask == 0, -100)
+
+    def training(step):
+        return batch(sequences(data, length, step * args.batch, args.batch, args.seed), (args.seed, step) if args.windows else None)
+
+    return training, batch(validation), f"{len(data) / 1e6:.2f} M tokens"
+
+
+def instruction_batches(args, tokenizer):
+    """The same of instruction data: contexts of 1 .. --chunks chunks, then a conversation about each. Sets --steps from --epochs."""
+    limit = args.chunk * args.chunks
+
+    def short_enough(documents):                        # of a longer one the end would be cut off, and with it some answers
+        counts = [len(ids) for ids in tokenizer([context for _, context, _ in documents], add_special_tokens=False, verbose=False)["input_ids"]] if documents else []
+        return [d for d, n in zip(documents, counts) if n <= limit]
+
+    everything, tasks = load_instructions(args.data)
+    documents, held_out = short_enough(everything), short_enough(load_instructions(args.validation)[0]) if args.validation else []
+    dropped = len(everything) - len(documents)
+    random.Random(args.seed).shuffle(documents)
+    if not args.validation:
+        held_out, documents = documents[:args.eval_sequences], documents[args.eval_sequences:]
+    held_out = held_out[:args.eval_sequences]
+    units = instruction_units(documents, tasks)
+    if len(held_out) < 2 or len(units) < 1:
+        raise InputError(f"instruction tuning needs at least 1 unit to train on and 2 documents to validate on, of at most {limit} tokens: found {len(units)} and {len(held_out)}")
+    if args.steps is None:
+        args.steps = max(1, (args.epochs or 2) * len(units) // args.batch)
+
+    def example(documents, unit, seed):
+        return instruction_example(tokenizer, documents, tasks, unit, args.chunk, args.chunks, np.random.default_rng(seed))
+
+    def training(step):
+        examples = []
+        for i in range(step * args.batch, (step + 1) * args.batch):
+            epoch, k = divmod(i, len(units))
+            unit = units[np.random.default_rng((args.seed, epoch)).permutation(len(units))[k]]
+            examples.append(example(documents, unit, (args.seed, 1, i)))
+        examples.sort(key=lambda e: len(e[0]))          # neighbours share a micro-batch: little padding
+        return instruction_batch(examples, tokenizer.pad_token_id, args.chunk)
+
+    validation = [example(held_out, unit, (args.seed, 2, unit)) for unit in range(len(held_out))]
+    about = f"{len(documents)} documents ({dropped} longer than {limit} tokens left out) and {len(tasks)} tasks"
+    return training, instruction_batch(validation, tokenizer.pad_token_id, args.chunk), about
+
+
+def trim(mask, visible, *tensors):
+    """Drop the segments and the columns that are padding in every row: mask (B, N, L), visible (N,) and tensors (B, N) or (B, N, L)."""
+    kept = mask.any(-1).any(0)                                              # (N,)
+    seen = torch.cat([torch.zeros(1, dtype=torch.long), kept.cumsum(0)])    # kept segments among the first v
+    L = int(mask.any(0).any(0).nonzero().max()) + 1
+    return [t[:, kept] if t.dim() == 2 else t[:, kept, :L] for t in (mask, *tensors)], seen[visible][kept]
+
+
+def loss_weights(labels, C, objective):
+    """Weight of a nat in each segment, (B, N): eq. 5 as the sum of two token means over the whole global batch, or the one token mean over answers.
     Segment 0 has no adapter and trains nothing, so it is left out. (The released code takes one token mean over all 2C segments.)"""
-    targets = mask[:, :, 1:].sum(-1)                                        # (B, 2C)
+    targets = (labels[:, :, 1:] != -100).sum(-1)                            # (B, N)
     weights = torch.zeros(targets.shape)
     if objective != "completion":
         weights[:, C:] = 1 / targets[:, C:].sum().clamp(min=1)
@@ -171,20 +278,25 @@ def trim_log(path, step):
 
 
 @torch.no_grad()
-def validate(model, tokens, args, process, world):
-    """Token-mean nats of each of the fixed validation sequences, (n, 3): reconstruction, completion (NaN for one chunk), and reconstruction
-    under the adapter of a sequence half the set away, the control that tells memory from a mere change of style."""
-    C, n = args.chunks, len(tokens)
+def validate(model, validation, process, world):
+    """Token-mean nats of each fixed validation item, (n, 3): second half (reconstruction, or the answers), completion (NaN where there is none), and
+    the second half under the adapter of the item half the set away, the control that tells memory from a mere change of style."""
+    segments, mask, visible, labels = validation
+    C, n, device = int(visible.max()), len(segments), model.base.device
     losses = torch.zeros(n, 3, dtype=torch.float64)
-    device = model.base.device
     for i in tqdm(range(process, n, world), desc="validation", leave=False, disable=process != 0):
-        segments, _, visible = doubled(tokens[i:i + 1], C, pad=0)
-        nats, count = model.segment_losses(segments.to(device), None, visible)
-        losses[i, 0] = nats[:, C:].sum() / count[:, C:].sum()
-        losses[i, 1] = nats[:, 1:C].sum() / count[:, 1:C].sum() if C > 1 else math.nan
-        segments[:, :C] = tokens[(i + n // 2) % n].view(1, C, -1)
-        nats, count = model.segment_losses(segments.to(device), None, visible)
-        losses[i, 2] = nats[:, C:].sum() / count[:, C:].sum()
+        for column, source in ((0, i), (2, (i + n // 2) % n)):
+            context, own = slice(source, source + 1), slice(i, i + 1)
+            mixed = [torch.cat([t[context, :C], t[own, C:]], 1) for t in (mask, segments)]
+            targets = labels[own].clone()
+            if source != i:
+                targets[:, :C] = -100
+            (m, s, targets), v = trim(mixed[0], visible, mixed[1], targets)
+            nats, count = model.segment_losses(s.to(device), None if m.all() else m.to(device), v, targets.to(device))
+            own_C = int(v.max())
+            losses[i, column] = nats[:, own_C:].sum() / count[:, own_C:].sum()
+            if source == i:
+                losses[i, 1] = nats[:, 1:own_C].sum() / count[:, 1:own_C].sum()
     if world > 1:
         losses = losses.to(device)
         dist.all_reduce(losses)
@@ -194,7 +306,8 @@ def validate(model, tokens, args, process, world):
 def report_validation(args, step, losses):
     """Append to validation.jsonl and print, with the paired difference to step 0 and its standard error over sequences."""
     path = os.path.join(args.out, "validation.jsonl")
-    columns = {name: losses[:, k] for k, name in enumerate(("reconstruction", "completion", "reconstruction_shuffled")) if not losses[:, k].isnan().any()}
+    second = "answer" if args.stage == "instruct" else "reconstruction"
+    columns = {name: losses[:, k] for k, name in enumerate((second, "completion", second + "_shuffled")) if not losses[:, k].isnan().any()}
     with open(path, "a") as file:
         means = {name: values.mean().item() for name, values in columns.items()}
         file.write(json.dumps({"step": step, **means, "sequences": {name: values.tolist() for name, values in columns.items()}}) + "\n")
@@ -232,8 +345,24 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
+def keep_freed_memory():
+    """glibc gives large freed blocks back to the system, and a CPU step then spends a fifth of its time on getting them again, page by page."""
+    if sys.platform == "linux":
+        try:
+            libc = ctypes.CDLL(None)
+            libc.mallopt(-4, 0), libc.mallopt(-1, -1)   # M_MMAP_MAX: never by mmap; M_TRIM_THRESHOLD: never trim
+        except (OSError, AttributeError):               # another C library
+            pass
+
+
 def train(args):
     process, world, local = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    if args.stage == "instruct":
+        args.data = args.data or TABLE_3
+        if args.checkpoint is None:
+            raise InputError("--stage instruct starts from a pretrained generator: name it with --checkpoint")
+    if not args.data:
+        raise InputError("--data is missing: name text files, a hub data set id, or a packed .bin file")
     if torch.cuda.is_available() and args.device in (None, "cuda"):
         args.device = f"cuda:{local}"
         torch.cuda.set_device(local)
@@ -245,65 +374,71 @@ def train(args):
     if checkpoints(args.out) and not args.resume:
         raise InputError(f"--out {args.out} already holds checkpoints: add --resume to continue that run, or name another directory")
 
+    args.dtype = args.dtype or "bfloat16"
     base, tokenizer = load_base(args.base, getattr(torch, args.dtype), args.device)
     device = base.device
-    recipe(args, base)
+    torch.manual_seed(args.seed)
+    model = adapted_model(args, base)
     if args.batch % world:
         raise InputError(f"--batch {args.batch} must be a multiple of the {world} processes")
-    torch.manual_seed(args.seed)
-    model = AdaptedLM(base, GeneratorConfig(args.d_r, args.rank, args.scale, args.norm, args.damping, args.targets))
+    if device.type == "cuda":                           # products with S and the fp32 weights may use TF32; norm turns it off for itself
+        torch.set_float32_matmul_precision("high")
+    else:
+        keep_freed_memory()
     model.checkpointing = args.checkpointing
     parameters = list(model.generator.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=args.weight_decay)
+    optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=args.weight_decay, fused=device.type == "cuda")
 
-    C, length = args.chunks, args.chunks * args.chunk
     if world > 1 and local > 0:                         # the first process of a machine packs, the others then find the files
         dist.barrier()
-    data = open_tokens(args.data, tokenizer, args.max_tokens)
-    held_out = open_tokens(args.validation, tokenizer) if args.validation else None
+    batch, validation, about = (instruction_batches if args.stage == "instruct" else pretraining_batches)(args, tokenizer)
     if world > 1 and local == 0:
         dist.barrier()
-    if held_out is None:
-        cut = len(data) - args.eval_sequences * length
-        data, held_out = data[:max(cut, 0)], data[max(cut, 0):]
-    sequences(data, length, 0, 1, args.seed)            # too little text: say so before anything is computed or written
-    count = min(args.eval_sequences, len(held_out) // length)
-    if count < 2:
-        raise InputError(f"validation needs at least 2 sequences of {length} tokens, the text gives {count}: give more text or shorter --chunks")
-    starts = np.linspace(0, len(held_out) - length, count).astype(int)       # fixed, and spread over the text
-    validation = torch.from_numpy(np.stack([np.asarray(held_out[s:s + length], dtype=np.int64) for s in starts]))
+
+    def prepare(step):
+        """The micro-batches of this process, as (segments, mask, visible, labels, weights). Every process cuts the whole global batch, so that the
+        token counts need no communication, and keeps its own rows."""
+        segments, mask, visible, labels = batch(step)
+        weights = loss_weights(labels, int(visible.max()), args.objective if args.stage == "pretrain" else "reconstruction")
+        parts = []
+        for rows in torch.arange(process, args.batch, world).split(args.micro_batch):
+            (m, s, l, w), v = trim(mask[rows], visible, segments[rows], labels[rows], weights[rows])
+            tensors = [s, None if m.all() else m, l, w]
+            parts.append(([t.pin_memory() if t is not None and device.type == "cuda" else t for t in tensors], v))
+        return parts
 
     make_directory(args.out)
     resumed = args.resume and checkpoints(args.out)
     step = load_checkpoint(args, resumed[-1], model, optimizer) if resumed else 0
+    length = args.chunks * args.chunk                   # context tokens of a row; in instruction tuning at most
     if process == 0:
         for name in ("log.jsonl", "validation.jsonl"):
             trim_log(os.path.join(args.out, name), step if resumed else None)
         size = sum(p.numel() for p in parameters)
-        print(f"generator of {size / 1e6:.1f} M parameters on {args.base}; {len(data) / 1e6:.2f} M tokens; {args.batch} sequences of {C} x {args.chunk} tokens a step; "
+        print(f"generator of {size / 1e6:.1f} M parameters on {args.base}; {about}; {args.batch} x {args.chunks} chunks of {args.chunk} tokens a step; "
               f"{args.steps} steps from step {step}; {world} process{'es' if world > 1 else ''} on {device}")
 
     stopping = []
     signal.signal(signal.SIGTERM, lambda *_: stopping.append("SIGTERM"))
     began, skipped = time.time(), 0
     if step == 0:
-        losses = validate(model, validation, args, process, world)
+        losses = validate(model, validation, process, world)
         if process == 0:
             report_validation(args, 0, losses)
     bar = tqdm(total=args.steps, initial=step, desc="training", unit="step", disable=process != 0)
+    loader = ThreadPoolExecutor(1)                      # cuts and pins the next batch while this one is computed
+    coming = loader.submit(prepare, step)
     while step < args.steps:
         t0 = time.time()
-        windows_seed = (args.seed, step) if args.windows else None
-        # every process cuts the whole global batch, so that the token counts need no communication, and computes its own rows
-        batch = sequences(data, length, step * args.batch, args.batch, args.seed)               # (batch, C L)
-        segments, mask, visible = doubled(batch, C, tokenizer.pad_token_id, windows_seed)       # (batch, 2C, L) twice, (2C,)
-        weights = loss_weights(mask, C, args.objective)                                         # (batch, 2C)
-        mask = None if mask.all() else mask
-        totals = torch.zeros(4, device=device)          # reconstruction, completion, stop?, failed?
-        for rows in torch.arange(process, args.batch, world).split(args.micro_batch):
+        parts, coming = coming.result(), loader.submit(prepare, step + 1)
+        totals, read = torch.zeros(4, device=device), 0                     # second half, completion, stop?, failed?
+        for (segments, mask, labels, weights), visible in parts:
+            C = int(visible.max())
+            read += segments[:, :C].numel() if mask is None else int(mask[:, :C].sum())
+            segments, mask, labels, weights = (t if t is None else t.to(device, non_blocking=True) for t in (segments, mask, labels, weights))
             try:
-                nats, _ = model.segment_losses(segments[rows].to(device), None if mask is None else mask[rows].to(device), visible)
-                losses = nats * weights[rows].to(device)
+                nats, _ = model.segment_losses(segments, mask, visible, labels)
+                losses = nats * weights                                     # (B, N)
                 losses.sum().backward()
                 totals[0] += losses[:, C:].sum().detach()
                 totals[1] += losses[:, 1:C].sum().detach()
@@ -315,9 +450,9 @@ def train(args):
         if world > 1:
             reduce_gradients(parameters, totals)
 
-        reconstruction, completion, stop, failed = totals.tolist()
+        second, completion, stop, failed = totals.tolist()
         norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip).item()
-        finite = math.isfinite(norm + reconstruction + completion) and not failed
+        finite = math.isfinite(norm + second + completion) and not failed
         lr = learning_rate(args, step)
         if finite:
             for group in optimizer.param_groups:
@@ -328,18 +463,18 @@ def train(args):
         step += 1
 
         if process == 0:
-            seconds = time.time() - t0
-            row = {"step": step, "loss": reconstruction + completion, "reconstruction": reconstruction, "completion": completion, "lr": lr, "grad_norm": norm,
-                   "skipped": not finite, "tokens": step * args.batch * length, "tokens_per_s": args.batch * length / seconds, "memory_gb": peak_memory(device)}
+            names = {"answer": second} if args.stage == "instruct" else {"reconstruction": second, "completion": completion}
+            row = {"step": step, "loss": second + completion, **names, "lr": lr, "grad_norm": norm, "skipped": not finite, "tokens": step * args.batch * length,
+                   "tokens_per_s": read * world / (time.time() - t0), "memory_gb": peak_memory(device)}
             with open(os.path.join(args.out, "log.jsonl"), "a") as file:
                 file.write(json.dumps(row) + "\n")
             bar.update()
-            bar.set_postfix(reconstruction=f"{reconstruction:.3f}", completion=f"{completion:.3f}", tokens_s=f"{row['tokens_per_s']:.0f}")
+            bar.set_postfix(**{name: f"{value:.3f}" for name, value in names.items()}, tokens_s=f"{row['tokens_per_s']:.0f}")
         if skipped == MAX_SKIPPED:
             raise InputError(f"the loss or its gradient was not finite {MAX_SKIPPED} steps in a row (step {step}): lower --lr or raise --damping; checkpoints already written are good")
         last = stop or step == args.steps
         if step % args.eval_every == 0 or step == args.steps:
-            losses = validate(model, validation, args, process, world)
+            losses = validate(model, validation, process, world)
             if process == 0:
                 report_validation(args, step, losses)
         if process == 0 and (step % args.save_every == 0 or last):
@@ -347,6 +482,7 @@ def train(args):
         if last:
             break
     bar.close()
+    loader.shutdown()
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()
@@ -354,5 +490,120 @@ def train(args):
         print(f"stopped at step {step} of {args.steps}; generator in {checkpoints(args.out)[-1]}")
 
 
+# --------------------------------------------------------------------------------------------------------------------
+# the baselines: SFT and CPT (appendix B), full fine-tuning of the base, then evaluated closed-book
+
+
+def fit_base(base, train, validation, lr, batch_size, epochs, patience, seed, pad, pass_tokens=2048):
+    """Fine-tune ALL weights of base in place on examples (ids, labels), -100 is no target; the loss is the token mean of a batch.
+
+    With validation examples it stops after `patience` worse epochs in a row and leaves the weights of the best one; without, it runs all epochs.
+    Returns the validation nats a token, before training and after each epoch. pass_tokens: padded tokens of one forward and backward pass.
+    """
+    def nats_sum(examples):
+        ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids, _ in examples], batch_first=True, padding_value=pad).to(base.device)       # (B, L)
+        targets = torch.nn.utils.rnn.pad_sequence([torch.tensor(labels) for _, labels in examples], batch_first=True, padding_value=-100).to(base.device)
+        hidden = base.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]                          # (B, L-1, d_h)
+        at = targets[:, 1:] != -100                                                                                    # (B, L-1)
+        return F.cross_entropy(base.get_output_embeddings()(hidden[at]).float(), targets[:, 1:][at], reduction="sum")
+
+    def passes(examples):
+        examples, group = sorted(examples, key=lambda e: len(e[0])), []
+        for example in examples:
+            if group and (len(group) + 1) * len(example[0]) > pass_tokens:
+                yield group
+                group = []
+            group.append(example)
+        yield group
+
+    def targets(examples):
+        return max(1, sum(label != -100 for _, labels in examples for label in labels[1:]))
+
+    @torch.no_grad()
+    def score():
+        return sum(nats_sum(group).item() for group in passes(validation)) / targets(validation) if validation else math.nan
+
+    optimizer = torch.optim.AdamW(base.requires_grad_(True).parameters(), lr=lr, weight_decay=0.01)
+    history, best, worse = [score()], None, 0
+    bar = tqdm(total=epochs * -(-len(train) // batch_size), desc="fine-tuning", unit="step", leave=False)
+    for epoch in range(epochs):
+        order = random.Random(f"{seed} {epoch}").sample(train, len(train))
+        for at in range(0, len(order), batch_size):
+            examples = order[at:at + batch_size]
+            for group in passes(examples):
+                (nats_sum(group) / targets(examples)).backward()
+            norm = torch.nn.utils.clip_grad_norm_(base.parameters(), 1.0)
+            if not norm.isfinite():
+                raise InputError(f"fine-tuning: the gradient is not finite in epoch {epoch + 1}: lower --lr or use --dtype float32")
+            optimizer.step()
+            optimizer.zero_grad()
+            bar.update()
+        history.append(score())
+        bar.set_postfix(validation=f"{history[-1]:.3f}")
+        if validation:
+            if history[-1] < min(history[:-1]):
+                best, worse = {name: p.detach().cpu().clone() for name, p in base.named_parameters()}, 0
+            else:
+                worse += 1
+            if worse == patience:
+                break
+    bar.close()
+    base.requires_grad_(False)
+    if best is not None:
+        with torch.no_grad():
+            for name, p in base.named_parameters():
+                p.copy_(best[name])
+    return history
+
+
+def finetune(args):
+    """SFT: question-answer pairs, closed-book, lr 1e-5, batch 64, early stopping. CPT: first 8 epochs of log-likelihood over --documents in pieces of
+    1,024 tokens, batch 16. Writes an ordinary transformers directory. One process."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise InputError("--stage finetune runs in one process: start it without torchrun")
+    if not (args.data or args.documents):
+        raise InputError("--stage finetune needs --data (question-answer pairs), --documents, or both")
+    if os.path.exists(args.out):
+        raise InputError(f"--out {args.out} exists already: name a new directory for the fine-tuned base")
+    args.dtype, lr = args.dtype or "float32", 1e-5 if args.lr is None else args.lr
+    if lr <= 0 or min(args.batch or 64, args.epochs or 10, args.patience) < 1:
+        raise InputError("--lr must be positive, --batch, --epochs and --patience at least 1")
+    pairs = load_instructions(args.data)[0] if args.data else []
+    held_out = load_instructions(args.validation)[0] if args.validation else []
+    texts = load_texts(args.documents) if args.documents else []
+    if args.data and not args.validation:               # of other contexts, so that it measures what carries over
+        random.Random(args.seed).shuffle(pairs)
+        held_out, pairs = pairs[:len(pairs) // 10], pairs[len(pairs) // 10:]
+    if args.data and not (pairs and held_out):
+        raise InputError(f"--data {' '.join(args.data)}: too few contexts with questions to train and validate on (10 without --validation)")
+    base, tokenizer = load_base(args.base, getattr(torch, args.dtype), args.device)
+    if base.device.type == "cpu":
+        keep_freed_memory()
+    history = None
+    if texts:
+        ids = [t for text in texts for t in context_ids(tokenizer, text) + document_marks(tokenizer)[1]]
+        pieces = [ids[at:at + 1024] for at in range(0, len(ids), 1024)]
+        print(f"continual pretraining on {len(texts)} documents, {len(ids)} tokens, 8 epochs")
+        fit_base(base, [(piece, piece) for piece in pieces], [], lr, 16, 8, None, args.seed, tokenizer.pad_token_id)
+    if pairs:
+        examples = [[conversation(tokenizer, [(q, answers[0])], 512) for _, _, qas in documents for q, answers in qas] for documents in (pairs, held_out)]
+        print(f"supervised fine-tuning on {len(examples[0])} questions, early stopping on {len(examples[1])}")
+        history = fit_base(base, *examples, lr, args.batch or 64, args.epochs or 10, args.patience, args.seed, tokenizer.pad_token_id)
+        print("validation nats an answer token, before and after each epoch: " + " ".join(f"{nats:.4f}" for nats in history))
+    part = args.out.rstrip("/") + ".part"
+    make_directory(part)
+    base.save_pretrained(part)
+    tokenizer.save_pretrained(part)
+    with open(os.path.join(part, "finetune.json"), "w") as file:
+        json.dump({"args": vars(args), "validation_nats": history}, file, indent=1)
+    os.rename(part, args.out)
+    print(f"fine-tuned base in {args.out}: evaluate.py --base {args.out}")
+
+
+def main():
+    args = arguments()
+    (finetune if args.stage == "finetune" else train)(args)
+
+
 if __name__ == "__main__":
-    run_command(lambda: train(arguments()))
+    run_command(main)

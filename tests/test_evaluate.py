@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import evaluate
 from conftest import ROOT, make_base, make_model
-from data import (IN_CONTEXT_PROMPT, METAICL_CLASSIFICATION, METAICL_OTHER, METAICL_PROMPT, METAICL_QUERY, METAICL_SEEDS, MSC_SAMPLE, in_context_prompts, load_metaicl, load_msc,
+from data import (IN_CONTEXT_PROMPT, METAICL_CLASSIFICATION, METAICL_OTHER, METAICL_PROMPT, METAICL_SEEDS, MSC_SAMPLE, demonstration, in_context_prompts, load_metaicl, load_msc,
                   load_qa)
 from evaluate import exact_match, f1_score, mean_and_stderr, normalize_answer, normalize_text, recall, rouge_l_recall
 from generator import InputError
@@ -224,7 +224,7 @@ def test_prompts_of_figure_7():
         "{Ünï}\n\nInstruction: Answer the question based on the context above. Respond with a short phrase only. Keep the answer short and concise, without any "
         "explanation or additional words\n\nQuestion: Who?\n\nAnswer:")
     demonstrations = "Input: a\nOutput: b\n\nInput: c\nOutput: d"
-    assert METAICL_PROMPT.format(context=demonstrations, question=METAICL_QUERY.format(input="e")) == (
+    assert METAICL_PROMPT.format(context=demonstrations, question=demonstration("e", "")) == (
         "Input: a\nOutput: b\n\nInput: c\nOutput: d\n\nInstruction: Based on the demonstration above, provide a short and concise answer, without any explanation or "
         "additional words.\n\nInput: e\nOutput:")
 
@@ -321,7 +321,7 @@ def test_qa_rows_groups_and_answers(tmp_path, base_directory, squad_file, genera
     rows = [(row["method"], row["context_length"], row["groups"]) for row in result["rows"]]
     counts = {100: 3, 300: 2, 5000: 1}
     assert rows == [("closed-book", 0, 1)] + [(method, k, n) for method in ("in-context", "adapter", "adapter-shuffled") for k, n in counts.items() if (method, k) != ("adapter-shuffled", 5000)]
-    assert "adapter-shuffled at 5000 tokens is left out" in result["note"] and "Question: {question}" in result["prompts"]["in-context"]
+    assert "longer contexts are all the same single group" in result["note"] and "Question: {question}" in result["prompts"]["in-context"]
     for row in result["rows"]:
         assert row["n"] == 6 and all(key in row and key + "_stderr" in row for key in ("f1", "em", "f1_max", "em_max", "recall", "rougeL_recall"))
         assert all(key in row for key in ("inference_tflops", "contextualisation_tflops", "contextualisation_seconds", "storage_mfloats"))

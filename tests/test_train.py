@@ -1,20 +1,25 @@
-"""The training loop as a command: resuming after a kill, several processes, accumulation, refusals."""
+"""The training loop as a command: resuming after a kill, several processes, accumulation, instruction tuning, the fine-tuned baselines, refusals."""
 
 import json
+import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 
 import train
-from conftest import ROOT, make_model
-from data import doubled
+from conftest import ROOT, make_base, make_model
+from data import conversation, doubled, instruction_batch, instruction_example, instruction_units, load_instructions, user_turn
 from generator import InputError
+from model import load_base
 
 
 def command(base, text, out, *flags, processes=1):
@@ -54,15 +59,53 @@ def test_killed_and_resumed_is_bit_identical(tmp_path, base_directory, text_file
     assert lines[0][-1]["reconstruction"] < lines[0][0]["reconstruction"] - 0.1               # and it learns
 
 
+def test_killed_twenty_times(tmp_path, base_directory, text_file):
+    """SIGKILL at random moments, twenty times: each restart resumes from a whole checkpoint, and the end is bit-identical to an unbroken run.
+    The runs are forks of one process that has done its imports, so that the kills fall into training and saving."""
+    script = f"""
+import multiprocessing, os, random, sys, time
+sys.path.insert(0, {ROOT!r})
+import torch, train
+torch.set_num_threads(1)
+def go(argv):
+    sys.stdout = sys.stderr = open(os.devnull, "w")
+    train.train(train.arguments(argv))
+if __name__ == "__main__":
+    start, whole, broken = multiprocessing.get_context("fork"), sys.argv[1:], sys.argv[1:]
+    broken[broken.index("--out") + 1] += "-broken"
+    times = []
+    for argv in (whole, whole + ["--resume"]):          # the second has nothing left to do: what it takes to start
+        began = time.time()
+        run = start.Process(target=go, args=(argv,)); run.start(); run.join()
+        times.append(time.time() - began)
+    kills, draw = 0, random.Random(0)
+    while kills < 20:
+        run = start.Process(target=go, args=(broken + ["--resume"],)); run.start()
+        run.join(0.8 * times[1] + draw.uniform(0, 0.07) * times[0])
+        if run.exitcode is not None:                    # it ended before its kill
+            break
+        run.kill(); run.join(); kills += 1
+    run = start.Process(target=go, args=(broken + ["--resume"],)); run.start(); run.join()
+    print(kills, run.exitcode)
+"""
+    flags = command(base_directory, text_file, tmp_path / "run", "--steps", "150", "--save-every", "2", "--batch", "2", "--windows")[2:]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GENERATIVE_ADAPTER_CACHE": str(tmp_path / "cache")}
+    (tmp_path / "kill.py").write_text(script)
+    done = subprocess.run([sys.executable, str(tmp_path / "kill.py"), *flags], env=environment, capture_output=True, text=True)
+    assert done.stdout.split() == ["20", "0"], done.stdout + done.stderr
+    for name, tensor in weights(tmp_path / "run", 150).items():
+        assert torch.equal(tensor, weights(tmp_path / "run-broken", 150)[name]), name
+
+
 def test_processes_and_micro_batches_agree(tmp_path, base_directory, text_file):
-    """torchrun with two gloo processes, one process, and one process without accumulation: the same weights after 5 steps up to rounding."""
+    """torchrun with two and four gloo processes, one process, and one process without accumulation: the same weights after 5 steps up to rounding."""
     cache, flags = str(tmp_path / "cache"), ("--steps", "5", "--windows")
-    for name, more, processes in (("one", (), 1), ("two", (), 2), ("whole", ("--micro-batch", "4", "--checkpointing"), 1)):
+    for name, more, processes in (("one", (), 1), ("two", (), 2), ("four", (), 4), ("whole", ("--micro-batch", "4", "--checkpointing"), 1)):
         done = run(base_directory, text_file, tmp_path / name, *flags, *more, processes=processes, cache=cache)
         assert done.returncode == 0, done.stderr
     one = weights(tmp_path / "one", 5)
     assert max(tensor.abs().max() for name, tensor in one.items() if name.endswith("A1")) > 1e-2
-    for other in ("two", "whole"):
+    for other in ("two", "four", "whole"):
         for name, tensor in weights(tmp_path / other, 5).items():
             torch.testing.assert_close(tensor, one[name], atol=2e-4, rtol=1e-3)
 
@@ -72,11 +115,12 @@ def test_loss_is_eq_5():
     C, L = 3, 8
     tokens = torch.randint(0, 256, (2, C * L), generator=torch.Generator().manual_seed(0))
     segments, mask, visible = doubled(tokens, C, pad=259, windows_seed=1)
-    nats, count = make_model().segment_losses(segments, mask, visible)
+    labels = segments.masked_fill(mask == 0, -100)
+    nats, count = make_model().segment_losses(segments, mask, visible, labels)
     reconstruction = nats[:, C:].sum() / count[:, C:].sum()
     completion = nats[:, 1:C].sum() / count[:, 1:C].sum()
     for objective, want in (("both", reconstruction + completion), ("reconstruction", reconstruction), ("completion", completion)):
-        torch.testing.assert_close((nats * train.loss_weights(mask, C, objective)).sum(), want)
+        torch.testing.assert_close((nats * train.loss_weights(labels, C, objective)).sum(), want)
 
 
 def test_learning_rate():
@@ -135,3 +179,165 @@ def test_refusals(tmp_path, base_directory, text_file, monkeypatch):
 def test_exit_code(tmp_path, base_directory):
     done = run(base_directory, "missing.jsonl", tmp_path / "x", cache=str(tmp_path))
     assert done.returncode == 2 and done.stderr.strip().splitlines()[-1] == "error: missing.jsonl: no such file"
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# instruction tuning and fine-tuning
+
+
+CHATML = "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}</s>\n{% endfor %}{% if add_generation_prompt %}<s>assistant: {% endif %}"
+
+
+@pytest.fixture(scope="module")
+def qa_file(tmp_path_factory):
+    """Twelve documents with two questions each, and a task."""
+    path = tmp_path_factory.mktemp("qa") / "qa.jsonl"
+    rows = [{"context": f"{name} lives in {place} and has {n} goats. " + "The hill is green. " * (n % 4),
+             "qas": [{"question": f"Where does {name} live?", "answers": [place, f"in {place}"]}, {"question": f"How many goats has {name}?", "answers": [str(n)]}]}
+            for n, (name, place) in enumerate(zip("Ana Bo Cy Di Ed Flo Gus Hal Ida Jo Kim Lea".split(), "Rome Oslo Bern Lima Cork Nice Bath Graz Linz Ghent Turin Vaasa".split()))]
+    rows += [{"task": "upper", "input": word, "output": word.upper(), "options": []} for word in "red green blue black white grey pink".split()]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_conversation_labels(tokenizer):
+    """Only the answers and the token that ends each are targets; the first question is the prompt of evaluation."""
+    tokenizer.chat_template = CHATML
+    ids, labels = conversation(tokenizer, [("Who?", "Ana."), ("Où?", "Nîmes"), ("x" * 200, "y")], limit=100)
+    assert tokenizer.decode(ids) == "<s>user: Who?</s>\n<s>assistant: Ana.</s>\n<s>user: Où?</s>\n<s>assistant: Nîmes</s>\n"
+    assert tokenizer.decode([t for t in labels if t != -100]) == "Ana.</s>Nîmes</s>" and all(t in (-100, i) for t, i in zip(labels, ids))
+    prompt = user_turn(tokenizer, "Who?")
+    assert ids[:len(prompt)] == prompt and len(conversation(tokenizer, [("x" * 200, "y")], limit=100)[0]) == 100
+    tokenizer.chat_template = None
+    ids, labels = conversation(tokenizer, [("Who? ", "Ana"), ("b", "c")], limit=100)
+    assert tokenizer.decode(ids) == "<s>Who? Ana</s>" and tokenizer.decode([t for t in labels if t != -100]) == "Ana</s>"
+
+
+def test_instruction_schemas(tmp_path):
+    """One row of each set of Table 3, and what is asked of it."""
+    rows = {"stanfordnlp/coqa": {"story": "S", "questions": ["q1", "q2"], "answers": {"input_text": ["a1", "a2"]}},
+            "ucinlp/drop": {"passage": "S", "question": "q1", "answers_spans": {"spans": ["a1", "b"], "types": ["span", "span"]}},
+            "deepmind/narrativeqa": {"document": {"summary": {"text": "S"}}, "question": {"text": "q1"}, "answers": [{"text": "a1"}, {"text": "b"}]},
+            "qiaojin/PubMedQA": {"question": "q1", "context": {"contexts": ["S", "T"]}, "long_answer": "a1", "final_decision": "yes"},
+            "textmachinelab/quail": {"context": "S", "question": "q1", "answers": ["x", "a1"], "correct_answer_id": 1},
+            "microsoft/ms_marco": {"query": "q1", "passages": {"passage_text": ["S", "T"]}, "answers": ["a1"]},
+            "kmfoda/booksum": {"chapter": "S", "summary_text": "a1"}, "sggetao/PwC": {"input": "S", "prompt": "q1", "answer": "a1"},
+            "rajpurkar/squad": {"context": "S", "question": "q1", "answers": {"text": ["a1"], "answer_start": [0]}}}
+    for name, row in rows.items():
+        path = tmp_path / (name.replace("/", "_") + ".jsonl")
+        path.write_text(json.dumps(row) + "\n" + json.dumps(row) + "\n")
+        (source, context, pairs), = load_instructions([str(path)])[0]
+        assert source == str(path) and context.startswith("S") and pairs[0][1][0] == "a1" and pairs[0][0] in ("q1", "Write a summary of the text."), name
+        assert len(pairs) in (2, 4)                     # two rows of one context are one document
+    for row, words in (({"text": "x"}, "known instruction set"), ({"context": "S", "qas": [{"question": "q"}]}, "missing or malformed"), ({"task": "t", "input": "x"}, "'output'")):
+        (tmp_path / "bad.jsonl").write_text(json.dumps(row) + "\n")
+        with pytest.raises(InputError, match=words):
+            load_instructions([str(tmp_path / "bad.jsonl")])
+
+
+def test_instruction_loss_against_streaming(qa_file, tokenizer):
+    """A batch of contexts of 1 to 4 chunks: the loss of the padded, trimmed pass equals plain cross-entropy after streaming each context by itself."""
+    tokenizer.chat_template = CHATML
+    model, (documents, tasks) = make_model(), load_instructions([qa_file])
+    units = instruction_units(documents, tasks)
+    assert units == [*range(12), "upper"]
+    examples = [instruction_example(tokenizer, documents, tasks, unit, 24, 6, np.random.default_rng(unit if unit != "upper" else 99)) for unit in (0, 5, 7, "upper")]
+    assert len({-(-len(context) // 24) for context, _, _ in examples}) > 1
+    assert "Input: " in tokenizer.decode(examples[3][0]) and "\n\nInput: " in tokenizer.decode(examples[3][0])
+    segments, mask, visible, labels = instruction_batch(examples, tokenizer.pad_token_id, 24)
+    for rows in ([0, 1, 2, 3], [2], [1, 3]):
+        (m, s, l), v = train.trim(mask[rows], visible, segments[rows], labels[rows])
+        nats, count = model.segment_losses(s, m, v, l)
+        for k, b in enumerate(rows):
+            context, ids, targets = examples[b]
+            memory, n = None, -(-len(context) // 24)
+            size = -(-len(context) // n)
+            for at in range(0, len(context), size):
+                memory = model.contextualize(torch.tensor([context[at:at + size]]), memory=memory)
+            want = F.cross_entropy(model(torch.tensor([ids]), memory=memory)[0, :-1], torch.tensor(targets[1:]), ignore_index=-100, reduction="sum")
+            torch.testing.assert_close(nats[k].sum(), want, rtol=1e-4, atol=1e-4)
+            assert count[k, :-1].sum() == 0 and count[k, -1] == sum(t != -100 for t in targets[1:])
+
+
+def test_instruct_stage(tmp_path, base_directory, qa_file):
+    """From a pretrained generator; it learns, two processes agree with one, and a resumed run with an unbroken one."""
+    base, _ = load_base(base_directory, device="cpu")
+    make_model(base=base, d_r=16).save_pretrained(tmp_path / "pretrained")
+
+    def go(name, *more, processes=1):
+        flags = ["--stage", "instruct", "--checkpoint", str(tmp_path / "pretrained"), "--chunk", "64", "--chunks", "3", "--steps", "8", "--save-every", "4", *more]
+        line = command(base_directory, qa_file, tmp_path / name, *flags, processes=processes)
+        for flag in ("--d-r", "--rank"):                # the checkpoint's
+            del line[line.index(flag):line.index(flag) + 2]
+        done = subprocess.run(line, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return weights(tmp_path / name, 8)
+
+    one, log = go("one"), [json.loads(line) for line in open(tmp_path / "one" / "log.jsonl")]
+    assert log[-1]["answer"] < log[0]["answer"] - 0.1 and "completion" not in log[0]
+    assert set(json.loads(open(tmp_path / "one" / "validation.jsonl").readline())) == {"step", "answer", "answer_shuffled", "sequences"}
+    for name, tensor in go("two", "--micro-batch", "2", processes=2).items():
+        torch.testing.assert_close(tensor, one[name], atol=2e-4, rtol=1e-3)
+    shutil.copytree(tmp_path / "one" / "step-000004", tmp_path / "resumed" / "step-000004")
+    config = json.loads((tmp_path / "resumed" / "step-000004" / "trainer.json").read_text())
+    assert config["args"]["d_r"] == 16 and config["args"]["scale"] == 0.5
+    for name, tensor in go("resumed", "--resume").items():
+        assert torch.equal(tensor, one[name]), name
+
+
+def test_fit_base_is_adamw_on_the_token_mean():
+    """One step in several passes equals one plain AdamW step on the whole batch; early stopping leaves the best weights."""
+    random = torch.Generator().manual_seed(0)
+    examples = [(row := torch.randint(0, 256, (n,), generator=random).tolist(), [-100] * (n // 2) + row[n // 2:]) for n in (5, 9, 14, 7)]
+    base, plain = make_base(), make_base()
+    history = train.fit_base(base, examples, [], 1e-3, batch_size=4, epochs=1, patience=None, seed=0, pad=259, pass_tokens=16)
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-3, weight_decay=0.01)
+    logits = [plain(torch.tensor([ids])).logits[0, :-1] for ids, _ in examples]
+    F.cross_entropy(torch.cat(logits), torch.cat([torch.tensor(labels[1:]) for _, labels in examples])).backward()
+    torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
+    optimizer.step()
+    for (name, p), q in zip(base.named_parameters(), plain.parameters()):
+        torch.testing.assert_close(p, q, atol=2e-5, rtol=1e-4, msg=name)
+        assert not p.requires_grad
+    assert len(history) == 2 and all(map(math.isnan, history))
+    other = [(ids[::-1], labels) for ids, labels in examples]
+    history = train.fit_base(base, examples, other, 1e-2, batch_size=2, epochs=30, patience=3, seed=0, pad=259)
+    best = history.index(min(history))
+    assert len(history) == best + 4 if best else len(history) == 4
+    again = train.fit_base(base, examples, other, 1e-9, batch_size=4, epochs=1, patience=1, seed=0, pad=259)
+    assert best == 0 or again[0] == pytest.approx(min(history), rel=1e-4)
+
+
+def test_finetune_stage(tmp_path, base_directory, qa_file):
+    """CPT and SFT write a transformers directory that loads as a base and has learnt the documents and the answers; nothing is overwritten."""
+    out = tmp_path / "sft"
+    flags = ["--stage", "finetune", "--base", base_directory, "--data", qa_file, "--documents", qa_file.replace("qa.jsonl", "docs.jsonl"), "--validation", qa_file, "--out", str(out), "--device", "cpu",
+             "--lr", "3e-3", "--batch", "8", "--epochs", "4"]
+    rows = [json.loads(line) for line in open(qa_file)]
+    with open(qa_file.replace("qa.jsonl", "docs.jsonl"), "w") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows if "context" in row)
+    train.finetune(train.arguments(flags))
+    (before, tokenizer), (after, _) = load_base(base_directory, device="cpu"), load_base(str(out), device="cpu")
+
+    def nats(base, text):
+        ids = torch.tensor([tokenizer(text)["input_ids"]])
+        with torch.no_grad():
+            return F.cross_entropy(base(ids).logits[0, :-1], ids[0, 1:]).item()
+
+    assert nats(after, rows[3]["context"]) < nats(before, rows[3]["context"]) - 0.5
+    history = json.load(open(out / "finetune.json"))["validation_nats"]
+    assert min(history) < history[0] - 0.5
+    for change, words in (([], "exists already"), (["--out", str(tmp_path / "y"), "--lr", "-1"], "--lr"), (["--out", str(tmp_path / "y"), "--data", "no.jsonl"], "no.jsonl: no such file")):
+        with pytest.raises(InputError, match=words):
+            train.finetune(train.arguments(flags + change))
+    assert not (tmp_path / "y").exists()
+
+
+def test_instruct_refusals(tmp_path, base_directory, qa_file):
+    base, _ = load_base(base_directory, device="cpu")
+    make_model(base=base).save_pretrained(tmp_path / "pretrained")
+    start = ("--stage", "instruct", "--checkpoint", str(tmp_path / "pretrained"))
+    for flags, words in ((("--stage", "instruct"), "--checkpoint"), ((*start, "--d-r", "17"), "--d-r 17 is not what --checkpoint"), ((*start, "--chunk", "4", "--d-r", "24"), "at most 8 tokens")):
+        with pytest.raises(InputError, match=words):
+            main(base_directory, qa_file, tmp_path / "x", "--d-r", "24", *flags)
+        assert not (tmp_path / "x").exists()
