@@ -360,7 +360,7 @@ def first_ids(rows, tokenizer, length, count):
 
 
 def load_qa(source, task):
-    """Documents with their questions, in the order of the data: [{"text", "questions": [{"id", "question", "golds": [text, ...]}]}].
+    """Documents with their questions, in the order of the data: [{"text", "questions": [{"number" of its row, "id", "question", "golds": [text, ...]}]}].
 
     task "squad": rows with context, question, answers {"text": [...]}; "streamingqa": rows with text, question, answers split on a backslash,
     from a .csv with these columns. Rows of one text are one document.
@@ -375,7 +375,7 @@ def load_qa(source, task):
         if not golds:
             raise InputError(f"{where}: answers holds no text")
         document = documents.setdefault(field(row, text_key, str, where), [])
-        document.append({"id": str(row.get("id", number)), "question": field(row, "question", str, where), "golds": golds})
+        document.append({"number": number, "id": str(row.get("id", number)), "question": field(row, "question", str, where), "golds": golds})
     if not all(text.strip() for text in documents):
         raise InputError(f"{source}: a row has an empty {text_key}")
     return [{"text": text, "questions": questions} for text, questions in documents.items()]
@@ -397,11 +397,11 @@ def read_csv(path):
 
 def load_metaicl(directory, seeds, shots, dev):
     """MetaICL's test tasks found in a directory of its layout, <task>/<task>_16_<seed>_{train,dev,test}.jsonl:
-    {task: {"test": rows, seed: (train rows, dev rows)}}, a row {"id", "question", "golds": [text]}; and the names of those not found.
+    {task: {"test": rows, seed: (train rows, dev rows)}}, a row {"number", "id", "question", "golds": [text]}; and the names of those not found.
     The test items are those of seed 100, as in the released code; dev: whether dev files are read (only fine-tuning wants them)."""
     def rows(task, seed, split):
         read = read_rows(os.path.join(directory, task, f"{task}_16_{seed}_{split}.jsonl"))
-        return [{"id": f"{task} {number}", "question": demonstration(field(row, "input", str, where), ""), "golds": [field(row, "output", str, where)]}
+        return [{"number": number, "id": f"{task} {number}", "question": demonstration(field(row, "input", str, where), ""), "golds": [field(row, "output", str, where)]}
                 for number, (where, row) in enumerate(read)]
 
     tasks = {}

@@ -194,7 +194,7 @@ def read_contexts(run, method, contexts, items, template):
     contexts: one for all items, or one each; their costs are TFLOPs, M floats to keep and seconds, and the questions come on top."""
     model, tokenizer, base, began = run.model, run.tokenizer, run.model.base, time.time()
     prompts = [user_turn(tokenizer, item["question"]) for item in items]
-    kept, weights, costs, window = {}, None, [(0.0, 0.0, {})], base.config.get_text_config().max_position_embeddings           # costs: FLOPs, floats, more
+    kept, weights, costs, window = {}, (), [(0.0, 0.0, {})], base.config.get_text_config().max_position_embeddings           # costs: FLOPs, floats, more
     if method.startswith("adapter"):
         read = [context_ids(tokenizer, context) for context in contexts]
         kept["memory"] = encode(model, read, tokenizer.pad_token_id)
@@ -213,13 +213,11 @@ def read_contexts(run, method, contexts, items, template):
             with torch.no_grad():
                 kept["cache"] = base.get_decoder()(input_ids=torch.tensor([kept["prefix"]], device=base.device), use_cache=True).past_key_values
     elif method == "fine-tuned":
-        weights = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+        weights = [p.data for p in base.parameters()]
         train, dev = ([conversation(tokenizer, [(row["question"], row["golds"][0])], window) for row in rows] for rows in contexts[0])
         for p in base.parameters():                                     # steps of 1e-5 would be lost in bfloat16
-            p.data = p.data.float()
+            p.data = p.data.to(torch.float32, copy=True)
         losses = fit_base(base, train, dev, lr=1e-5, batch_size=16, epochs=40, patience=3, seed=run.args.seed, pad=tokenizer.pad_token_id)
-        for name, p in base.named_parameters():
-            p.data = p.data.to(weights[name].dtype)
         forward, validation = (sum(base_flops(base, len(ids)) for ids, _ in examples) for examples in (train, dev))
         epochs = len(losses) - 1                                        # the backward pass costs two forward passes
         costs = [(epochs * 3 * forward + len(losses) * validation, sum(p.numel() for p in base.parameters()), {})]
@@ -253,8 +251,8 @@ def predict(run, method, groups, score, template=IN_CONTEXT_PROMPT, **where):
                                    "inference_tflops": base_flops(model.base, len(prompt) - past + new, past) / 1e12, **cost})
                 records += [{**run.done[key], **score(run.done[key]["prediction"], item["golds"])} for key, item in zip(keys, items[batch])]
                 bar.update(len(keys))
-            if read and read[-1]:
-                model.base.load_state_dict(read[-1])
+            for p, before in zip(model.base.parameters(), read[-1] if read else ()):
+                p.data = before
     if lost := sum(record.get("lost", 0) > 0 for record in records):
         run.note(f"{name}: {lost} of {len(records)} prompts do not fit the base's window and lose the beginning of their context")
     return records
@@ -318,8 +316,6 @@ def evaluate_qa(run, documents):
     total = sum(map(len, run.tokenizer([document["text"] for document in documents], add_special_tokens=False, verbose=False)["input_ids"]))
     if len(documents) == 1 or total <= max(args.context_lengths):
         run.note(f"the documents hold {total} tokens: longer contexts are all the same single group, to which adapter-shuffled has no other")
-    number = itertools.count()
-    items = [[{**question, "number": next(number)} for question in document["questions"]] for document in documents]
     for method in args.method:
         for length in [0] if method == "closed-book" else args.context_lengths:
             began, count = time.time(), min(-(-total // length), len(documents)) if length else 1
@@ -328,7 +324,7 @@ def evaluate_qa(run, documents):
             others = other_contexts([{g} for g in range(count)], args.seed) if method == "adapter-shuffled" else range(count)
             if None in others:
                 continue
-            groups = [([texts[other]], [item for i in part for item in items[i]]) for other, part in zip(others, parts)]
+            groups = [([texts[other]], [item for i in part for item in documents[i]["questions"]]) for other, part in zip(others, parts)]
             yield table_row(predict(run, method, groups, qa_scores, parts=count), began, method=method, context_length=length, groups=count)
 
 
@@ -344,7 +340,7 @@ def evaluate_metaicl(run, tasks):
         for shots in [0] if method in ("zero-shot", "fine-tuned") else args.shots:
             rows = {}
             for name, other in tqdm(list(zip(names, others)), desc=f"{method}, {shots} shots", unit="task"):
-                items, began = [{"number": i, **item} for i, item in enumerate(tasks[name]["test"][:args.limit])], time.time()
+                items, began = tasks[name]["test"][:args.limit], time.time()
                 groups = [([None], items)]
                 if method != "zero-shot":
                     examples = [tasks[names[other] if method == "adapter-shuffled" else name][seed] for seed in args.demo_seeds]

@@ -404,7 +404,7 @@ def test_metaicl_loader(metaicl_directory):
     assert len(set(METAICL_CLASSIFICATION)) == 16 and len(set(METAICL_OTHER)) == 10 and not set(METAICL_CLASSIFICATION) & set(METAICL_OTHER)
     tasks, missing = load_metaicl(str(metaicl_directory), METAICL_SEEDS, 16, True)
     assert list(tasks) == ["poem_sentiment", "quarel", "superglue-copa"] and len(missing) == 23 and "glue-rte" in missing
-    assert tasks["quarel"]["test"][1] == {"id": "quarel 1", "question": "Input: quarel test 100 1 é\nOutput:", "golds": ["yes"]} and len(tasks["quarel"]["test"]) == 3
+    assert tasks["quarel"]["test"][1] == {"number": 1, "id": "quarel 1", "question": "Input: quarel test 100 1 é\nOutput:", "golds": ["yes"]} and len(tasks["quarel"]["test"]) == 3
     train, dev = tasks["superglue-copa"][21]
     assert len(train) == len(dev) == 16 and train[0]["question"] == "Input: superglue-copa train 21 0 é\nOutput:" and dev[15]["golds"] == ["yes"]
 
