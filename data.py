@@ -7,6 +7,7 @@ configuration after a colon where it has several ("microsoft/ms_marco:v1.1"). In
 """
 
 import argparse
+import csv
 import functools
 import gzip
 import hashlib
@@ -293,6 +294,17 @@ def left_pad(prompts, pad):
 # --------------------------------------------------------------------------------------------------------------------
 # text in and out of the model
 
+# Fig. 7, MetaICL: the context are demonstrations joined by blank lines, the question is one without an output
+METAICL_PROMPT = ("{context}\n\nInstruction: Based on the demonstration above, provide a short and concise answer, without any explanation or "
+                  "additional words.\n\n{question}")
+METAICL_SEEDS = [100, 13, 21, 42, 87]
+# the 26 test tasks of MetaICL's hr_to_lr setting (Table 4), split by the task_type of its configuration files
+METAICL_CLASSIFICATION = (
+    "financial_phrasebank", "glue-mrpc", "sick", "medical_questions_pairs", "poem_sentiment", "glue-wnli", "climate_fever", "ethos-national_origin", "ethos-race",
+    "ethos-religion", "hate_speech18", "glue-rte", "superglue-cb", "tweet_eval-hate", "tweet_eval-stance_atheism", "tweet_eval-stance_feminist")
+METAICL_OTHER = (
+    "quarel", "openbookqa", "codah", "qasc", "dream", "commonsense_qa", "quartz-with_knowledge", "quartz-no_knowledge", "ai2_arc", "superglue-copa")
+
 
 def context_ids(tokenizer, text):
     """A context as pretraining saw text: raw, no chat template. (The released code trains on templated and tests on raw contexts.)"""
@@ -304,6 +316,21 @@ def user_turn(tokenizer, text):
     if tokenizer.chat_template is None:
         return context_ids(tokenizer, text)
     return tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True, return_dict=True)["input_ids"]
+
+
+def in_context_prompts(tokenizer, template, context, questions, room):
+    """(ids of a prompt for each question, tokens lost): where the longest prompt is more than room tokens, the context loses its beginning,
+    as in the paper, and for all questions alike, so that they share it. Raises InputError where even an empty context does not fit."""
+    def prompt(question):
+        return user_turn(tokenizer, template.format(context=context, question=question))
+
+    longest, lost = max(questions, key=lambda question: len(tokenizer(question)["input_ids"])), 0
+    while (excess := len(prompt(longest)) - room) > 0:
+        ids = tokenizer(context, add_special_tokens=False, verbose=False)["input_ids"]
+        if not ids:
+            raise InputError(f"a question alone is longer than the {room} tokens that the base's window leaves for it")
+        context, lost = tokenizer.decode(ids[excess:]), lost + min(excess, len(ids))
+    return [prompt(question) for question in questions], lost
 
 
 def load_msc(source=None):
@@ -324,6 +351,104 @@ def load_msc(source=None):
         rows.append({"id": str(metadata.get("initial_data_id", len(rows))), "sessions": sessions,
                      "question": field(asked, "B", str, where), "answer": field(asked, "A", str, where)})
     return rows
+
+
+def first_ids(rows, tokenizer, length, count):
+    """The first `length` ids of each of the first `count` documents that have at least 2. rows: (where, row) as read_rows yields them."""
+    texts = (context_ids(tokenizer, field(row, "text", str, where))[:length] for where, row in rows)
+    return list(itertools.islice((ids for ids in texts if len(ids) > 1), count))
+
+
+def load_qa(source, task):
+    """Documents with their questions, in the order of the data: [{"text", "questions": [{"number" of its row, "id", "question", "golds": [text, ...]}]}].
+
+    task "squad": rows with context, question, answers {"text": [...]}; "streamingqa": rows with text, question, answers split on a backslash,
+    from a .csv with these columns. Rows of one text are one document.
+    """
+    documents, text_key = {}, "context" if task == "squad" else "text"
+    for number, (where, row) in enumerate(read_csv(source) if task == "streamingqa" and source.endswith(".csv") else read_rows(source, split="validation")):
+        if task == "squad":
+            golds = field(field(row, "answers", dict, where), "text", list, where)
+        else:
+            golds = [gold.strip() for gold in field(row, "answers", str, where).split("\\")]
+        golds = [gold for gold in golds if isinstance(gold, str) and gold]
+        if not golds:
+            raise InputError(f"{where}: answers holds no text")
+        document = documents.setdefault(field(row, text_key, str, where), [])
+        document.append({"number": number, "id": str(row.get("id", number)), "question": field(row, "question", str, where), "golds": golds})
+    if not all(text.strip() for text in documents):
+        raise InputError(f"{source}: a row has an empty {text_key}")
+    return [{"text": text, "questions": questions} for text, questions in documents.items()]
+
+
+def read_csv(path):
+    """(where, row) for each row of a .csv file with a header. Raises InputError when it is missing, empty or malformed."""
+    where = path
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            for number, row in enumerate(csv.DictReader(file), 2):
+                where = f"{path} row {number}"
+                yield where, row
+    except (OSError, ValueError, csv.Error) as error:
+        raise InputError(f"{where} cannot be read: {error}") from None
+    if where == path:
+        raise InputError(f"{path} is empty: it needs a header and at least one row")
+
+
+def load_metaicl(directory, seeds, shots, dev):
+    """MetaICL's test tasks found in a directory of its layout, <task>/<task>_16_<seed>_{train,dev,test}.jsonl:
+    {task: {"test": rows, seed: (train rows, dev rows)}}, a row {"number", "id", "question", "golds": [text]}; and the names of those not found.
+    The test items are those of seed 100, as in the released code; dev: whether dev files are read (only fine-tuning wants them)."""
+    def rows(task, seed, split):
+        read = read_rows(os.path.join(directory, task, f"{task}_16_{seed}_{split}.jsonl"))
+        return [{"number": number, "id": f"{task} {number}", "question": demonstration(field(row, "input", str, where), ""), "golds": [field(row, "output", str, where)]}
+                for number, (where, row) in enumerate(read)]
+
+    tasks = {}
+    for task in METAICL_CLASSIFICATION + METAICL_OTHER:
+        if os.path.isdir(os.path.join(directory, task)):
+            tasks[task] = {"test": rows(task, 100, "test"), **{seed: (rows(task, seed, "train"), rows(task, seed, "dev") if dev else []) for seed in seeds}}
+            fewest = min(len(tasks[task][seed][0]) for seed in seeds)
+            if fewest < shots:
+                raise InputError(f"{directory}: {task} has {fewest} training examples, fewer than --shots {shots}")
+    if not tasks:
+        raise InputError(f"{directory}: none of MetaICL's 26 test tasks is there; give a directory with <task>/<task>_16_<seed>_train.jsonl, .._dev.jsonl and .._test.jsonl")
+    return tasks, [task for task in METAICL_CLASSIFICATION + METAICL_OTHER if task not in tasks]
+
+
+def open_predictions(path):
+    """({key: record} of earlier runs, function that appends a record); a half-written last line is dropped.
+    Raises InputError, and changes nothing, where the file holds anything but predictions."""
+    done, log = {}, None
+    if path and os.path.exists(path):
+        with open(path, "rb") as file:
+            *lines, half = file.read().split(b"\n")
+        if half[:8] != b'{"key": '[:len(half)]:
+            lines.append(half)                               # not the beginning of a line of ours
+        for number, line in enumerate(lines, 1):
+            try:
+                record = json.loads(line)
+                done[record["key"]] = record
+            except (ValueError, TypeError, KeyError):
+                raise InputError(f"{path} line {number} is not a prediction of this script: name another file with --predictions; nothing was written") from None
+        os.truncate(path, os.path.getsize(path) - len(half))
+    if path:
+        log = open(path, "a", encoding="utf-8")
+
+    def write(record):
+        if record["key"] not in done:
+            done[record["key"]] = json.loads(json.dumps(record))
+            if log:
+                log.write(json.dumps(record, ensure_ascii=False) + "\n")
+                log.flush()
+
+    return done, write
+
+
+def stamps(path):
+    """What tells whether the files at a path are still the same: names, sizes and times; of a hub id, nothing."""
+    files = [path] if os.path.isfile(path) else sorted(os.path.join(where, name) for where, _, names in os.walk(path) for name in names)
+    return [(os.path.abspath(name), os.path.getsize(name), os.path.getmtime(name)) for name in files]
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -1,40 +1,54 @@
-"""The paper's evaluation (§4, §5): one table, one JSON, each method beside its controls.
+"""The paper's evaluation (§4, §5): one table, one JSON, one plot, each method beside its controls.
 
     python evaluate.py --task msc                                   # Table 1: memory of conversations; default base, built-in sample
-    python evaluate.py --task msc --data MemGPT/MSC-Self-Instruct --checkpoint out/run/step-000280 --output msc.json
-    python evaluate.py --task ppl --data validation.parquet --checkpoint out/run/step-000280      # Table 2
+    python evaluate.py --task squad --limit 20 --context-lengths 512 1024 2048 --output squad.json --plot squad.png       # Fig. 2, 3, Table 5
+    python evaluate.py --task streamingqa --data streamingqa.csv --base out/sft --method closed-book                      # a fine-tuned baseline
+    python evaluate.py --task metaicl --data metaicl --predictions metaicl.jsonl            # Fig. 4; once more after a kill: continues
+    python evaluate.py --task ppl --data validation.parquet --checkpoint out/a/step-000280 --checkpoint out/b/step-000280 # Table 2
 
-Methods: closed-book (bare question), full-conversation / in-context (context in the prompt), adapter (bare question, context in the
-weights) and adapter-shuffled, the control: the adapter of ANOTHER context. What a generator remembers is the gap between the last two;
+Methods: closed-book (bare question), full-conversation / in-context / few-shot (context in the prompt), adapter (bare question, context in
+the weights) and adapter-shuffled, the control: the adapter of ANOTHER context. What a generator remembers is the gap between the last two;
 one that has only learnt an answer style scores the same with both.
 """
 
 import argparse
 import collections
+import copy
+import hashlib
 import itertools
 import json
 import os
 import platform
 import random
 import re
+import statistics
 import string
 import time
+import types
 
+import numpy as np
 import torch
 import transformers
 from tqdm import tqdm
 
-from data import (IN_CONTEXT_PROMPT, MSC_HUB_ID, MSC_SAMPLE, context_ids, field, hub_reachable, left_pad, load_msc, read_rows, run_command,
-                  split_into_chunks, user_turn)
+from data import (IN_CONTEXT_PROMPT, METAICL_CLASSIFICATION, METAICL_OTHER, METAICL_PROMPT, METAICL_SEEDS, MSC_HUB_ID, MSC_SAMPLE, context_ids, conversation, demonstration, first_ids,
+                  hub_reachable, in_context_prompts, left_pad, load_metaicl, load_msc, load_qa, open_predictions, read_rows, run_command, split_into_chunks, stamps, user_turn)
 from generator import GeneratorConfig, InputError, Memory
 from model import DEFAULT_BASE, AdaptedLM, find_blocks, load_base
+from train import fit_base
 
 CHUNK = 1024              # tokens; the paper's chunk at test time
-NEW_TOKENS = 20           # greedy, cut at the first newline
+NEW_TOKENS = 20           # greedy, cut at the first newline; MetaICL 10
 DEFAULT_CHECKPOINT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "smollm2-135m")
-METHODS = {"msc": ["closed-book", "full-conversation", "adapter", "adapter-shuffled"],
-           "ppl": ["closed-book", "in-context", "adapter", "adapter-shuffled"]}
-PPL_HUB_ID = "cerebras/SlimPajama-627B"
+QA_METHODS = ["closed-book", "in-context", "adapter", "adapter-shuffled"]
+METHODS = {"msc": ["closed-book", "full-conversation", "adapter", "adapter-shuffled"], "squad": QA_METHODS, "streamingqa": QA_METHODS, "ppl": QA_METHODS,
+           "metaicl": ["zero-shot", "few-shot", "fine-tuned", "adapter", "adapter-shuffled"]}
+IN_CONTEXT = ("in-context", "full-conversation", "few-shot")
+METRICS = ("f1", "em", "f1_max", "em_max", "recall", "rougeL_recall", "accuracy")
+COSTS = ("inference_tflops", "contextualisation_tflops", "storage_mfloats", "contextualisation_seconds")
+HUB_IDS = {"msc": MSC_HUB_ID, "squad": "rajpurkar/squad", "ppl": "cerebras/SlimPajama-627B"}
+PANELS = {"f1": "F1", "contextualisation_tflops": "contextualisation, TFLOPs", "inference_tflops": "inference, TFLOPs a query", "storage_mfloats": "storage, M floats",
+          "ppl_reconstruction": "reconstruction perplexity", "ppl_completion": "completion perplexity"}
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -73,35 +87,25 @@ def rouge_l_recall(prediction, gold):
     predicted, wanted = normalize_text(prediction).split(), normalize_text(gold).split()
     if not predicted or not wanted:
         return 0.0
-    best, common = [[0] * (len(wanted) + 1) for _ in range(len(predicted) + 1)], []
-    for i, p in enumerate(predicted, 1):
-        for j, w in enumerate(wanted, 1):
-            best[i][j] = best[i - 1][j - 1] + 1 if p == w else max(best[i - 1][j], best[i][j - 1])
-    i, j = len(predicted), len(wanted)
-    while i and j:
-        if predicted[i - 1] == wanted[j - 1]:
-            common.append(wanted[j - 1])
-            i, j = i - 1, j - 1
-        elif best[i - 1][j] > best[i][j - 1]:
-            i -= 1
-        else:
-            j -= 1
-    return len(set(common)) / len(set(wanted))
+    above = [()] * (len(wanted) + 1)                                    # the longest common subsequence of the words so far, for each part of the gold
+    for word in predicted:
+        row = [()]
+        for j, w in enumerate(wanted):
+            row.append(above[j] + (w,) if w == word else above[j + 1] if len(above[j + 1]) > len(row[j]) else row[j])
+        above = row
+    return len(set(above[-1])) / len(set(wanted))
 
 
 def mean_and_stderr(values):
     """(mean, standard error) of a list; the error of fewer than two values is None."""
-    n = len(values)
-    mean = sum(values) / n
-    return mean, (sum((v - mean) ** 2 for v in values) / (n - 1) / n) ** 0.5 if n > 1 else None
+    return statistics.fmean(values), statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
 
 
 # --------------------------------------------------------------------------------------------------------------------
 # cost (Table 1, Fig. 3), from shapes: 2 FLOPs a weight and token, and attention over the keys before it
 
 
-def head_dim(c):
-    """Width of an attention head, from a transformers config."""
+def head_dim(c):                                            # c: a transformers config
     return getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
 
 
@@ -118,13 +122,20 @@ def base_flops(base, tokens, past=0, head=True):
 
 def generator_flops(model, tokens, chunks):
     """FLOPs of the generator's matrix products for a context: projections and S for each token, norm and LoRA pair for each chunk.
-    The four products with S in norm are counted (svd; svd-exact has none), factorisations (QR, SVD) are not."""
+    In norm (svd; svd-exact has none) the four products with S and the nine of (d_r, r) with (r, r) are counted, factors of r x r are not."""
     d_r, r, total = model.config.d_r, model.config.adapter_rank, 0
-    norm = 8 * d_r * d_r * r if model.config.norm == "svd" else 0
+    norm = 8 * d_r * d_r * r + 18 * d_r * r * r if model.config.norm == "svd" else 0
     for layer in model.generator.layers:
         d_out, d_in, d_h = len(layer.A1), layer.B2.shape[1], len(layer.g)
         total += tokens * (4 * d_h * d_r + 2 * d_r * d_r) + chunks * (norm + 2 * r * d_r * (d_in + d_out))
     return total
+
+
+def context_flops(model, tokens):
+    """FLOPs of contextualising: the base without lm_head, chunk by chunk with chunk-local attention, and the generator."""
+    chunks = -(-tokens // CHUNK)
+    sizes = [tokens // chunks + (i < tokens % chunks) for i in range(chunks)]
+    return sum(base_flops(model.base, n, head=False) for n in sizes) + generator_flops(model, tokens, chunks)
 
 
 def kv_cache_floats(base, tokens):
@@ -153,29 +164,20 @@ def encode(model, contexts, pad):
     return Memory({name: S[rows.to(S.device)] for name, S in memory.states.items()}, memory.tokens[rows], memory.fingerprint)
 
 
-def answer(model, tokenizer, prompts, memory=None):
-    """Greedy answers to prompts (lists of ids), and the number of tokens generated for each."""
-    ids, mask = left_pad(prompts, tokenizer.pad_token_id)
-    out = model.generate(ids.to(model.base.device), memory, attention_mask=mask.to(model.base.device), max_new_tokens=NEW_TOKENS, do_sample=False)
+def answer(model, tokenizer, prompts, memory=None, prefix=(), cache=None, new_tokens=NEW_TOKENS):
+    """Greedy answers to prompts (lists of ids), and the number of tokens generated for each.
+    cache: the base's KV cache of prefix, ids with which every prompt begins; it is copied, not changed."""
+    ids, mask = left_pad([prompt[len(prefix):] for prompt in prompts], tokenizer.pad_token_id)
+    if cache is not None:                                                          # prefix, padding, rest: positions are counted by the mask
+        ids, mask = (torch.cat([part.expand(len(prompts), -1), rest], 1) for part, rest in ((torch.tensor([prefix]), ids), (torch.ones(1, len(prefix), dtype=torch.long), mask)))
+        cache = copy.deepcopy(cache)
+        cache.batch_repeat_interleave(len(prompts))
+    out = model.generate(ids.to(model.base.device), memory, attention_mask=mask.to(model.base.device), past_key_values=cache, max_new_tokens=new_tokens, do_sample=False)
     new = out[:, ids.shape[1]:].tolist()
     ends = model.base.generation_config.eos_token_id
     ends = set(ends if isinstance(ends, list) else [ends])
     counts = [next((i + 1 for i, t in enumerate(row) if t in ends), len(row)) for row in new]
     return [text.split("\n")[0].strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)], counts
-
-
-def in_context_prompt(tokenizer, context, question, window):
-    """Ids of the Fig. 7 prompt; a context that does not fit the base's window loses its beginning, as in the paper."""
-    prompt = user_turn(tokenizer, IN_CONTEXT_PROMPT.format(context=context, question=question))
-    excess = len(prompt) + NEW_TOKENS - window
-    while excess > 0:
-        ids = tokenizer(context, add_special_tokens=False, verbose=False)["input_ids"]
-        if not ids:
-            raise InputError(f"a question alone fills the base's window of {window} tokens")
-        context = tokenizer.decode(ids[excess:])
-        prompt = user_turn(tokenizer, IN_CONTEXT_PROMPT.format(context=context, question=question))
-        excess = len(prompt) + NEW_TOKENS - window
-    return prompt
 
 
 def other_contexts(keys, seed):
@@ -187,220 +189,371 @@ def other_contexts(keys, seed):
     return others
 
 
+def read_contexts(run, method, contexts, items, template):
+    """What a method makes of contexts before the questions are asked: (prompts, keyword arguments of answer, costs, base weights to restore).
+    contexts: one for all items, or one each; their costs are TFLOPs, M floats to keep and seconds, and the questions come on top."""
+    model, tokenizer, base, began = run.model, run.tokenizer, run.model.base, time.time()
+    prompts = [user_turn(tokenizer, item["question"]) for item in items]
+    kept, weights, costs, window = {}, (), [(0.0, 0.0, {})], base.config.get_text_config().max_position_embeddings           # costs: FLOPs, floats, more
+    if method.startswith("adapter"):
+        read = [context_ids(tokenizer, context) for context in contexts]
+        kept["memory"] = encode(model, read, tokenizer.pad_token_id)
+        costs = [(context_flops(model, len(ids)), adapter_floats(model), {}) for ids in read]
+    elif method in IN_CONTEXT:
+        bare, costs = prompts, []
+        asked = [[item["question"] for item in items]] if len(contexts) == 1 else [[item["question"]] for item in items]
+        fitted = [in_context_prompts(tokenizer, template, context, questions, window - NEW_TOKENS) for context, questions in zip(contexts, asked)]
+        prompts = [prompt for some, _ in fitted for prompt in some]
+        for some, lost in fitted:
+            past = len(some[0]) - len(bare[len(costs)])
+            costs.append((base_flops(base, past, head=False), kv_cache_floats(base, past), {"past": past, "lost": lost}))
+        if len(contexts) == 1:                                          # read once for all its questions
+            same = itertools.takewhile(lambda column: len(set(column)) == 1, zip(*(prompt[:-1] for prompt in prompts)))
+            kept["prefix"] = [column[0] for column in same]
+            with torch.no_grad():
+                kept["cache"] = base.get_decoder()(input_ids=torch.tensor([kept["prefix"]], device=base.device), use_cache=True).past_key_values
+    elif method == "fine-tuned":
+        weights = [p.data for p in base.parameters()]
+        train, dev = ([conversation(tokenizer, [(row["question"], row["golds"][0])], window) for row in rows] for rows in contexts[0])
+        for p in base.parameters():                                     # steps of 1e-5 would be lost in bfloat16
+            p.data = p.data.to(torch.float32, copy=True)
+        losses = fit_base(base, train, dev, lr=1e-5, batch_size=16, epochs=40, patience=3, seed=run.args.seed, pad=tokenizer.pad_token_id)
+        forward, validation = (sum(base_flops(base, len(ids)) for ids, _ in examples) for examples in (train, dev))
+        epochs = len(losses) - 1                                        # the backward pass costs two forward passes
+        costs = [(epochs * 3 * forward + len(losses) * validation, sum(p.numel() for p in base.parameters()), {})]
+    # different conversations are read with their questions in one pass, whose parts have no times of their own
+    seconds = {} if method == "full-conversation" else {"contextualisation_seconds": (time.time() - began) / len(contexts) if kept or weights else 0.0}
+    costs = [{"contextualisation_tflops": flops / 1e12, "storage_mfloats": floats / 1e6, **seconds, **more} for flops, floats, more in costs]
+    return prompts, kept, costs * (len(items) // len(costs)), weights
+
+
+def predict(run, method, groups, score, template=IN_CONTEXT_PROMPT, **where):
+    """Records of the answers to groups, scores included; from the predictions file where it has them. A group is (contexts, items): one
+    context for all its items or one each; an item has number, id, question and golds; where is the condition, part of a record's key.
+
+    A batch is computed whole if one of its answers is missing: padded as in an unbroken run, it gives the same answers to the last bit."""
+    args, model, name, records = run.args, run.model, " ".join([method, *map(str, where.values())]), []
+    digest = fingerprint(run, method, template)
+    with tqdm(total=sum(len(items) for _, items in groups), desc=name, unit="question", leave=None) as bar:
+        for group, (contexts, items) in enumerate(groups):
+            read = None
+            for at in range(0, len(items), args.batch_size):
+                batch = slice(at, at + args.batch_size)
+                keys = [f"{args.task} {name} group {group} item {item['number']} {digest}" for item in items[batch]]
+                if not all(key in run.done for key in keys):
+                    prompts, kept, costs, weights = read = read or read_contexts(run, method, contexts, items, template)
+                    answers = answer(model, run.tokenizer, prompts[batch], new_tokens=10 if args.task == "metaicl" else NEW_TOKENS, **kept)
+                    for key, item, prompt, cost, text, new in zip(keys, items[batch], prompts[batch], costs[batch], *answers):
+                        # the KV cache of the context is reused, as in Table 1; the adapter is merged into the weights and costs nothing more
+                        past = cost.get("past", 0)
+                        run.write({"key": key, "task": args.task, "method": method, **where, "id": item["id"], "question": item["question"],
+                                   "gold": min(item["golds"], key=len), "golds": item["golds"], "prediction": text, **score(text, item["golds"]),
+                                   "inference_tflops": base_flops(model.base, len(prompt) - past + new, past) / 1e12, **cost})
+                records += [{**run.done[key], **score(run.done[key]["prediction"], item["golds"])} for key, item in zip(keys, items[batch])]
+                bar.update(len(keys))
+            for p, before in zip(model.base.parameters(), read[-1] if read else ()):
+                p.data = before
+    if lost := sum(record.get("lost", 0) > 0 for record in records):
+        run.note(f"{name}: {lost} of {len(records)} prompts do not fit the base's window and lose the beginning of their context")
+    return records
+
+
+def fingerprint(run, method, template=""):
+    """Hash of what an answer depends on beside its question: base, data and flags, and for adapters the generator."""
+    facts = [*run.facts, template, run.model.generator.fingerprint() if method.startswith("adapter") else ""]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+
 # --------------------------------------------------------------------------------------------------------------------
-# tasks: each yields the rows of its table, one a method
+# tasks: each yields the rows of its table
 
 
-def evaluate_msc(args, everything, model, tokenizer, log):
+def qa_scores(prediction, golds):
+    """Against the shortest gold, as the authors score (f1, em, rougeL_recall); the best over the golds, as SQuAD does (_max); recall of any."""
+    gold = min(golds, key=len)
+    return {"f1": f1_score(prediction, gold), "em": exact_match(prediction, gold), "f1_max": max(f1_score(prediction, g) for g in golds),
+            "em_max": max(exact_match(prediction, g) for g in golds), "recall": max(recall(prediction, g) for g in golds), "rougeL_recall": rouge_l_recall(prediction, gold)}
+
+
+def icl_scores(prediction, golds):
+    """Exact match but for case, of a prediction without the "Output:" it may repeat, as the authors count."""
+    return {"accuracy": float(prediction.replace("Output:", "").strip().lower() == golds[0].strip().lower())}
+
+
+def table_row(records, began, **what):
+    """what, then mean and standard error of every metric, 0 to 100, and mean costs over the questions: a query's, and its context's."""
+    row = {**what, "n": len(records)}
+    for key in METRICS:
+        if key in records[0]:
+            mean, error = mean_and_stderr([record[key] for record in records])
+            row[key], row[key + "_stderr"] = 100 * mean, None if error is None else 100 * error
+    costs = {key: statistics.fmean(record[key] for record in records) for key in COSTS if key in records[0]}
+    return {**row, **costs, "seconds": time.time() - began}
+
+
+def evaluate_msc(run, everything):
     """Table 1. The adapter, its control and closed-book see the identical prompt, the bare question; only full-conversation reads the text."""
+    args, size = run.args, run.args.batch_size
     others = other_contexts([set(row["sessions"]) for row in everything], args.seed)
-    rows = everything[:args.limit]
     contexts = ["\n\n".join(row["sessions"]) for row in everything]
-    window, pad = model.base.config.get_text_config().max_position_embeddings, tokenizer.pad_token_id
+    items = [{"number": i, "id": row["id"], "question": row["question"], "golds": [row["answer"]]} for i, row in enumerate(everything[:args.limit])]
     for method in args.method:
-        asked = [i for i in range(len(rows)) if method != "adapter-shuffled" or others[i] is not None]
+        shuffled, began = method == "adapter-shuffled", time.time()
+        asked = [item for item in items if not shuffled or others[item["number"]] is not None]
         if not asked:
-            tqdm.write(f"{method} is left out: no two conversations without a session in common")
+            run.note(f"{method} is left out: no two conversations without a session in common")
             continue
-        scores, costs, began = [], [], time.time()
-        for batch in tqdm([asked[i:i + args.batch_size] for i in range(0, len(asked), args.batch_size)], desc=method, unit="batch"):
-            t0, memory = time.time(), None
-            if method.startswith("adapter"):
-                read = [context_ids(tokenizer, contexts[others[i] if method == "adapter-shuffled" else i]) for i in batch]
-                memory = encode(model, read, pad)
-            context_seconds = time.time() - t0
-            prompts = bare = [user_turn(tokenizer, rows[i]["question"]) for i in batch]
-            if method == "full-conversation":
-                prompts = [in_context_prompt(tokenizer, contexts[i], rows[i]["question"], window) for i in batch]
-            answers, generated = answer(model, tokenizer, prompts, memory)
-            for k, i in enumerate(batch):
-                gold = rows[i]["answer"]
-                score = {"f1": f1_score(answers[k], gold), "em": exact_match(answers[k], gold), "recall": recall(answers[k], gold),
-                         "rougeL_recall": rouge_l_recall(answers[k], gold)}
-                scores.append(score)
-                log({"task": "msc", "method": method, "id": rows[i]["id"], "question": rows[i]["question"], "gold": gold, "prediction": answers[k], **score})
-                # the KV cache of the conversation is reused, as in Table 1; the adapter is merged into the weights and costs nothing more
-                past = len(prompts[k]) - len(bare[k])
-                costs.append({
-                    "inference_tflops": base_flops(model.base, len(bare[k]) + generated[k], past) / 1e12,
-                    "contextualisation_tflops": (context_flops(model, len(read[k])) if memory is not None else base_flops(model.base, past, head=False)) / 1e12,
-                    "storage_mfloats": (adapter_floats(model) if memory is not None else kv_cache_floats(model.base, past)) / 1e6,
-                    **({"contextualisation_seconds": context_seconds / len(batch)} if memory is not None else {})})
-        yield {"method": method, "n": len(scores), **summary(scores), **{key: mean_and_stderr([c[key] for c in costs])[0] for key in costs[0]}, "seconds": time.time() - began}
+        batches = [asked[at:at + size] for at in range(0, len(asked), size)]              # contexts differ: a batch of them is read side by side
+        groups = [([contexts[others[item["number"]] if shuffled else item["number"]] for item in batch], batch) for batch in batches]
+        row = table_row(predict(run, method, groups, qa_scores), began, method=method)
+        yield {key: value for key, value in row.items() if "_max" not in key}             # a question has one gold
 
 
-def context_flops(model, tokens):
-    """FLOPs of contextualising: the base without lm_head, chunk by chunk with chunk-local attention, and the generator."""
-    chunks = -(-tokens // CHUNK)
-    sizes = [tokens // chunks + (i < tokens % chunks) for i in range(chunks)]
-    return sum(base_flops(model.base, n, head=False) for n in sizes) + generator_flops(model, tokens, chunks)
+def evaluate_qa(run, documents):
+    """Fig. 2, Fig. 3, Table 5: documents in the order of the data, split evenly into ceil(tokens / k) groups, each the context of all its
+    questions. Closed-book has no context: one row, of length 0. Lengths that make the same groups share their answers."""
+    args, documents = run.args, documents[:run.args.limit]
+    total = sum(map(len, run.tokenizer([document["text"] for document in documents], add_special_tokens=False, verbose=False)["input_ids"]))
+    if len(documents) == 1 or total <= max(args.context_lengths):
+        run.note(f"the documents hold {total} tokens: longer contexts are all the same single group, to which adapter-shuffled has no other")
+    for method in args.method:
+        for length in [0] if method == "closed-book" else args.context_lengths:
+            began, count = time.time(), min(-(-total // length), len(documents)) if length else 1
+            parts = np.array_split(range(len(documents)), count)
+            texts = ["\n\n".join(documents[i]["text"] for i in part) for part in parts] if length else [None]
+            others = other_contexts([{g} for g in range(count)], args.seed) if method == "adapter-shuffled" else range(count)
+            if None in others:
+                continue
+            groups = [([texts[other]], [item for i in part for item in documents[i]["questions"]]) for other, part in zip(others, parts)]
+            yield table_row(predict(run, method, groups, qa_scores, parts=count), began, method=method, context_length=length, groups=count)
 
 
-def summary(scores):
-    """Mean and standard error of every metric, 0 to 100."""
-    row = {}
-    for key in scores[0]:
-        mean, error = mean_and_stderr([s[key] for s in scores])
-        row[key], row[key + "_stderr"] = 100 * mean, None if error is None else 100 * error
-    return row
+def evaluate_metaicl(run, tasks):
+    """Fig. 4 to 6: a row for each method, number of shots and task, then averages over tasks. An item's accuracy is its mean over the
+    demonstration seeds; the standard error is over items, and an average's follows from its tasks'."""
+    args, names, averages = run.args, list(tasks), []
+    others = other_contexts([{name} for name in names], args.seed)
+    for method in args.method:
+        if method == "adapter-shuffled" and None in others:
+            run.note(f"{method} is left out: it takes another task's demonstrations, and {names[0]} is the only task")
+            continue
+        for shots in [0] if method in ("zero-shot", "fine-tuned") else args.shots:
+            rows = {}
+            for name, other in tqdm(list(zip(names, others)), desc=f"{method}, {shots} shots", unit="task"):
+                items, began = tasks[name]["test"][:args.limit], time.time()
+                groups = [([None], items)]
+                if method != "zero-shot":
+                    examples = [tasks[names[other] if method == "adapter-shuffled" else name][seed] for seed in args.demo_seeds]
+                    drawn = [random.Random(args.seed).sample(train, len(train))[:shots] for train, _ in examples]         # fewer shots are a part of more
+                    contexts = examples if method == "fine-tuned" else ["\n\n".join(f"{row['question']} {row['golds'][0]}" for row in rows) for rows in drawn]
+                    groups = [([context], items) for context in contexts]
+                records = predict(run, method, groups, icl_scores, METAICL_PROMPT, name=name, shots=shots)
+                means = [{key: statistics.fmean(record[key] for record in records[i::len(items)]) for key in ("accuracy", *COSTS)} for i in range(len(items))]
+                rows[name] = table_row(means, began, method=method, task=name, shots=shots)
+                yield rows[name]
+            for label, wanted in (("classification", METAICL_CLASSIFICATION), ("non-classification", METAICL_OTHER), ("all", names)):
+                if part := [rows[name] for name in wanted if name in rows]:
+                    row, errors = table_row([{**row, "accuracy": row["accuracy"] / 100} for row in part], 0, method=method, task=label, shots=shots), [row["accuracy_stderr"] for row in part]
+                    error = None if None in errors else sum(e * e for e in errors) ** 0.5 / len(part)
+                    averages.append({**row, "n": sum(row["n"] for row in part), "accuracy_stderr": error, "seconds": sum(row["seconds"] for row in part)})
+    yield from averages
 
 
 @torch.no_grad()
-def evaluate_ppl(args, texts, model, tokenizer, log):
+def evaluate_ppl(run, texts):
     """Table 2: perplexity of a document's first 1,024 tokens (reconstruction) and of the next 1,024 (completion), exp of the mean over
-    documents of the token-mean nats. A document of fewer than 2,048 tokens gives what is left; the first token of a segment is no target."""
-    documents = []
-    for where, row in texts:
-        if len(documents) == (args.limit or 100):
-            break
-        ids = context_ids(tokenizer, field(row, "text", str, where))[:2 * CHUNK]
-        if len(ids) > 1:
-            documents.append(torch.tensor(ids, device=model.base.device))
+    documents of the token-mean nats. A document of fewer than 2,048 tokens gives what is left; the first token of a segment is no target.
+    The checkpoints of several ablations stand side by side; what no generator touches is computed once."""
+    args, device, L = run.args, run.model.base.device, CHUNK
+    documents = [torch.tensor(ids, device=device) for ids in first_ids(texts, run.tokenizer, 2 * L, args.limit or 100)]                 # (up to 2 L,)
     if len(documents) < 2:
         raise InputError(f"{args.data}: ppl needs at least 2 documents of 2 tokens or more, found {len(documents)}")
-    others, L = other_contexts([{i} for i in range(len(documents))], args.seed), CHUNK
+    others = other_contexts([{i} for i in range(len(documents))], args.seed)
 
-    def segment(*pieces):
-        """Pieces joined and right-padded to the longest that a pass needs: ids (n,), mask (n,)."""
-        ids = torch.cat(pieces)
-        n = L * len(pieces)
-        return torch.nn.functional.pad(ids, (0, n - len(ids)), value=tokenizer.pad_token_id), (torch.arange(n, device=ids.device) < len(ids)).long()
+    def nats(model, method, i):
+        """Of document i, in nats a token; None where no token is left."""
+        context, completion = documents[i][:L], documents[i][L:]
+        if method == "in-context":                                      # the context and the target's first token are no targets
+            passes, skip, visible = [[torch.cat([context, target])] for target in (context, completion)], len(context) + 1, [0]
+        else:
+            source = documents[others[i]][:L] if method == "adapter-shuffled" else context
+            passes, skip, visible = [[source, context, completion]], 0, [0, 0, 0] if method == "closed-book" else [0, 1, 1]
+        values = []
+        for pieces in passes:
+            tokens = torch.nn.utils.rnn.pad_sequence(pieces, batch_first=True, padding_value=run.tokenizer.pad_token_id)[None]           # (1, N, L)
+            mask = torch.arange(tokens.shape[2], device=device) < torch.tensor([[len(piece)] for piece in pieces], device=device)        # (N, L)
+            labels = tokens.masked_fill(~mask, -100)
+            labels[:, :, :skip] = -100
+            total, count = model.segment_losses(tokens, mask[None], visible, labels)
+            values += [t.item() / n.item() if n else None for t, n in zip(total[0], count[0])]
+        return dict(zip(("reconstruction_nats", "completion_nats"), values[-2:]))
 
     for method in args.method:
-        scores, began = [], time.time()
-        for i, ids in enumerate(tqdm(documents, desc=method, unit="document")):
-            context, completion = ids[:L], ids[L:]
-            if method == "in-context":
-                passes = [[segment(context, target)] for target in (context, completion)]
-                skip, visible = len(context) + 1, [0]                      # the context and the target's first token are no targets
-            else:
-                source = documents[others[i]][:L] if method == "adapter-shuffled" else context
-                passes, skip = [[segment(source), segment(context), segment(completion)]], 0
-                visible = [0, 0, 0] if method == "closed-book" else [0, 1, 1]
-            nats = []
-            for segments in passes:
-                tokens, mask = (torch.stack(part)[None] for part in zip(*segments))            # (1, N, L)
-                labels = tokens.masked_fill(mask == 0, -100)
-                labels[:, :, :skip] = -100
-                total, count = model.segment_losses(tokens, mask, visible, labels)
-                nats += [t.item() / n.item() if n else None for t, n in zip(total[0], count[0])]
-            reconstruction, target = nats[-2:]
-            scores.append((reconstruction, target))
-            log({"task": "ppl", "method": method, "document": i, "reconstruction_nats": reconstruction, "completion_nats": target})
-        row = {"method": method, "n": len(scores)}
-        for key, values in zip(("ppl_reconstruction", "ppl_completion"), zip(*scores)):
-            values = [v for v in values if v is not None]
-            if values:
-                mean, error = mean_and_stderr(values)
-                row[key] = torch.tensor(mean).exp().item()
-                row[key + "_stderr"] = None if error is None else row[key] * error                # delta method
-        yield {**row, "seconds": time.time() - began}
+        for name, model in run.models if method.startswith("adapter") else run.models[:1]:
+            run.model, records, began = model, [], time.time()
+            digest = fingerprint(run, method)
+            for i in tqdm(range(len(documents)), desc=method, unit="document"):
+                key = f"ppl {method} {i} {digest}"
+                if key not in run.done:
+                    run.write({"key": key, "task": "ppl", "method": method, "document": i, **nats(model, method, i)})
+                records.append(run.done[key])
+            row = {"method": method, **({"checkpoint": name} if method.startswith("adapter") else {}), "n": len(records)}
+            for key in ("reconstruction", "completion"):
+                values = [record[key + "_nats"] for record in records if record[key + "_nats"] is not None]
+                if values:
+                    mean, error = mean_and_stderr(values)
+                    row[f"ppl_{key}"] = torch.tensor(mean).exp().item()
+                    row[f"ppl_{key}_stderr"] = None if error is None else row[f"ppl_{key}"] * error                # delta method
+            yield {**row, "seconds": time.time() - began}
 
 
 # --------------------------------------------------------------------------------------------------------------------
 # command line
 
 
-def load_model(args):
-    """(AdaptedLM, tokenizer) for --base and --checkpoint; without a checkpoint the generator is untrained and says so."""
+def load_models(args):
+    """([(name, AdaptedLM)] for each --checkpoint on one base, tokenizer); without a checkpoint the generator is untrained and says so."""
     base, tokenizer = load_base(args.base, getattr(torch, args.dtype) if args.dtype else None, args.device)
-    if args.checkpoint is None and args.base == DEFAULT_BASE and os.path.isdir(DEFAULT_CHECKPOINT):
-        args.checkpoint = DEFAULT_CHECKPOINT
-    if args.checkpoint in (None, "none"):
-        args.checkpoint = "none"
+    names = args.checkpoint or [DEFAULT_CHECKPOINT if args.base == DEFAULT_BASE and os.path.isdir(DEFAULT_CHECKPOINT) else "none"]
+    if "none" in names:
         print("NOTE: the generator is untrained (A1 = 0), so the adapter rows equal closed-book; train one with train.py and name it with --checkpoint")
         torch.manual_seed(args.seed)
-        return AdaptedLM(base, GeneratorConfig()), tokenizer
-    return AdaptedLM.from_pretrained(base, args.checkpoint), tokenizer
+    return [(name, AdaptedLM(base, GeneratorConfig()) if name == "none" else AdaptedLM.from_pretrained(base, name)) for name in names], tokenizer
 
 
 def markdown(rows):
     """The rows as a Markdown table; a metric stands with its standard error."""
+    def cell(row, key):
+        value, error = row.get(key), row.get(key + "_stderr")
+        return ("" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)) + (f" ± {error:.2g}" if error is not None else "")
+
     keys = [key for key in dict.fromkeys(k for row in rows for k in row) if not key.endswith("_stderr")]
-    lines = ["| " + " | ".join(keys) + " |", "|" + " --- |" * len(keys)]
-    for row in rows:
-        cells = []
-        for key in keys:
-            value, error = row.get(key), row.get(key + "_stderr")
-            cell = "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
-            cells.append(cell + (f" ± {error:.2g}" if error is not None else ""))
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    lines = [keys, ["---"] * len(keys), *([cell(row, key) for key in keys] for row in rows)]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def plot(path, rows):
+    """Fig. 2 and 3 (F1 and costs against context length), Fig. 4 (accuracy against shots) or, where nothing varies, bars; with standard errors.
+    A method that no context reaches is a dashed line."""
+    from matplotlib.figure import Figure
+
+    x = next((key for key in ("context_length", "shots") if key in rows[0]), None)
+    panels = [(title, key, [row for row in rows if key not in COSTS or row["method"] != "adapter-shuffled"]) for key, title in PANELS.items() if key in rows[0]]
+    if x == "shots":
+        panels = [(f"{label}: accuracy", "accuracy", part) for label in ("classification", "non-classification") if (part := [row for row in rows if row["task"] == label])]
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    shape = (-(-len(panels) // 2), min(2, len(panels)))
+    figure = Figure(figsize=(9, 3.2 * shape[0] + 0.4), layout="constrained")
+    for (title, key, drawn), axes in zip(panels, figure.subplots(*shape, squeeze=False).flat):
+        for n, method in enumerate(methods):
+            points = [row for row in drawn if row["method"] == method and key in row]
+            values, errors = [row[key] for row in points], [row.get(key + "_stderr") or 0 for row in points]
+            if x is None:
+                axes.barh([f"{method} {os.path.basename(os.path.normpath(row['checkpoint']))}" if "checkpoint" in row else method for row in points], values, xerr=errors)
+            elif points and points[0][x] == 0:
+                axes.axhline(values[0], linestyle="--", color=f"C{n}", label=method)
+            elif points:
+                style = {"marker": "osD^v"[n], "linestyle": ":" if method.endswith("shuffled") else "-", "color": f"C{n}", "label": method}
+                axes.errorbar([row[x] for row in points], values, errors, capsize=3, **style)
+        axes.set_title(title)
+        axes.grid(alpha=0.3)
+        if x:
+            ticks = sorted({row[x] for row in drawn} - {0})
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(ticks, [f"{tick // 1024}K" if tick >= 1024 else tick for tick in ticks])
+            axes.set(ylim=(0, None), xlabel="context length, tokens" if x == "context_length" else "demonstrations")
+        else:
+            axes.invert_yaxis()
+    if x:
+        figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(methods), frameon=False)
+    figure.savefig(path, dpi=110)
 
 
 def arguments(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--task", choices=sorted(METHODS), required=True)
-    add("--base", default=DEFAULT_BASE, help="frozen base model: hub id, directory or .gguf file")
-    add("--checkpoint", help="generator directory, the authors' format included; none: an untrained generator")
-    add("--data", help="hub id, .parquet or .jsonl in the data set's own schema")
+    add("--base", default=DEFAULT_BASE, help="frozen base model: hub id, directory or .gguf file; a base that train.py fine-tuned is a directory")
+    add("--checkpoint", action="append", help="generator directory, the authors' format included; none: an untrained generator; ppl compares several: repeatable")
+    add("--data", help="hub id, .parquet or .jsonl in the data set's own schema; streamingqa: also .csv; metaicl: directory")
     add("--method", action="append", help="repeatable; default: all of the task")
-    add("--limit", type=int, help="msc: conversations; ppl: documents (default 100)")
-    add("--seed", type=int, default=0, help="of the shuffled control")
+    add("--context-lengths", type=int, nargs="+", default=[512, 1024, 2048, 4096, 8192, 16384, 32768], help="squad, streamingqa: tokens of a group of documents")
+    add("--shots", type=int, nargs="+", default=[1, 2, 4, 8, 16], help="metaicl: demonstrations; zero-shot and fine-tuned have 0")
+    add("--demo-seeds", type=int, nargs="+", choices=METAICL_SEEDS, default=METAICL_SEEDS, help="metaicl: training files to draw them from")
+    add("--limit", type=int, help="msc: conversations; ppl: documents (default 100); squad, streamingqa: documents; metaicl: test items a task")
+    add("--seed", type=int, default=0, help="of the shuffled control and of the demonstrations drawn")
     add("--batch-size", type=int, default=4)
     add("--device")
     add("--dtype", choices=["float32", "bfloat16"], help="of the base; default bfloat16 on CUDA, float32 elsewhere")
     add("--output", help="write the table and its circumstances as JSON")
-    add("--predictions", help="write every prediction as JSONL")
+    add("--predictions", help="append every prediction to this JSONL; a run that was stopped continues from it")
+    add("--plot", help="draw the table: .png, .svg or .pdf")
     args = parser.parse_args(argv)
-    args.method = args.method or METHODS[args.task]
-    for method in args.method:
-        if method not in METHODS[args.task]:
-            raise InputError(f"--method {method} is unknown for --task {args.task}: choose from {', '.join(METHODS[args.task])}")
-    for path in (args.output, args.predictions):
-        if path and (os.path.isdir(path) or not os.path.isdir(os.path.dirname(path) or ".")):
-            raise InputError(f"{path} cannot be written: name a file in a directory that exists")
-    files = [os.path.realpath(path) for path in (args.data, args.output, args.predictions) if path]
-    if len(set(files)) < len(files):
-        raise InputError("--data, --output and --predictions must be different files")
-    if args.batch_size < 1 or (args.limit is not None and args.limit < 1):
-        raise InputError("--batch-size and --limit must be at least 1")
+    args.method = list(dict.fromkeys(args.method or METHODS[args.task]))
+    unknown, outputs = [method for method in args.method if method not in METHODS[args.task]], [path for path in (args.output, args.predictions, args.plot) if path]
+    unwritable = [path for path in outputs if os.path.isdir(path) or not os.path.isdir(os.path.dirname(path) or ".")]
+    files = [os.path.realpath(path) for path in (args.data, *outputs) if path]
+    for wrong, words in (
+            (unknown, f"--method {' '.join(unknown)} is unknown for --task {args.task}: choose from {', '.join(METHODS[args.task])}"),
+            (unwritable, f"{' '.join(unwritable)} cannot be written: name a file in a directory that exists"),
+            (len(set(files)) < len(files), "--data, --output, --predictions and --plot must be different files"),
+            (args.plot and not args.plot.endswith((".png", ".svg", ".pdf")), f"--plot {args.plot}: name a .png, .svg or .pdf file"),
+            (min(args.batch_size, *args.context_lengths, *args.shots, args.limit or (1 if args.limit is None else 0)) < 1, "--batch-size, --limit, --context-lengths and --shots must be at least 1"),
+            (len(args.checkpoint or []) > 1 and args.task != "ppl", "--checkpoint is given more than once: only --task ppl compares several"),
+            (args.data is None and args.task not in HUB_IDS, f"--task {args.task} has no data set on the hub: name a {'directory' if args.task == 'metaicl' else '.csv'} with --data")):
+        if wrong:
+            raise InputError(words)
     return args
 
 
-def main(argv=None):
-    args = arguments(argv)
-    note = None
-    if args.task == "msc" and args.data is None:
-        if hub_reachable():
-            args.data = MSC_HUB_ID
-        else:
-            args.data = MSC_SAMPLE
-            note = f"the hub is out of reach: this is the built-in sample of {len(load_msc())} conversations, NOT the paper's benchmark ({MSC_HUB_ID})"
-            print(f"NOTE: {note}")
-    if args.task == "msc":                               # data before model: a bad file should not have to wait for it to load
-        data = load_msc(args.data)
-    else:
-        args.data = args.data or PPL_HUB_ID
+def load_data(args, note):
+    """The data of the task. It is read before the model: a bad file should not have to wait for that to load."""
+    if args.task == "msc" and args.data is None and not hub_reachable():
+        args.data = MSC_SAMPLE
+        note(f"the hub is out of reach: this is the built-in sample of {len(load_msc())} conversations, NOT the paper's benchmark ({MSC_HUB_ID})")
+    args.data = args.data or HUB_IDS[args.task]
+    if args.task == "metaicl":
+        tasks, missing = load_metaicl(args.data, args.demo_seeds, max(args.shots), "fine-tuned" in args.method)
+        note(f"{len(tasks)} of MetaICL's 26 test tasks are averaged; not in {args.data}: {', '.join(missing) or 'none'}")
+        return tasks
+    if args.task == "ppl":
         texts = read_rows(args.data, split="validation")
-        data = itertools.chain([next(texts)], texts)
-    model, tokenizer = load_model(args)
-    log = open(args.predictions, "w", encoding="utf-8") if args.predictions else None
+        return itertools.chain([next(texts)], texts)
+    return load_msc(args.data) if args.task == "msc" else load_qa(args.data, args.task)
 
-    def write(record):
-        if log:
-            log.write(json.dumps(record, ensure_ascii=False) + "\n")
-            log.flush()
 
-    task = {"msc": evaluate_msc, "ppl": evaluate_ppl}[args.task]
-    rows = list(task(args, data, model, tokenizer, write))
+def main(argv=None):
+    args, notes = arguments(argv), []
+
+    def note(text):
+        notes.append(text)
+        tqdm.write(f"NOTE: {text}")
+
+    data = load_data(args, note)
+    done, write = open_predictions(args.predictions)
+    models, tokenizer = load_models(args)
+    model = models[0][1]
+    versions, dtype = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}, str(model.base.dtype).split(".")[-1]
+    facts = [args.base, stamps(args.base), args.data, stamps(args.data), args.limit, args.seed, args.demo_seeds, args.batch_size, dtype, model.base.device.type, versions]
+    run = types.SimpleNamespace(args=args, models=models, model=model, tokenizer=tokenizer, facts=facts, done=done, write=write, note=note)
+    rows = list({"msc": evaluate_msc, "squad": evaluate_qa, "streamingqa": evaluate_qa, "metaicl": evaluate_metaicl, "ppl": evaluate_ppl}[args.task](run, data))
     if not rows:
         raise InputError(f"{args.data}: no method could be evaluated on it")
     print("\n" + markdown(rows))
-    if note:
-        print(f"NOTE: {note}")
+    print("".join(f"NOTE: {text}\n" for text in notes), end="")
     if args.output:
-        bare = "the question alone, as one user turn" if args.task == "msc" else "none: the text itself is scored"
-        prompts = {m: IN_CONTEXT_PROMPT if m == "full-conversation" else "context + text" if m == "in-context" else bare for m in args.method}
-        result = {"task": args.task, "data": os.path.relpath(args.data) if args.data and os.path.exists(args.data) else args.data, "note": note,
-                  "n": max(row["n"] for row in rows), "limit": args.limit, "seed": args.seed, "base": args.base, "checkpoint": args.checkpoint, "dtype": str(model.base.dtype).split(".")[-1],
-                  "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__},
-                  "prompts": prompts, "rows": rows}
-        part = args.output + ".part"
-        with open(part, "w", encoding="utf-8") as file:
+        query = demonstration("{input}", "")
+        bare = {"ppl": "none: the text itself is scored", "metaicl": f"{query} as one user turn"}.get(args.task, "the question alone, as one user turn")
+        full = {"ppl": "context + text", "metaicl": METAICL_PROMPT.replace("{question}", query)}.get(args.task, IN_CONTEXT_PROMPT)
+        result = {"task": args.task, "data": os.path.relpath(args.data) if os.path.exists(args.data) else args.data, "note": " ".join(notes) or None,
+                  "n": max(row["n"] for row in rows), "limit": args.limit, "seed": args.seed, "base": args.base,
+                  "checkpoint": models[0][0] if len(models) == 1 else [name for name, _ in models], "dtype": dtype, "versions": versions,
+                  "prompts": {method: full if method in IN_CONTEXT else bare for method in args.method}, "rows": rows}
+        with open(args.output + ".part", "w", encoding="utf-8") as file:
             json.dump(result, file, indent=1, ensure_ascii=False)
-        os.replace(part, args.output)
+        os.replace(args.output + ".part", args.output)
+    if args.plot:
+        plot(args.plot, rows)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,15 @@
 """Metrics against the authors' values, cost against torch's FLOP counter, whole runs on a tiny base, refusals."""
 
+import csv
 import json
 import math
 import os
+import random
 import subprocess
 import sys
+import types
 
+import datasets
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,7 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import evaluate
 from conftest import ROOT, make_base, make_model
-from data import MSC_SAMPLE, load_msc
+from data import (IN_CONTEXT_PROMPT, METAICL_CLASSIFICATION, METAICL_OTHER, METAICL_PROMPT, METAICL_SEEDS, MSC_SAMPLE, demonstration, in_context_prompts, load_metaicl, load_msc,
+                  load_qa)
 from evaluate import exact_match, f1_score, mean_and_stderr, normalize_answer, normalize_text, recall, rouge_l_recall
 from generator import InputError
 from model import AdaptedLM, load_base
@@ -67,8 +72,7 @@ def test_generator_flops_against_the_counter():
             layer.adapter(sum(layer.update(torch.randn(20, 64)) for _ in range(3)))
             layer.adapter(torch.randn(24, 24))
             layer.adapter(torch.randn(24, 24))
-    small = 3 * len(g.layers) * 2 * 24 * 8 * 8    # Q times the (r, r) factor of the small SVD, inside norm
-    assert counter.get_total_flops() == evaluate.generator_flops(model, 60, 3) + small
+    assert counter.get_total_flops() == evaluate.generator_flops(model, 60, 3)
 
 
 def test_storage():
@@ -133,10 +137,12 @@ def test_msc_scores_follow_from_the_predictions(tmp_path, base_directory):
 
 def test_long_context_loses_its_beginning(tokenizer):
     context, window = "alpha " * 200 + "omega", 400
-    prompt = tokenizer.decode(evaluate.in_context_prompt(tokenizer, context, "Which?", window))
-    assert len(prompt) + evaluate.NEW_TOKENS <= window + 4 and "omega\n\nInstruction: Answer" in prompt and prompt.endswith("Question: Which?\n\nAnswer:")
+    (ids, longer), lost = in_context_prompts(tokenizer, IN_CONTEXT_PROMPT, context, ["Which?", "Which one?"], window)
+    prompt = tokenizer.decode(ids)
+    assert len(ids) < len(longer) == window and lost == len(tokenizer(IN_CONTEXT_PROMPT.format(context=context, question="Which one?"))["input_ids"]) + 1 - window
+    assert "omega\n\nInstruction: Answer" in prompt and prompt.endswith("Question: Which?\n\nAnswer:")
     with pytest.raises(InputError, match="window"):
-        evaluate.in_context_prompt(tokenizer, "x", "q" * 500, window)
+        in_context_prompts(tokenizer, IN_CONTEXT_PROMPT, "x", ["q" * 500], window)
 
 
 def test_ppl_against_plain_cross_entropy(tmp_path, base_directory, text_file):
@@ -188,3 +194,268 @@ def test_exit_codes(tmp_path):
     for flags, words in ((["--task", "dance"], "invalid choice: 'dance'"), (["--task", "msc", "--data", str(tmp_path / "no.jsonl")], "no.jsonl: no such file")):
         done = subprocess.run([sys.executable, "evaluate.py", *flags], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr
+
+
+# ---- document question answering, MetaICL, predictions files, plots
+
+
+def test_scores_of_a_hand_computed_case():
+    """Two golds; the shortest is one word of the two predicted, the other is the prediction."""
+    scores = evaluate.qa_scores("the Paris, France", ["Paris France", "Paris"])
+    assert scores == {"f1": pytest.approx(2 / 3), "em": 0, "f1_max": 1, "em_max": 1, "recall": 1, "rougeL_recall": 1}
+    assert set(evaluate.qa_scores("", ["Ünïcode"]).values()) == {0} and evaluate.qa_scores("ÜNÏCODE!", ["Ünïcode"])["em"] == 1
+    row = evaluate.table_row([{**scores, "inference_tflops": 2.0}, {**evaluate.qa_scores("", ["x"]), "inference_tflops": 4.0}], 0, method="adapter")
+    assert row["f1"] == pytest.approx(100 / 3) and row["f1_stderr"] == pytest.approx(100 / 3) and row["em_max"] == 50 and row["em_max_stderr"] == 50
+    assert (row["method"], row["n"], row["inference_tflops"]) == ("adapter", 2, 3)
+
+
+@pytest.mark.parametrize("case", GOLDEN["metrics"], ids=lambda c: c["prediction"] or "empty")
+def test_metaicl_accuracy_equals_the_authors(case):
+    assert evaluate.icl_scores(case["prediction"], [case["gold"]])["accuracy"] == case["icl_acc"]
+
+
+def test_metaicl_accuracy():
+    for prediction, gold, want in (("Positive", "positive", 1), ("Output: no", "No", 1), ("no.", "no", 0), ("", "no", 0), ("É", "é", 1)):
+        assert evaluate.icl_scores(prediction, [gold])["accuracy"] == want
+
+
+def test_prompts_of_figure_7():
+    assert IN_CONTEXT_PROMPT.format(context="{Ünï}", question="Who?") == (
+        "{Ünï}\n\nInstruction: Answer the question based on the context above. Respond with a short phrase only. Keep the answer short and concise, without any "
+        "explanation or additional words\n\nQuestion: Who?\n\nAnswer:")
+    demonstrations = "Input: a\nOutput: b\n\nInput: c\nOutput: d"
+    assert METAICL_PROMPT.format(context=demonstrations, question=demonstration("e", "")) == (
+        "Input: a\nOutput: b\n\nInput: c\nOutput: d\n\nInstruction: Based on the demonstration above, provide a short and concise answer, without any explanation or "
+        "additional words.\n\nInput: e\nOutput:")
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_cached_prefix_answers_like_whole_prompts(tokenizer, kind):
+    """Questions of different lengths on one context, in one batch, against transformers' generate on each whole prompt."""
+    model = make_model(base=make_base(kind))
+    model.base.generation_config.pad_token_id = 259
+    run = types.SimpleNamespace(model=model, tokenizer=tokenizer, args=types.SimpleNamespace(seed=0))
+    items = [{"question": question} for question in ("Who sings?", "Why does it rain so much in the north?", "Ö", "Who?")]
+    prompts, kept, costs, _ = evaluate.read_contexts(run, "in-context", ["A cold river, seven green stones."], items, IN_CONTEXT_PROMPT)
+    assert tokenizer.decode(kept["prefix"]).endswith("Question: ")
+    before = kept["cache"].layers[0].keys.clone()
+    for _ in range(2):                                                  # the cache is not used up by a batch
+        answers, counts = evaluate.answer(model, tokenizer, prompts, **kept)
+        for item, prompt, text, count in zip(items, prompts, answers, counts):
+            assert prompt == [257] + tokenizer(IN_CONTEXT_PROMPT.format(context="A cold river, seven green stones.", question=item["question"]))["input_ids"]
+            new = model.base.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False)[0, len(prompt):]
+            assert text == tokenizer.decode(new, skip_special_tokens=True).split("\n")[0].strip() and count == len(new)
+    assert torch.equal(before, kept["cache"].layers[0].keys) and all(cost["past"] == len(prompts[0]) - len(items[0]["question"].encode()) - 1 for cost in costs)
+
+
+def test_contextualisation_flops_against_the_counter(monkeypatch):
+    """Two chunks read and their adapters made. The counter sees full attention, of which the causal half is counted."""
+    base = make_base(attn_implementation="eager")
+    model, L = make_model(base=base), 20
+    ids = torch.randint(0, 256, (1, 2 * L))
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        memory = model.contextualize(ids[:, :L])
+        memory = model.contextualize(ids[:, L:], memory=memory)
+        model.lora(memory)
+    monkeypatch.setattr(evaluate, "CHUNK", L)
+    want = evaluate.context_flops(model, 2 * L)
+    acausal = 2 * 3 * 4 * 4 * 16 * (L * L - L * (L + 1) // 2)           # chunks, blocks, 4 FLOPs, heads, their width
+    applied = 3 * 2 * L * 8 * (64 + 64)                                 # the unmerged pair at work on the second chunk
+    assert abs(counter.get_total_flops() - want - acausal - applied) <= 2 * 2 * L * 8          # rotary frequencies, where they are counted
+
+
+SQUAD = [("The river Öre runs past seven green stones. " * 4, [("How many stones?", ["seven", "seven green"]), ("Which river?", ["Öre", "the river Öre"])]),
+         ("A lamp hangs under the old paper mill. " * 5, [("What hangs there?", ["A lamp"])]),
+         ("The north wind walks on cold nights. " * 4, [("Who walks?", ["The north wind", "wind"]), ("When?", ["on cold nights"]), ("Where?", ["north"])])]
+
+
+@pytest.fixture(scope="module")
+def squad_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("squad") / "squad.jsonl"
+    rows = [{"id": f"{d}-{q}", "title": "t", "context": text, "question": question, "answers": {"text": golds, "answer_start": [0] * len(golds)}}
+            for d, (text, questions) in enumerate(SQUAD) for q, (question, golds) in enumerate(questions)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def generator_directory(tmp_path_factory, base_directory):
+    path = tmp_path_factory.mktemp("generator")
+    make_model(base=load_base(base_directory, device="cpu")[0]).save_pretrained(path)
+    return str(path)
+
+
+def timeless(result):
+    rows = [{key: value for key, value in row.items() if "seconds" not in key} for row in result["rows"]]
+    return {**result, "rows": rows}
+
+
+def test_qa_loaders(tmp_path, squad_file):
+    """.jsonl, .parquet and StreamingQA's .csv give the same documents."""
+    documents = load_qa(squad_file, "squad")
+    assert [(d["text"], [(q["question"], q["golds"]) for q in d["questions"]]) for d in documents] == SQUAD
+    datasets.load_dataset("json", data_files=squad_file, split="train").to_parquet(tmp_path / "s.parquet")
+    assert load_qa(str(tmp_path / "s.parquet"), "squad") == documents
+    with open(tmp_path / "s.csv", "w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["text", "question", "answers"])
+        writer.writerows([text, question, "\\".join(golds)] for text, questions in SQUAD for question, golds in questions)
+    assert [(d["text"], [(q["question"], q["golds"]) for q in d["questions"]]) for d in load_qa(str(tmp_path / "s.csv"), "streamingqa")] == SQUAD
+
+
+@pytest.mark.parametrize("name, text, words", [
+    ("no.csv", None, "no.csv cannot be read: .*No such file"), ("head.csv", "text,question,answers\n", "head.csv is empty"), ("short.csv", "text,question,answers\na,b\n", "row 2: field 'answers'"),
+    ("none.csv", "text,question,answers\na,b,\\\n", "row 2: answers holds no text"), ("bytes.csv", b"text,question,answers\na,b,\xff\n", "cannot be read"),
+    ("a.jsonl", '{"text": "a", "question": "b", "answers": 3}\n', "a.jsonl line 1: field 'answers'"), ("blank.csv", "text,question,answers\n ,b,c\n", "empty text")])
+def test_streamingqa_refusals(tmp_path, name, text, words):
+    if text is not None:
+        (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(InputError, match=words):
+        load_qa(str(tmp_path / name), "streamingqa")
+
+
+def test_qa_rows_groups_and_answers(tmp_path, base_directory, squad_file, generator_directory, tokenizer):
+    """Rows and groups of each length; an adapter answer of the group of two documents redone by hand."""
+    result, predictions = run(tmp_path, base_directory, "squad", "--data", squad_file, "--checkpoint", generator_directory, "--context-lengths", "100", "300", "5000",
+                              "--plot", str(tmp_path / "p.png"))
+    rows = [(row["method"], row["context_length"], row["groups"]) for row in result["rows"]]
+    counts = {100: 3, 300: 2, 5000: 1}
+    assert rows == [("closed-book", 0, 1)] + [(method, k, n) for method in ("in-context", "adapter", "adapter-shuffled") for k, n in counts.items() if (method, k) != ("adapter-shuffled", 5000)]
+    assert "longer contexts are all the same single group" in result["note"] and "Question: {question}" in result["prompts"]["in-context"]
+    for row in result["rows"]:
+        assert row["n"] == 6 and all(key in row and key + "_stderr" in row for key in ("f1", "em", "f1_max", "em_max", "recall", "rougeL_recall"))
+        assert all(key in row for key in ("inference_tflops", "contextualisation_tflops", "contextualisation_seconds", "storage_mfloats"))
+    model = AdaptedLM.from_pretrained(load_base(base_directory, device="cpu")[0], generator_directory)
+    texts = ["\n\n".join(text for text, _ in SQUAD[:2]), SQUAD[2][0]]
+    for method, text in (("adapter", texts[0]), ("adapter-shuffled", texts[1])):
+        memory = model.contextualize(torch.tensor([[257] + tokenizer(text)["input_ids"]]))
+        prompt = torch.tensor([[257] + tokenizer("Which river?")["input_ids"]])
+        want = tokenizer.decode(model.generate(prompt, memory, max_new_tokens=20, do_sample=False)[0, prompt.shape[1]:], skip_special_tokens=True).split("\n")[0].strip()
+        (got,) = [p for p in predictions if p["method"] == method and p["question"] == "Which river?" and p["parts"] == 2]
+        assert got["prediction"] == want and got["golds"] == ["Öre", "the river Öre"] and got["f1"] == f1_score(want, "Öre")
+    assert len({p["key"] for p in predictions}) == len(predictions) == 6 * (1 + 3 + 3 + 2)
+    assert (tmp_path / "p.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_killed_run_continues_to_the_same_table(tmp_path, base_directory, squad_file, generator_directory, monkeypatch):
+    """Killed inside a batch and inside a line; only what is missing is computed again; the file is only appended to."""
+    flags = ["--data", squad_file, "--checkpoint", generator_directory, "--context-lengths", "100", "300", "--batch-size", "2"]
+    whole, _ = run(tmp_path, base_directory, "squad", *flags)
+    lines = (tmp_path / "out.jsonl").read_bytes()
+    again, _ = run(tmp_path, base_directory, "squad", *flags)
+    assert timeless(again) == timeless(whole) and (tmp_path / "out.jsonl").read_bytes() == lines
+    cut = lines[:len(lines) * 2 // 5]
+    (tmp_path / "out.jsonl").write_bytes(cut)
+    calls, answer = [], evaluate.answer
+    monkeypatch.setattr(evaluate, "answer", lambda *args, **kwargs: calls.append(args[2]) or answer(*args, **kwargs))
+    resumed, predictions = run(tmp_path, base_directory, "squad", *flags)
+    after = (tmp_path / "out.jsonl").read_bytes()
+    assert timeless(resumed) == timeless(whole) and after.startswith(cut[:cut.rindex(b"\n") + 1])
+
+    def answers(text):
+        return {record["key"]: record["prediction"] for record in map(json.loads, text.splitlines())}
+
+    assert answers(after) == answers(lines) and 0 < sum(map(len, calls)) < len(predictions)
+    calls.clear()
+    other, more = run(tmp_path, base_directory, "squad", *flags, "--limit", "2")           # another command shares nothing but the file
+    assert calls and len(more) > len(predictions) and (tmp_path / "out.jsonl").read_bytes().startswith(after)
+    calls.clear()
+    run(tmp_path, base_directory, "squad", *flags[:2], *flags[4:], "--checkpoint", "none", "--method", "closed-book")       # no generator has a part in it
+    assert not calls
+    with pytest.raises(InputError, match="more than once"):
+        evaluate.main(["--task", "squad", *flags, "--checkpoint", "none"])
+
+
+@pytest.mark.parametrize("content", ['{"a": 1}\n', "notes of mine", "[1]\n", '"key"\n', '{"key": "x"}\nnotes\n', b"\xff\xfe\n"])
+def test_foreign_predictions_file_is_refused(tmp_path, base_directory, squad_file, content):
+    path = tmp_path / "mine.jsonl"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    before = path.read_bytes()
+    with pytest.raises(InputError, match="mine.jsonl line . is not a prediction"):
+        evaluate.main(["--task", "squad", "--base", base_directory, "--data", squad_file, "--predictions", str(path)])
+    assert path.read_bytes() == before
+
+
+def test_long_groups_are_cut_from_the_left_and_say_so(tmp_path, base_directory):
+    rows = [{"context": f"fact {i} " * 700, "question": "Which?", "answers": {"text": ["fact"]}} for i in range(2)]
+    (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--data", str(tmp_path / "long.jsonl"), "--checkpoint", "none", "--method", "in-context", "--context-lengths", "32768"]
+    first, predictions = run(tmp_path, base_directory, "squad", *flags)
+    again, _ = run(tmp_path, base_directory, "squad", *flags)                              # from the file: the note is the same
+    assert "2 of 2 prompts do not fit the base's window" in first["note"] and timeless(again) == timeless(first)
+    assert all(p["lost"] > 0 for p in predictions)
+
+
+@pytest.fixture(scope="module")
+def metaicl_directory(tmp_path_factory):
+    """Three tasks in MetaICL's layout, hand-made; a stray directory beside them."""
+    path = tmp_path_factory.mktemp("metaicl")
+    (path / "not_a_task").mkdir()
+    for task in ("poem_sentiment", "quarel", "superglue-copa"):
+        (path / task).mkdir()
+        for seed in METAICL_SEEDS:
+            for split, count in (("train", 16), ("dev", 16), ("test", 3)):
+                rows = [{"task": task, "input": f"{task} {split} {seed} {i} é", "output": "yes" if i % 2 else "no", "options": ["yes", "no"]} for i in range(count)]
+                (path / task / f"{task}_16_{seed}_{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_metaicl_loader(metaicl_directory):
+    assert len(set(METAICL_CLASSIFICATION)) == 16 and len(set(METAICL_OTHER)) == 10 and not set(METAICL_CLASSIFICATION) & set(METAICL_OTHER)
+    tasks, missing = load_metaicl(str(metaicl_directory), METAICL_SEEDS, 16, True)
+    assert list(tasks) == ["poem_sentiment", "quarel", "superglue-copa"] and len(missing) == 23 and "glue-rte" in missing
+    assert tasks["quarel"]["test"][1] == {"number": 1, "id": "quarel 1", "question": "Input: quarel test 100 1 é\nOutput:", "golds": ["yes"]} and len(tasks["quarel"]["test"]) == 3
+    train, dev = tasks["superglue-copa"][21]
+    assert len(train) == len(dev) == 16 and train[0]["question"] == "Input: superglue-copa train 21 0 é\nOutput:" and dev[15]["golds"] == ["yes"]
+
+
+def test_metaicl_refusals(tmp_path, metaicl_directory):
+    for seeds, shots, directory, words in (([100], 17, metaicl_directory, "16 training examples, fewer than --shots 17"), ([100], 1, tmp_path, "none of MetaICL's 26"),
+                                           ([99], 1, metaicl_directory, "poem_sentiment_16_99_train.jsonl: no such file")):
+        with pytest.raises(InputError, match=words):
+            load_metaicl(str(directory), seeds, shots, False)
+
+
+def test_metaicl_rows_answers_and_resumption(tmp_path, base_directory, metaicl_directory, generator_directory, tokenizer):
+    flags = ["--data", str(metaicl_directory), "--checkpoint", generator_directory, "--shots", "1", "2", "--demo-seeds", "100", "13", "--limit", "2"]
+    result, predictions = run(tmp_path, base_directory, "metaicl", *flags, "--plot", str(tmp_path / "p.png"))
+    table = {(row["method"], row["task"], row["shots"]): row for row in result["rows"]}
+    tasks = ("poem_sentiment", "quarel", "superglue-copa")
+    shots = {"zero-shot": [0], "few-shot": [1, 2], "fine-tuned": [0], "adapter": [1, 2], "adapter-shuffled": [1, 2]}
+    assert set(table) == {(method, task, k) for method in shots for k in shots[method] for task in (*tasks, "classification", "non-classification", "all")}
+    for (method, task, k), row in table.items():
+        assert 0 <= row["accuracy"] <= 100 and "accuracy_stderr" in row and all(key in row for key in evaluate.COSTS)
+        own = {"classification": tasks[:1], "non-classification": tasks[1:], "all": tasks}.get(task)
+        if own:
+            assert row["accuracy"] == pytest.approx(sum(table[method, t, k]["accuracy"] for t in own) / len(own))
+    assert "glue-rte" in result["note"] and len(predictions) == 3 * 2 * (1 + 4 + 2 + 4 + 4)
+    # answers by hand: few-shot and adapter of the same two demonstrations; the base is itself again after fine-tuning
+    model = AdaptedLM.from_pretrained(load_base(base_directory, device="cpu")[0], generator_directory)
+    drawn = random.Random(0).sample(range(16), 16)[:2]
+    context = "\n\n".join(f"Input: quarel train 13 {i} é\nOutput: {'yes' if i % 2 else 'no'}" for i in drawn)
+    question = "Input: quarel test 100 1 é\nOutput:"
+    memory = model.contextualize(torch.tensor([[257] + tokenizer(context)["input_ids"]]))
+    for method, prompt, memory in (("few-shot", METAICL_PROMPT.format(context=context, question=question), None), ("adapter", question, memory)):
+        ids = torch.tensor([[257] + tokenizer(prompt)["input_ids"]])
+        want = tokenizer.decode(model.generate(ids, memory, max_new_tokens=10, do_sample=False)[0, ids.shape[1]:], skip_special_tokens=True).split("\n")[0].strip()
+        got = [p for p in predictions if (p["method"], p["name"], p["shots"], p["question"]) == (method, "quarel", 2, question)]
+        assert len(got) == 2 and got[1]["prediction"] == want                               # the second demonstration seed
+    lines = (tmp_path / "out.jsonl").read_bytes()
+    (tmp_path / "out.jsonl").write_bytes(lines[:len(lines) // 2])
+    again, _ = run(tmp_path, base_directory, "metaicl", *flags)
+    assert timeless(again) == timeless(result)
+
+
+def test_ppl_compares_checkpoints(tmp_path, base_directory, generator_directory):
+    """Side by side each row is what its checkpoint gives alone; the base's rows are computed once."""
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps({"text": ("%d " % i) * 600}) + "\n" for i in range(3)))
+    data = ["--data", str(tmp_path / "d.jsonl")]
+    both, _ = run(tmp_path, base_directory, "ppl", *data, "--checkpoint", generator_directory, "--checkpoint", "none", "--plot", str(tmp_path / "p.svg"))
+    os.remove(tmp_path / "out.jsonl")
+    assert [(row["method"], row.get("checkpoint")) for row in both["rows"]] == [("closed-book", None), ("in-context", None)] + [
+        (method, name) for method in ("adapter", "adapter-shuffled") for name in (generator_directory, "none")]
+    assert both["checkpoint"] == [generator_directory, "none"]
+    alone, _ = run(tmp_path, base_directory, "ppl", *data, "--checkpoint", generator_directory)
+    assert [row for row in timeless(both)["rows"] if row.get("checkpoint") != "none"] == timeless(alone)["rows"]
+    closed, untrained = both["rows"][0], both["rows"][3]
+    assert untrained["ppl_completion"] == pytest.approx(closed["ppl_completion"], rel=1e-4)
