@@ -5,6 +5,7 @@
     python evaluate.py --task streamingqa --data streamingqa.csv --base out/sft --method closed-book                      # a fine-tuned baseline
     python evaluate.py --task metaicl --data metaicl --predictions metaicl.jsonl            # Fig. 4; once more after a kill: continues
     python evaluate.py --task ppl --data validation.parquet --checkpoint out/a/step-000280 --checkpoint out/b/step-000280 # Table 2
+    python evaluate.py --task ask --context notes.txt --memory notes.safetensors --question "Who owns the boat?" --compare # your own text
 
 Methods: closed-book (bare question), full-conversation / in-context / few-shot (context in the prompt), adapter (bare question, context in
 the weights) and adapter-shuffled, the control: the adapter of ANOTHER context. What a generator remembers is the gap between the last two;
@@ -13,6 +14,7 @@ one that has only learnt an answer style scores the same with both.
 
 import argparse
 import collections
+import contextlib
 import copy
 import hashlib
 import itertools
@@ -23,6 +25,7 @@ import random
 import re
 import statistics
 import string
+import sys
 import time
 import types
 
@@ -38,7 +41,7 @@ from model import DEFAULT_BASE, AdaptedLM, find_blocks, load_base
 from train import fit_base
 
 CHUNK = 1024              # tokens; the paper's chunk at test time
-NEW_TOKENS = 20           # greedy, cut at the first newline; MetaICL 10
+NEW_TOKENS = 20           # greedy, cut at the first newline; MetaICL 10, ask 60
 DEFAULT_CHECKPOINT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "smollm2-135m")
 QA_METHODS = ["closed-book", "in-context", "adapter", "adapter-shuffled"]
 METHODS = {"msc": ["closed-book", "full-conversation", "adapter", "adapter-shuffled"], "squad": QA_METHODS, "streamingqa": QA_METHODS, "ppl": QA_METHODS,
@@ -153,11 +156,11 @@ def adapter_floats(model):
 # contexts and answers
 
 
-def encode(model, contexts, pad):
-    """Memory of contexts (lists of ids), one row each, streamed chunk by chunk; equal contexts of a batch are read once."""
+def encode(model, contexts, pad, memory=None):
+    """Memory of contexts (lists of ids), one row each, streamed chunk by chunk; equal contexts of a batch are read once. memory: what was read before."""
     unique = list({tuple(ids): None for ids in contexts})
     ids, mask = split_into_chunks(unique, pad, CHUNK)                              # (U, N, L)
-    ids, mask, memory = ids.to(model.base.device), mask.to(model.base.device), None
+    ids, mask = ids.to(model.base.device), mask.to(model.base.device)
     for t in range(ids.shape[1]):
         memory = model.contextualize(ids[:, t], mask[:, t], memory)
     rows = torch.tensor([unique.index(tuple(ids)) for ids in contexts])
@@ -408,6 +411,68 @@ def evaluate_ppl(run, texts):
 
 
 # --------------------------------------------------------------------------------------------------------------------
+# a reader's own text
+
+
+def ask(args):
+    """Read --context into a memory (that of --memory, streamed on and saved, where it exists), then answer --question, or questions typed in."""
+    texts, began = [read_text(path) for path in args.context], time.time()
+    memory = Memory.load(args.memory) if args.memory and os.path.exists(args.memory) else None
+    if not texts and memory is None:
+        raise InputError("--task ask has nothing to read: give a text with --context, or a --memory that exists")
+    models, tokenizer = load_models(args)
+    model, window = models[0][1], models[0][1].base.config.get_text_config().max_position_embeddings
+    if memory is not None:
+        model.lora(memory)                                              # refused here, before anything is read, if another generator wrote it
+        if len(memory.tokens) != 1:
+            raise InputError(f"--memory {args.memory} holds {len(memory.tokens)} contexts side by side: ask takes one of them")
+    before, loaded = 0 if memory is None else int(memory.tokens), time.time()
+    for text in texts:
+        memory = encode(model, [context_ids(tokenizer, text)], tokenizer.pad_token_id, memory)
+    if args.memory and texts:
+        memory.save(args.memory)
+    if args.export:
+        model.export_peft(memory, args.export)
+        print(f"LoRA adapter of the context in {args.export}")
+    S = sum(state.numel() for state in memory.states.values())
+    print(f"{int(memory.tokens) - before} tokens read in {time.time() - loaded:.1f} s (the model loaded in {loaded - began:.1f} s), {int(memory.tokens)} remembered in {S / 1e6:.2f} M floats "
+          f"of S or {adapter_floats(model) / 1e6:.2f} M of LoRA; their KV cache is {kv_cache_floats(model.base, int(memory.tokens)) / 1e6:.2f} M")
+
+    def say(name, prompt, memory=None):
+        t0, (texts, counts) = time.time(), answer(model, tokenizer, [prompt], memory, new_tokens=60)
+        print(f"{name + ': ' if args.compare else ''}{texts[0]}" + (f"   [{len(prompt)} prompt tokens, {counts[0]} new, {time.time() - t0:.1f} s]" if args.compare else ""))
+
+    for question in args.question or typed_questions():
+        bare = user_turn(tokenizer, question)
+        say("adapter", bare, memory)
+        if args.compare:
+            say("closed-book", bare)
+            if texts:
+                prompts, lost = in_context_prompts(tokenizer, IN_CONTEXT_PROMPT, "\n\n".join(texts), [question], window - 60)
+                say("in-context" + (f" (the first {lost} tokens of the context do not fit)" if lost else ""), prompts[0])
+            if before:
+                print(f"in-context does not see the {before} tokens that {args.memory} remembers from before: their text is not kept")
+
+
+def typed_questions():
+    """Lines typed in, until an empty one or the end of the input."""
+    with contextlib.suppress(EOFError):
+        while question := input("question> ").strip():
+            yield question
+
+
+def read_text(path):
+    """The text of a file, or of standard input (-). Raises InputError when it is missing, not UTF-8, or empty."""
+    try:
+        text = sys.stdin.buffer.read().decode("utf-8") if path == "-" else open(path, encoding="utf-8").read()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--context {path} cannot be read as UTF-8 text: {error}") from None
+    if not text.strip():
+        raise InputError(f"--context {path} is empty: it needs at least one word")
+    return text
+
+
+# --------------------------------------------------------------------------------------------------------------------
 # command line
 
 
@@ -472,7 +537,7 @@ def plot(path, rows):
 def arguments(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--task", choices=sorted(METHODS), required=True)
+    add("--task", choices=["ask", *sorted(METHODS)], required=True)
     add("--base", default=DEFAULT_BASE, help="frozen base model: hub id, directory or .gguf file; a base that train.py fine-tuned is a directory")
     add("--checkpoint", action="append", help="generator directory, the authors' format included; none: an untrained generator; ppl compares several: repeatable")
     add("--data", help="hub id, .parquet or .jsonl in the data set's own schema; streamingqa: also .csv; metaicl: directory")
@@ -488,7 +553,22 @@ def arguments(argv=None):
     add("--output", help="write the table and its circumstances as JSON")
     add("--predictions", help="append every prediction to this JSONL; a run that was stopped continues from it")
     add("--plot", help="draw the table: .png, .svg or .pdf")
+    add("--context", action="append", default=[], help="ask: text file to read into the memory, - for standard input; repeatable")
+    add("--question", action="append", help="ask: repeatable; without one, questions are typed in until an empty line")
+    add("--memory", help="ask: .safetensors file of what was read; loaded if it exists, streamed on with --context, and saved")
+    add("--export", help="ask: write the adapter of the context as a PEFT LoRA directory")
+    add("--compare", action="store_true", help="ask: the closed-book and the in-context answer beside it")
     args = parser.parse_args(argv)
+    if args.task == "ask":
+        if args.memory and (os.path.isdir(args.memory) or not os.path.isdir(os.path.dirname(args.memory) or ".")):
+            raise InputError(f"--memory {args.memory} cannot be written: name a file in a directory that exists")
+        if args.export and os.path.exists(args.export):
+            raise InputError(f"--export {args.export} exists already: name a new directory")
+        if "-" in args.context and not args.question:
+            raise InputError("--context - reads standard input, so questions cannot be typed in: give them with --question")
+        return args
+    if args.context or args.question or args.memory or args.export or args.compare:
+        raise InputError(f"--context, --question, --memory, --export and --compare belong to --task ask, not to --task {args.task}")
     args.method = list(dict.fromkeys(args.method or METHODS[args.task]))
     unknown, outputs = [method for method in args.method if method not in METHODS[args.task]], [path for path in (args.output, args.predictions, args.plot) if path]
     unwritable = [path for path in outputs if os.path.isdir(path) or not os.path.isdir(os.path.dirname(path) or ".")]
@@ -524,6 +604,8 @@ def load_data(args, note):
 
 def main(argv=None):
     args, notes = arguments(argv), []
+    if args.task == "ask":
+        return ask(args)
 
     def note(text):
         notes.append(text)

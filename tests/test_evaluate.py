@@ -20,7 +20,7 @@ from conftest import ROOT, make_base, make_model
 from data import (IN_CONTEXT_PROMPT, METAICL_CLASSIFICATION, METAICL_OTHER, METAICL_PROMPT, METAICL_SEEDS, MSC_SAMPLE, demonstration, in_context_prompts, load_metaicl, load_msc,
                   load_qa)
 from evaluate import exact_match, f1_score, mean_and_stderr, normalize_answer, normalize_text, recall, rouge_l_recall
-from generator import InputError
+from generator import InputError, Memory
 from model import AdaptedLM, load_base
 
 GOLDEN = json.load(open(os.path.join(os.path.dirname(__file__), "golden", "text_golden.json"), encoding="utf-8"))
@@ -459,3 +459,54 @@ def test_ppl_compares_checkpoints(tmp_path, base_directory, generator_directory)
     assert [row for row in timeless(both)["rows"] if row.get("checkpoint") != "none"] == timeless(alone)["rows"]
     closed, untrained = both["rows"][0], both["rows"][3]
     assert untrained["ppl_completion"] == pytest.approx(closed["ppl_completion"], rel=1e-4)
+
+
+def test_ask(tmp_path, base_directory, capsys, monkeypatch):
+    """Two calls with a memory file equal one that streams both texts; the answers are those of the model; questions may be typed in."""
+    base, tokenizer = load_base(base_directory, device="cpu")
+    model = make_model(base=base)
+    model.save_pretrained(tmp_path / "generator")
+    (tmp_path / "a.txt").write_text("Ana keeps bees. " * 90)                     # 1,440 bytes: two chunks
+    (tmp_path / "b.txt").write_text("Bo sold twelve jars, à Nîmes.")
+    common = ["--task", "ask", "--base", base_directory, "--device", "cpu", "--checkpoint", str(tmp_path / "generator")]
+    memory = str(tmp_path / "ana.safetensors")
+    evaluate.main([*common, "--context", str(tmp_path / "a.txt"), "--memory", memory, "--question", "Who?", "--compare"])
+    first = capsys.readouterr().out
+    assert "1441 tokens read" in first and all(f"\n{name}: " in first for name in ("adapter", "closed-book", "in-context"))
+    evaluate.main([*common, "--context", str(tmp_path / "b.txt"), "--memory", memory, "--question", "Who?", "--question", "Where?", "--export", str(tmp_path / "lora")])
+    out = capsys.readouterr().out.split("\n")
+    want = None
+    for text in ("a.txt", "b.txt"):
+        ids = [257] + list(tokenizer((tmp_path / text).read_text(encoding="utf-8"))["input_ids"])
+        for half in (ids[:721], ids[721:]):
+            want = model.contextualize(torch.tensor([half]), memory=want) if half else want
+    kept = Memory.load(memory)
+    for name, S in want.states.items():
+        torch.testing.assert_close(kept.states[name], S, rtol=1e-4, atol=1e-4 * S.abs().max().item())
+    answers = [tokenizer.decode(model.generate(torch.tensor([[257] + list(tokenizer(q)["input_ids"])]), kept, max_new_tokens=60, do_sample=False)[0, 1 + len(q):], skip_special_tokens=True)
+               for q in ("Who?", "Where?")]
+    assert out[-3:-1] == [a.split("\n")[0].strip() for a in answers] and (tmp_path / "lora" / "adapter_config.json").exists()
+    typed = iter(["Who?", ""])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
+    evaluate.main([*common, "--memory", memory])
+    assert capsys.readouterr().out.split("\n")[-2] == out[-3]
+
+
+def test_ask_refusals(tmp_path, base_directory):
+    """One sentence each, and the memory stays what it was."""
+    base, _ = load_base(base_directory, device="cpu")
+    for seed in (0, 1):
+        make_model(base=base, seed=seed).save_pretrained(tmp_path / f"g{seed}")
+    (tmp_path / "empty.txt").write_text(" \n")
+    (tmp_path / "latin.txt").write_bytes(b"\xe9t\xe9")
+    (tmp_path / "a.txt").write_text("text")
+    memory, start = tmp_path / "m.safetensors", ["--task", "ask", "--base", base_directory, "--device", "cpu", "--question", "q"]
+    evaluate.main([*start, "--checkpoint", str(tmp_path / "g0"), "--context", str(tmp_path / "a.txt"), "--memory", str(memory)])
+    before = memory.read_bytes()
+    text = ["--context", str(tmp_path / "a.txt")]
+    for flags, words in ((["--checkpoint", str(tmp_path / "g1"), "--memory", str(memory), *text], "written by another generator"), ([], "nothing to read"), (["--memory", str(tmp_path / "no")], "nothing to read"),
+                         (["--context", str(tmp_path / "empty.txt")], "is empty"), (["--context", str(tmp_path / "latin.txt")], "UTF-8"), (["--context", str(tmp_path / "no.txt")], "no.txt"),
+                         ([*text, "--export", str(tmp_path)], "exists already"), ([*text, "--memory", str(tmp_path)], "--memory"), ([*text, "--task", "msc"], "belong to --task ask")):
+        with pytest.raises(InputError, match=words):
+            evaluate.main([*start, *flags])
+    assert memory.read_bytes() == before
