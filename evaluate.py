@@ -528,7 +528,7 @@ def plot(path, rows):
             axes.set_xticks(ticks, [f"{tick // 1024}K" if tick >= 1024 else tick for tick in ticks])
             axes.set(ylim=(0, None), xlabel="context length, tokens" if x == "context_length" else "demonstrations")
         else:
-            axes.invert_yaxis()
+            axes.set(xlim=(0, None), ylim=axes.get_ylim()[::-1])
     if x:
         figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(methods), frameon=False)
     figure.savefig(path, dpi=110)
