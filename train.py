@@ -497,7 +497,8 @@ def train(args):
 def fit_base(base, train, validation, lr, batch_size, epochs, patience, seed, pad, pass_tokens=2048):
     """Fine-tune ALL weights of base in place on examples (ids, labels), -100 is no target; the loss is the token mean of a batch.
 
-    With validation examples it stops after `patience` worse epochs in a row and leaves the weights of the best one; without, it runs all epochs.
+    With validation examples it stops after `patience` worse epochs in a row and leaves the best weights, which may be those it began with; without, it
+    runs all epochs.
     Returns the validation nats a token, before training and after each epoch. pass_tokens: padded tokens of one forward and backward pass.
     """
     def nats_sum(examples):
@@ -524,7 +525,10 @@ def fit_base(base, train, validation, lr, batch_size, epochs, patience, seed, pa
         return sum(nats_sum(group).item() for group in passes(validation)) / targets(validation) if validation else math.nan
 
     optimizer = torch.optim.AdamW(base.requires_grad_(True).parameters(), lr=lr, weight_decay=0.01)
-    history, best, worse = [score()], None, 0
+    def weights():
+        return {name: p.detach().cpu().clone() for name, p in base.named_parameters()} if validation else {}
+
+    history, best, worse = [score()], weights(), 0
     bar = tqdm(total=epochs * -(-len(train) // batch_size), desc="fine-tuning", unit="step", leave=False)
     for epoch in range(epochs):
         order = random.Random(f"{seed} {epoch}").sample(train, len(train))
@@ -542,17 +546,15 @@ def fit_base(base, train, validation, lr, batch_size, epochs, patience, seed, pa
         bar.set_postfix(validation=f"{history[-1]:.3f}")
         if validation:
             if history[-1] < min(history[:-1]):
-                best, worse = {name: p.detach().cpu().clone() for name, p in base.named_parameters()}, 0
+                best, worse = weights(), 0
             else:
                 worse += 1
             if worse == patience:
                 break
     bar.close()
     base.requires_grad_(False)
-    if best is not None:
-        with torch.no_grad():
-            for name, p in base.named_parameters():
-                p.copy_(best[name])
+    for name, p in base.named_parameters():
+        p.copy_(best.get(name, p))
     return history
 
 

@@ -323,7 +323,10 @@ def test_fit_base_is_adamw_on_the_token_mean():
     best = history.index(min(history))
     assert len(history) == best + 4 if best else len(history) == 4
     again = train.fit_base(base, examples, other, 1e-9, batch_size=4, epochs=1, patience=1, seed=0, pad=259)
-    assert best == 0 or again[0] == pytest.approx(min(history), rel=1e-4)
+    assert again[0] == pytest.approx(min(history), rel=1e-4)
+    worse = train.fit_base(base, examples, [(ids, [1] * len(ids)) for ids, _ in examples], 1e-1, batch_size=4, epochs=9, patience=2, seed=0, pad=259)
+    unchanged = train.fit_base(base, examples, other, 1e-9, batch_size=4, epochs=1, patience=1, seed=0, pad=259)
+    assert len(worse) == 3 and unchanged[0] == pytest.approx(again[0], rel=1e-4)              # it only got worse, and left what it was given
 
 
 def test_finetune_stage(tmp_path, base_directory, qa_file):
