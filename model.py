@@ -114,9 +114,9 @@ class AdaptedLM(nn.Module):
                     raise InputError(f"target module {target!r} is unknown: choose from {', '.join(TARGETS)}")
                 try:
                     linear = block.get_submodule(TARGETS[target])
+                    shapes[f"{prefix}.{l}.{TARGETS[target]}"] = (linear.in_features, linear.out_features)
                 except AttributeError:
-                    raise InputError(f"{type(base_model).__name__} has no {TARGETS[target]} in its blocks: this architecture is not supported") from None
-                shapes[f"{prefix}.{l}.{TARGETS[target]}"] = (linear.in_features, linear.out_features)
+                    raise InputError(f"{type(base_model).__name__} has no linear layer {TARGETS[target]} in block {l}: choose other targets or another base") from None
             self.block_targets.append([f"{prefix}.{l}.{TARGETS[target]}" for target in config.targets])
         c = base_model.config.get_text_config()
         if getattr(c, "final_logit_softcapping", None) or any(getattr(c, key, None) not in (None, 1) for key in ("logit_scale", "logits_scaling")):
@@ -353,10 +353,11 @@ class HeadLoss(torch.autograd.Function):
 
 def find_blocks(base_model):
     """(name, ModuleList) of the decoder blocks. Raises InputError when the model has none of the usual shape."""
-    for name, module in base_model.named_modules():
+    names = {module: name for name, module in base_model.named_modules()}
+    for module in base_model.get_decoder().modules():                  # a vision tower beside the decoder has such blocks too
         if isinstance(module, nn.ModuleList) and len(module) and hasattr(module[0], "self_attn") and hasattr(module[0], "mlp"):
-            return name, module
-    raise InputError(f"{type(base_model).__name__} is not a decoder this project knows: its blocks need self_attn and mlp, as in llama, mistral, qwen2 or qwen3")
+            return names[module], module
+    raise InputError(f"{type(base_model).__name__} is not a decoder this project knows: its blocks need self_attn and mlp, as in llama, mistral, qwen2, qwen3 or gemma3")
 
 
 def make_directory(path):

@@ -14,7 +14,11 @@ from conftest import ROOT, make_base, make_model
 from generator import GeneratorConfig, InputError, Memory
 from model import AdaptedLM, load_base
 
-KINDS = ["llama", "mistral", "qwen2", "qwen3"]
+SHORT = dict(sliding_window=8, layer_types=["sliding_attention", "full_attention", "sliding_attention"])
+# name: kind and what differs from conftest's shape; between them q/k/v biases, q/k norms, tied and untied embeddings, sliding windows, a vision tower
+BASES = {"llama": ("llama", {}), "llama-tied-biased": ("llama", dict(tie_word_embeddings=True, attention_bias=True, mlp_bias=True)), "mistral": ("mistral", dict(sliding_window=8)),
+         "qwen2": ("qwen2", {}), "qwen2-tied": ("qwen2", dict(tie_word_embeddings=True)), "qwen3": ("qwen3", {}), "qwen3-tied-biased": ("qwen3", dict(tie_word_embeddings=True, attention_bias=True)),
+         "gemma3": ("gemma3_text", SHORT), "gemma3-untied": ("gemma3_text", dict(tie_word_embeddings=False, **SHORT)), "gemma3-vision": ("gemma3", SHORT)}
 ALL_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -28,12 +32,25 @@ def stream(model, chunks, mask=None, memory=None):
     return memory
 
 
-@pytest.mark.parametrize("kind, targets, norm", [(kind, ["o_proj"], "svd") for kind in KINDS] + [("qwen2", ALL_TARGETS, "svd"), ("llama", ["down_proj", "q_proj"], "svd-exact"),
+@torch.no_grad()
+def make_architecture(name):
+    """A base of BASES whose biases and norms do something: at initialisation they are 0 and 1."""
+    kind, changes = BASES[name]
+    base = make_base(kind, **changes)
+    for p in base.parameters():
+        if p.dim() == 1:
+            p.add_(0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(len(p))))
+    return base
+
+
+@pytest.mark.parametrize("name, targets, norm", [(name, ["o_proj"], "svd") for name in BASES] + [("qwen2", ALL_TARGETS, "svd"), ("llama", ["down_proj", "q_proj"], "svd-exact"),
                                                  ("llama", ["o_proj"], "frobenius")])
 @torch.no_grad()
-def test_chunk_parallel_equals_streaming(kind, targets, norm):
+def test_chunk_parallel_equals_streaming(name, targets, norm):
     """forward_segments on the doubled schedule against contextualize and forward, chunk by chunk."""
-    model = make_model(kind, targets=targets, norm=norm)
+    base = make_architecture(name)
+    assert (base.get_output_embeddings().weight is base.get_input_embeddings().weight) == ("tied" in name.split("-") or name in ("gemma3", "gemma3-vision"))
+    model = make_model(base=base, targets=targets, norm=norm)
     B, C, L = 2, 3, 20
     chunks, probe = tokens(B, C, L), tokens(B, C, L, seed=1)
     logits = model.forward_segments(torch.cat([chunks, probe], 1), None, [0, 1, 2, 1, 2, 3])
@@ -178,6 +195,21 @@ def test_exported_adapter_in_peft(tmp_path, scale, alpha):
     assert (model(query, memory=memory) - model(query)).abs().max() > 1e-2
 
 
+@pytest.mark.parametrize("name", BASES)
+@torch.no_grad()
+def test_exported_adapter_in_peft_for_every_base(tmp_path, name):
+    """The exported adapter, applied by peft beside the weights and merged into them, gives the adapted model's logits."""
+    peft = pytest.importorskip("peft")
+    model = make_model(base=make_architecture(name), targets=ALL_TARGETS)
+    memory, query = model.contextualize(tokens(1, 30)), tokens(1, 12, seed=1)
+    model.export_peft(memory, tmp_path)
+    want = model(query, memory=memory)
+    loaded = peft.PeftModel.from_pretrained(make_architecture(name), tmp_path).eval()
+    torch.testing.assert_close(loaded(query).logits, want, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(loaded.merge_and_unload()(query).logits, want, atol=1e-4, rtol=1e-4)
+    assert (want - model(query)).abs().max() > 1e-2
+
+
 @torch.no_grad()
 def test_memory_in_another_process(tmp_path, base_directory):
     """Generator and memory saved here, loaded and asked there."""
@@ -233,9 +265,11 @@ class TestErrors:
             make_model(targets=["z_proj"])
         with pytest.raises(InputError, match="logits"):
             AdaptedLM(make_base("granite", logits_scaling=8.0), GeneratorConfig(d_r=8, rank=8))
-        from transformers import GPT2Config, GPT2LMHeadModel
-        with pytest.raises(InputError, match="GPT2LMHeadModel"):
-            AdaptedLM(GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=16, n_head=2)), GeneratorConfig())
+        # gpt2 has other blocks; those of phi have self_attn and mlp, but a dense where others have o_proj; mixtral's mlp is no linear layers
+        for kind, target, words in (("gpt2", "o_proj", "GPT2LMHeadModel is not a decoder"), ("opt", "o_proj", "OPTForCausalLM is not a decoder"),
+                                    ("phi", "o_proj", "no linear layer self_attn.o_proj"), ("mixtral", "down_proj", "no linear layer mlp.down_proj")):
+            with pytest.raises(InputError, match=words):
+                AdaptedLM(make_base(kind), GeneratorConfig(targets=target))
 
     def test_config(self):
         for values, words in (({"norm": "l2"}, "norm"), ({"d_r": 8, "rank": 9}, "rank"), ({"damping": -1}, "damping"), ({"targets": []}, "targets"), ({"d_r": 24.0}, "integers")):
