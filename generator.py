@@ -376,10 +376,28 @@ class Memory:
     """All that is kept of a context: S_t of every target layer, (B, d_r, d_r) fp32, whatever its length.
 
     states: {module name: S}, rows A2, columns B1; tokens: (B,) real tokens read; fingerprint: of the generator that wrote it.
+    a + b knows both contexts; Memory.stack([a, b]) serves them in one batch. Both raise InputError for memories of different generators.
     """
     states: dict
     tokens: torch.Tensor
     fingerprint: str = None
+
+    def __add__(self, other):
+        """The memory of contexts read apart, neither under the adapter of the other: S is a sum over tokens (eq. 3). Row b is added to row b, a batch
+        of 1 to every row."""
+        one_generator([self, other])
+        if len(self.tokens) != len(other.tokens) and 1 not in (len(self.tokens), len(other.tokens)):
+            raise InputError(f"memories of batch {len(self.tokens)} and {len(other.tokens)} cannot be added: the batches must be equal, or one of them 1")
+        states = {name: S + other.states[name].to(S.device) for name, S in self.states.items()}
+        return Memory(states, self.tokens + other.tokens, self.fingerprint)
+
+    @classmethod
+    def stack(cls, memories):
+        """Memories side by side, their rows in order: row b of a batch of queries is then adapted by row b."""
+        one_generator(memories)
+        first = memories[0]
+        states = {name: torch.cat([m.states[name].to(S.device) for m in memories]) for name, S in first.states.items()}
+        return cls(states, torch.cat([m.tokens for m in memories]), first.fingerprint)
 
     def save(self, path):
         """Write to one safetensors file, aside first and then renamed, so that a reader never meets half a memory."""
@@ -401,6 +419,15 @@ class Memory:
         if tokens is None or tokens.dim() != 1 or any(S.shape[:1] != tokens.shape or S.dim() != 3 or not S.isfinite().all() for S in states.values()):
             raise InputError(f"{path}: the saved memory is damaged (sizes disagree or values are not finite)")
         return cls(states, tokens, metadata.get("fingerprint") or None)
+
+
+def one_generator(memories):
+    """Raises InputError unless the memories, one at least, were written by one generator."""
+    if not memories:
+        raise InputError("there is no memory to put together: give at least one")
+    kinds = {(m.fingerprint, *((name, S.shape[1:]) for name, S in sorted(m.states.items()))) for m in memories}
+    if len(kinds) > 1:
+        raise InputError("memories of different generators cannot be put together: read the contexts again with one generator")
 
 
 def read_safetensors(path):

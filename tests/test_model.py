@@ -182,6 +182,50 @@ def test_generate_equals_greedy_by_hand():
     assert model.generate(prompt, **options).tolist() == plain.tolist() != want.tolist()
 
 
+@torch.no_grad()
+def test_sum_of_memories():
+    """a + b is the memory of tokens read apart: the base's own hidden states of both, in one sum (eq. 3) in float64."""
+    model = make_model()
+    a, b = tokens(2, 20), tokens(2, 13, seed=1)
+    both = model.contextualize(a) + model.contextualize(b)
+    assert both.tokens.tolist() == [33, 33]
+    hidden = [model.base.model(chunk, output_hidden_states=True).hidden_states for chunk in (a, b)]
+    for l in range(3):
+        name = f"model.layers.{l}.self_attn.o_proj"
+        A2, B1 = model.generator[name].A2.double(), model.generator[name].B1.double()
+        h = torch.cat([H[l] for H in hidden], 1).double()                           # (2, 33, d_h)
+        h = h / (h.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+        torch.testing.assert_close(both.states[name].double(), A2 @ (h.mT @ h) @ B1, atol=1e-3, rtol=1e-4)
+    one = model.contextualize(b[:1])                                                # a batch of 1 is added to every row
+    S = (model.contextualize(a) + one).states[name]
+    torch.testing.assert_close(S[1], model.contextualize(a[1:]).states[name][0] + one.states[name][0], atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close((one + model.contextualize(a)).states[name], S, atol=1e-4, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_every_user_in_one_batch_as_alone():
+    """Memories of contexts of different lengths side by side, prompts left-padded: row b is what user b gets alone."""
+    model = make_model(scale=10.0)
+    memories = [model.contextualize(tokens(1, n, seed=n)) for n in (9, 20, 31)]
+    prompts = [tokens(1, n, seed=100 + n) for n in (4, 7, 2)]
+    together = Memory.stack(memories)
+    assert together.tokens.tolist() == [9, 20, 31]
+    padded = torch.cat([F.pad(p, (7 - p.shape[1], 0), value=259) for p in prompts])
+    mask = torch.cat([F.pad(torch.ones_like(p), (7 - p.shape[1], 0)) for p in prompts])
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    served = model.generate(padded, together, attention_mask=mask, **options)[:, 7:]
+    for b, (memory, prompt) in enumerate(zip(memories, prompts)):
+        assert served[b].tolist() == model.generate(prompt, memory, **options)[0, prompt.shape[1]:].tolist()
+        torch.testing.assert_close(model(padded, mask, together)[b, 7 - prompt.shape[1]:], model(prompt, memory=memory)[0], atol=1e-4, rtol=1e-4)
+    alone = model.generate(padded, memories[0], attention_mask=mask, **options)[:, 7:]
+    assert all(served[b].tolist() != alone[b].tolist() for b in (1, 2))             # another user's memory would say something else
+    # streaming goes on for all of them at once
+    chunk = tokens(3, 8)
+    more = model.contextualize(chunk, memory=together)
+    name = "model.layers.2.self_attn.o_proj"
+    torch.testing.assert_close(more.states[name][1], model.contextualize(chunk[1:2], memory=memories[1]).states[name][0], atol=1e-3, rtol=1e-5)
+
+
 @pytest.mark.parametrize("scale, alpha", [(0.5, 4), (0.3, 8)])
 @torch.no_grad()
 def test_exported_adapter_in_peft(tmp_path, scale, alpha):
@@ -315,6 +359,13 @@ class TestErrors:
         memory = Memory.load(path)
         with pytest.raises(InputError, match="another generator"):
             other.generate(tokens(1, 4), memory, max_new_tokens=1)
+        for together in (lambda m: memory + m, lambda m: Memory.stack([memory, m])):
+            with pytest.raises(InputError, match="different generators"):
+                together(other.contextualize(tokens(1, 4)))
+        with pytest.raises(InputError, match="no memory"):
+            Memory.stack([])
+        with pytest.raises(InputError, match="batch 2 and 3"):
+            model.contextualize(tokens(2, 4)) + model.contextualize(tokens(3, 4))
         with torch.no_grad():
             model.generator.layers[0].A2.mul_(2)
         with pytest.raises(InputError, match="another generator"):
