@@ -76,7 +76,9 @@ def read_rows(source, split="train"):
     try:
         for where, row in _rows(source, split):
             if isinstance(row, bytes):
-                row = json.loads(row)
+                line, row = row, json.loads(row)
+                if b"\\ud" in line or b"\\uD" in line:       # an escaped surrogate without its half, which no file can hold
+                    row = json.loads(without_surrogates(json.dumps(row, ensure_ascii=False)))
             if not isinstance(row, dict):
                 raise ValueError("not a json object")
             empty = False
@@ -136,6 +138,55 @@ def count_rows(source):
 
 
 # --------------------------------------------------------------------------------------------------------------------
+# text to tokens. Text from outside may hold the control tokens of the base's chat template, <|im_end|> for one: here they are plain text, spelled
+# out, so that nobody's words can end their turn, open another one or end a document. Only the template and document_marks write control tokens.
+
+BREAK = "\ufdd0"          # never a character of a text (Unicode noncharacter)
+
+
+def without_surrogates(text):
+    return text.encode("utf-8", "replace").decode()
+
+
+@functools.lru_cache(maxsize=4)
+def control_tokens(tokenizer, chat_template):
+    """Patterns of (every control token, those a tokenizer does not list as special): special tokens, and added ones that the chat template writes."""
+    added = sorted((t for t in tokenizer.added_tokens_decoder.values() if t.content.strip()), key=lambda t: -len(t.content))
+    others = [re.escape(t.content) for t in added if not t.special and t.content in str(chat_template)]
+    special = [re.escape(t.content) for t in added if t.special]
+    return re.compile("|".join(special + others) or "(?!)"), re.compile("|".join(others)) if others else None
+
+
+def cut(pattern, text):
+    """text with a BREAK inside every match and behind it, so that no piece between two BREAKs holds one."""
+    return pattern.sub(lambda match: match[0][0] + BREAK + cut(pattern, match[0][1:]) + BREAK, text)
+
+
+def encode(tokenizer, texts):
+    """Token ids of texts (a list) as plain text, without BOS: a list of lists."""
+    texts = [without_surrogates(text) for text in texts]
+    options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
+    encoded = tokenizer(texts, **options)["input_ids"] if texts else []
+    others = control_tokens(tokenizer, str(tokenizer.chat_template))[1]
+    for i, text in enumerate(texts if others else []):
+        if others.search(text):                              # split_special_tokens leaves these whole
+            pieces = [p for p in cut(others, text.replace(BREAK, "")).split(BREAK) if p]
+            encoded[i] = [t for ids in tokenizer(pieces, **options)["input_ids"] for t in ids]
+    return encoded
+
+
+def apply_template(tokenizer, messages, **options):
+    """Token ids of messages in the base's chat template. Control tokens in their content are plain text."""
+    control = control_tokens(tokenizer, str(tokenizer.chat_template))[0]
+    messages = [{**m, "content": without_surrogates(m["content"])} for m in messages]
+    if not any(control.search(m["content"]) for m in messages):
+        return tokenizer.apply_chat_template(messages, return_dict=True, **options)["input_ids"]
+    messages = [{**m, "content": cut(control, m["content"].replace(BREAK, ""))} for m in messages]
+    pieces = [p for p in tokenizer.apply_chat_template(messages, tokenize=False, **options).split(BREAK) if p]
+    return [t for ids in tokenizer(pieces, add_special_tokens=False, verbose=False)["input_ids"] for t in ids]
+
+
+# --------------------------------------------------------------------------------------------------------------------
 # the packed token file
 
 
@@ -169,8 +220,7 @@ def pack(sources, tokenizer, path, max_tokens=None):
     try:
         with open(part, "wb") as file, tqdm(total=total, unit="token" if max_tokens else "doc", unit_scale=True, desc="packing") as bar:
             while tokens != max_tokens and (batch := list(itertools.islice(texts, 512))):
-                encoded = tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
-                flat = [t for ids in encoded for t in (*before, *ids, *after)]
+                flat = [t for ids in encode(tokenizer, batch) for t in (*before, *ids, *after)]
                 flat = flat[:max_tokens - tokens] if max_tokens else flat
                 np.asarray(flat, dtype=dtype).tofile(file)
                 tokens, documents = tokens + len(flat), documents + len(batch)
@@ -296,14 +346,14 @@ def left_pad(prompts, pad):
 
 def context_ids(tokenizer, text):
     """A context as pretraining saw text: raw, no chat template. (The released code trains on templated and tests on raw contexts.)"""
-    return document_marks(tokenizer)[0] + tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return document_marks(tokenizer)[0] + encode(tokenizer, [text])[0]
 
 
 def user_turn(tokenizer, text):
     """One user turn and the opening of the reply, in the base's chat template; a base without one reads the bare text."""
     if tokenizer.chat_template is None:
         return context_ids(tokenizer, text)
-    return tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True, return_dict=True)["input_ids"]
+    return apply_template(tokenizer, [{"role": "user", "content": text}], add_generation_prompt=True)
 
 
 def load_msc(source=None):
@@ -396,10 +446,10 @@ def conversation(tokenizer, pairs, limit):
         turn = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         if tokenizer.chat_template is None:
             prompt = user_turn(tokenizer, question)
-            full = prompt + tokenizer(answer, add_special_tokens=False, verbose=False)["input_ids"] + [tokenizer.eos_token_id]
+            full = prompt + encode(tokenizer, [answer])[0] + [tokenizer.eos_token_id]
         else:
-            prompt = tokenizer.apply_chat_template(messages + turn[:1], add_generation_prompt=True, return_dict=True)["input_ids"]
-            full = tokenizer.apply_chat_template(messages + turn, return_dict=True)["input_ids"]
+            prompt = apply_template(tokenizer, messages + turn[:1], add_generation_prompt=True)
+            full = apply_template(tokenizer, messages + turn)
         if len(full) > limit and (ids or (question, answer) != pairs[-1]):
             continue
         stop = next((i + 1 for i in range(len(prompt), len(full)) if full[i] in ends), len(full))
@@ -422,7 +472,7 @@ def instruction_example(tokenizer, documents, tasks, unit, chunk, chunks, random
     room, limit = int(random.integers(chunk // 2, chunk * chunks + 1)), max(chunk, TARGET_TOKENS)
 
     def length(text):
-        return len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        return len(encode(tokenizer, [text])[0])
 
     if isinstance(unit, str):
         definition, items = tasks[unit]
