@@ -241,8 +241,10 @@ def load_tokens(path, tokenizer):
     try:
         with open(path + ".json") as file:
             meta = json.load(file)
+        if meta["dtype"] not in ("uint16", "uint32"):
+            raise ValueError(f"dtype {meta['dtype']!r}")
         tokens = np.memmap(path, dtype=meta["dtype"], mode="r")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{path} is not a packed token file: {error}") from None
     if len(tokens) != meta.get("tokens") or any(meta.get(key) != value for key, value in tokenizer_facts(tokenizer).items()):
         raise InputError(f"{path}: the token file is cut short or was packed with another tokenizer; pack the text again")
@@ -381,8 +383,19 @@ def load_msc(source=None):
 
 
 def question_answers(row, where):
-    """(context, [(question, [answers])]) of a row, recognised by its fields: this project's own schema, SQuAD's, or one of Table 3's hub sets.
-    Answers may be none. Raises InputError for fields it does not know."""
+    """(context, [(question, [answers])]) of a row, without empty questions and answers. Raises InputError when a field is unknown or malformed."""
+    try:
+        context, pairs = known_fields(row, where)
+        pairs = [(q.strip(), [a for a in answers if a.strip()]) for q, answers in pairs]
+        if not isinstance(context, str):
+            raise TypeError("the context is not a text")
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise InputError(f"{where}: a field of the instruction data is missing or malformed ({type(error).__name__}: {error})") from None
+    return context, [(q, answers) for q, answers in pairs if q and answers]
+
+
+def known_fields(row, where):
+    """The same as they stand in a row recognised by its fields: this project's own schema, SQuAD's, or one of Table 3's hub sets."""
     if "qas" in row:
         return row["context"], [(qa["question"], list(qa["answers"])) for qa in row["qas"]]
     if "story" in row:                                                                        # CoQA
@@ -412,16 +425,15 @@ def load_instructions(sources):
     documents, tasks = {}, {}
     for source in sources:
         for where, row in tqdm(read_rows(source), total=count_rows(source), unit="row", desc=os.path.basename(source), leave=False):
-            try:
-                if "task" in row:
-                    outputs = [row["output"]] if isinstance(row["output"], str) else list(row["output"])
-                    tasks.setdefault(row["task"], (row.get("definition") or "", []))[1].append((row["input"], outputs))
-                else:
-                    context, pairs = question_answers(row, where)
-                    pairs = [(q.strip(), [a for a in answers if a.strip()]) for q, answers in pairs]
-                    documents.setdefault((source, context), []).extend((q, answers) for q, answers in pairs if q and answers)
-            except (KeyError, TypeError, AttributeError, IndexError) as error:
-                raise InputError(f"{where}: a field of the instruction data is missing or malformed ({type(error).__name__}: {error})") from None
+            if "task" not in row:
+                context, pairs = question_answers(row, where)
+                documents.setdefault((source, context), []).extend(pairs)
+                continue
+            outputs = [row["output"]] if isinstance(row.get("output"), str) else row.get("output")
+            definition = row.get("definition") or ""
+            if not isinstance(outputs, list) or not outputs or not all(isinstance(text, str) for text in (row["task"], row.get("input"), definition, *outputs)):
+                raise InputError(f"{where}: task, input, output and definition must be texts, output one or a list of them")
+            tasks.setdefault(row["task"], (definition, []))[1].append((row["input"], outputs))
     return [(source, context, pairs) for (source, context), pairs in documents.items() if pairs and context.strip()], tasks
 
 

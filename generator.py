@@ -36,7 +36,10 @@ NULL_DIRECTION = 1e-6    # a singular value below this share of the largest one 
 
 
 class InputError(ValueError):
-    """Bad input from outside: one sentence that names the file or flag. The commands print it and exit with code 2."""
+    """Bad input from outside: one sentence, on one line, that names the file or flag. The commands print it and exit with code 2."""
+
+    def __init__(self, message):
+        super().__init__(" ".join(message.splitlines()))
 
 
 @dataclass
@@ -51,16 +54,16 @@ class GeneratorConfig:
 
     def __post_init__(self):
         self.targets = [self.targets] if isinstance(self.targets, str) else list(self.targets)
-        if not all(isinstance(v, int) for v in (self.d_r, self.rank)) or not all(isinstance(v, (int, float)) for v in (self.scale, self.damping)):
-            raise InputError(f"d_r and rank must be integers, scale and damping numbers: {self}")
+        if not all(isinstance(v, int) for v in (self.d_r, self.rank)) or not all(isinstance(v, (int, float)) and abs(v) < 1e9 for v in (self.scale, self.damping)):
+            raise InputError(f"d_r and rank must be integers, scale and damping finite numbers: {self}")
         if self.norm not in NORMS:
             raise InputError(f"norm {self.norm!r} is unknown: choose one of {', '.join(NORMS)}")
         if not 1 <= self.rank <= self.d_r:
             raise InputError(f"rank must lie between 1 and d_r = {self.d_r}, not {self.rank}")
         if self.damping < 0:
             raise InputError(f"damping must not be negative, it is {self.damping}")
-        if not self.targets:
-            raise InputError("targets is empty: name at least one module, for example o_proj")
+        if not self.targets or not all(isinstance(target, str) for target in self.targets):
+            raise InputError("targets must name at least one module, for example o_proj")
 
     @property
     def adapter_rank(self):
@@ -416,7 +419,8 @@ class Memory:
             raise InputError(f"{path} is a safetensors file but not a saved memory")
         states = {name[2:]: S for name, S in tensors.items() if name.startswith("S.")}
         tokens = tensors.get("tokens")
-        if tokens is None or tokens.dim() != 1 or any(S.shape[:1] != tokens.shape or S.dim() != 3 or not S.isfinite().all() for S in states.values()):
+        if (tokens is None or tokens.dtype != torch.long or tokens.dim() != 1 or not tokens.numel()
+                or any(S.dtype != torch.float32 or S.dim() != 3 or S.shape[:1] != tokens.shape or not S.isfinite().all() for S in states.values())):
             raise InputError(f"{path}: the saved memory is damaged (sizes disagree or values are not finite)")
         return cls(states, tokens, metadata.get("fingerprint") or None)
 

@@ -404,7 +404,7 @@ def read_json(path):
     try:
         with open(path, encoding="utf-8") as file:
             value = json.load(file)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} cannot be read as json: {error}") from None
     if not isinstance(value, dict):
         raise InputError(f"{path} must hold a json object")
