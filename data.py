@@ -432,7 +432,7 @@ def load_instructions(sources):
             outputs = [row["output"]] if isinstance(row.get("output"), str) else row.get("output")
             definition = row.get("definition") or ""
             if not isinstance(outputs, list) or not outputs or not all(isinstance(text, str) for text in (row["task"], row.get("input"), definition, *outputs)):
-                raise InputError(f"{where}: task, input, output and definition must be texts, output one or a list of them")
+                raise InputError(f"{where}: 'task', 'input', 'output' and 'definition' must be texts, 'output' one or a list of them")
             tasks.setdefault(row["task"], (definition, []))[1].append((row["input"], outputs))
     return [(source, context, pairs) for (source, context), pairs in documents.items() if pairs and context.strip()], tasks
 

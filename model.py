@@ -335,7 +335,7 @@ class AdaptedLM(nn.Module):
         return model
 
     def export_peft(self, memory, directory):
-        """Write the adapter of one context (batch of 1) as a PEFT LoRA directory: peft, vLLM and others load it.
+        """Write the adapter of one context (batch of 1) as a PEFT LoRA directory with its model card: peft, vLLM and others load it.
         PEFT multiplies by lora_alpha / r: alpha = s r where that is an integer (vLLM types it so), else s stays in lora_B and alpha = r."""
         if len(memory.tokens) != 1:
             raise ValueError(f"export_peft writes the adapter of one context, this memory holds {len(memory.tokens)}")
@@ -352,6 +352,10 @@ class AdaptedLM(nn.Module):
                   "target_modules": self.config.targets, "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False, "inference_mode": True}
         with open(os.path.join(directory, "adapter_config.json"), "w") as file:
             json.dump(config, file, indent=1)
+        with open(os.path.join(directory, "README.md"), "w") as file:
+            file.write(f"---\nbase_model: {json.dumps(self.base.name_or_path)}\nlibrary_name: peft\ntags:\n- lora\n---\n\n# A context of {memory.tokens.item()} tokens, as a LoRA of rank {r}\n\n"
+                       "Written by a Generative Adapter ([arXiv 2411.05877](https://arxiv.org/abs/2411.05877)) in forward passes over the context alone. The base answers\n"
+                       "from the context without having it in the prompt. What the context says can be read out of this file: share it as you would share the text.\n")
 
 
 class HeadLoss(torch.autograd.Function):

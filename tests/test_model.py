@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
 from conftest import ROOT, make_base, make_model
@@ -232,8 +233,11 @@ def test_exported_adapter_in_peft(tmp_path, scale, alpha):
     peft = pytest.importorskip("peft")
     model = make_model(scale=scale, targets=["o_proj", "down_proj"])
     memory, query = model.contextualize(tokens(1, 30)), tokens(1, 8, seed=1)
+    model.base.name_or_path = "owner/base: 1"
     model.export_peft(memory, tmp_path)
     assert json.load(open(tmp_path / "adapter_config.json"))["lora_alpha"] == alpha
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.library_name == "peft" and card.data.base_model == "owner/base: 1" and "30 tokens" in card.text
     loaded = peft.PeftModel.from_pretrained(make_base(), tmp_path).eval()
     torch.testing.assert_close(loaded(query).logits, model(query, memory=memory), atol=1e-4, rtol=1e-4)
     assert (model(query, memory=memory) - model(query)).abs().max() > 1e-2
