@@ -439,7 +439,7 @@ def load_instructions(sources):
 
 def load_texts(sources):
     """Texts of documents, each once: the field "text", or the context of a row with questions."""
-    return list(dict.fromkeys(row["text"] if isinstance(row.get("text"), str) else field({"context": question_answers(row, where)[0]}, "context", str, where)
+    return list(dict.fromkeys(row["text"] if isinstance(row.get("text"), str) else question_answers(row, where)[0]
                               for source in sources for where, row in read_rows(source)))
 
 
