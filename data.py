@@ -77,7 +77,9 @@ def read_rows(source, split="train"):
     try:
         for where, row in _rows(source, split):
             if isinstance(row, bytes):
-                row = json.loads(row)
+                line, row = row, json.loads(row)
+                if b"\\ud" in line or b"\\uD" in line:       # an escaped surrogate without its half, which no file can hold
+                    row = json.loads(without_surrogates(json.dumps(row, ensure_ascii=False)))
             if not isinstance(row, dict):
                 raise ValueError("not a json object")
             empty = False
@@ -137,6 +139,55 @@ def count_rows(source):
 
 
 # --------------------------------------------------------------------------------------------------------------------
+# text to tokens. Text from outside may hold the control tokens of the base's chat template, <|im_end|> for one: here they are plain text, spelled
+# out, so that nobody's words can end their turn, open another one or end a document. Only the template and document_marks write control tokens.
+
+BREAK = "\ufdd0"          # never a character of a text (Unicode noncharacter)
+
+
+def without_surrogates(text):
+    return text.encode("utf-8", "replace").decode()
+
+
+@functools.lru_cache(maxsize=4)
+def control_tokens(tokenizer, chat_template):
+    """Patterns of (every control token, those a tokenizer does not list as special): special tokens, and added ones that the chat template writes."""
+    added = sorted((t for t in tokenizer.added_tokens_decoder.values() if t.content.strip()), key=lambda t: -len(t.content))
+    others = [re.escape(t.content) for t in added if not t.special and t.content in str(chat_template)]
+    special = [re.escape(t.content) for t in added if t.special]
+    return re.compile("|".join(special + others) or "(?!)"), re.compile("|".join(others)) if others else None
+
+
+def cut(pattern, text):
+    """text with a BREAK inside every match and behind it, so that no piece between two BREAKs holds one."""
+    return pattern.sub(lambda match: match[0][0] + BREAK + cut(pattern, match[0][1:]) + BREAK, text)
+
+
+def encode(tokenizer, texts):
+    """Token ids of texts (a list) as plain text, without BOS: a list of lists."""
+    texts = [without_surrogates(text) for text in texts]
+    options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
+    encoded = tokenizer(texts, **options)["input_ids"] if texts else []
+    others = control_tokens(tokenizer, str(tokenizer.chat_template))[1]
+    for i, text in enumerate(texts if others else []):
+        if others.search(text):                              # split_special_tokens leaves these whole
+            pieces = [p for p in cut(others, text.replace(BREAK, "")).split(BREAK) if p]
+            encoded[i] = [t for ids in tokenizer(pieces, **options)["input_ids"] for t in ids]
+    return encoded
+
+
+def apply_template(tokenizer, messages, **options):
+    """Token ids of messages in the base's chat template. Control tokens in their content are plain text."""
+    control = control_tokens(tokenizer, str(tokenizer.chat_template))[0]
+    messages = [{**m, "content": without_surrogates(m["content"])} for m in messages]
+    if not any(control.search(m["content"]) for m in messages):
+        return tokenizer.apply_chat_template(messages, return_dict=True, **options)["input_ids"]
+    messages = [{**m, "content": cut(control, m["content"].replace(BREAK, ""))} for m in messages]
+    pieces = [p for p in tokenizer.apply_chat_template(messages, tokenize=False, **options).split(BREAK) if p]
+    return [t for ids in tokenizer(pieces, add_special_tokens=False, verbose=False)["input_ids"] for t in ids]
+
+
+# --------------------------------------------------------------------------------------------------------------------
 # the packed token file
 
 
@@ -170,8 +221,7 @@ def pack(sources, tokenizer, path, max_tokens=None):
     try:
         with open(part, "wb") as file, tqdm(total=total, unit="token" if max_tokens else "doc", unit_scale=True, desc="packing") as bar:
             while tokens != max_tokens and (batch := list(itertools.islice(texts, 512))):
-                encoded = tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
-                flat = [t for ids in encoded for t in (*before, *ids, *after)]
+                flat = [t for ids in encode(tokenizer, batch) for t in (*before, *ids, *after)]
                 flat = flat[:max_tokens - tokens] if max_tokens else flat
                 np.asarray(flat, dtype=dtype).tofile(file)
                 tokens, documents = tokens + len(flat), documents + len(batch)
@@ -192,8 +242,10 @@ def load_tokens(path, tokenizer):
     try:
         with open(path + ".json") as file:
             meta = json.load(file)
+        if meta["dtype"] not in ("uint16", "uint32"):
+            raise ValueError(f"dtype {meta['dtype']!r}")
         tokens = np.memmap(path, dtype=meta["dtype"], mode="r")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{path} is not a packed token file: {error}") from None
     if len(tokens) != meta.get("tokens") or any(meta.get(key) != value for key, value in tokenizer_facts(tokenizer).items()):
         raise InputError(f"{path}: the token file is cut short or was packed with another tokenizer; pack the text again")
@@ -308,14 +360,14 @@ METAICL_OTHER = (
 
 def context_ids(tokenizer, text):
     """A context as pretraining saw text: raw, no chat template. (The released code trains on templated and tests on raw contexts.)"""
-    return document_marks(tokenizer)[0] + tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return document_marks(tokenizer)[0] + encode(tokenizer, [text])[0]
 
 
 def user_turn(tokenizer, text):
     """One user turn and the opening of the reply, in the base's chat template; a base without one reads the bare text."""
     if tokenizer.chat_template is None:
         return context_ids(tokenizer, text)
-    return tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True, return_dict=True)["input_ids"]
+    return apply_template(tokenizer, [{"role": "user", "content": text}], add_generation_prompt=True)
 
 
 def in_context_prompts(tokenizer, template, context, questions, room):
@@ -456,8 +508,19 @@ def stamps(path):
 
 
 def question_answers(row, where):
-    """(context, [(question, [answers])]) of a row, recognised by its fields: this project's own schema, SQuAD's, or one of Table 3's hub sets.
-    Answers may be none. Raises InputError for fields it does not know."""
+    """(context, [(question, [answers])]) of a row, without empty questions and answers. Raises InputError when a field is unknown or malformed."""
+    try:
+        context, pairs = known_fields(row, where)
+        pairs = [(q.strip(), [a for a in answers if a.strip()]) for q, answers in pairs]
+        if not isinstance(context, str):
+            raise TypeError("the context is not a text")
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise InputError(f"{where}: a field of the instruction data is missing or malformed ({type(error).__name__}: {error})") from None
+    return context, [(q, answers) for q, answers in pairs if q and answers]
+
+
+def known_fields(row, where):
+    """The same as they stand in a row recognised by its fields: this project's own schema, SQuAD's, or one of Table 3's hub sets."""
     if "qas" in row:
         return row["context"], [(qa["question"], list(qa["answers"])) for qa in row["qas"]]
     if "story" in row:                                                                        # CoQA
@@ -487,22 +550,21 @@ def load_instructions(sources):
     documents, tasks = {}, {}
     for source in sources:
         for where, row in tqdm(read_rows(source), total=count_rows(source), unit="row", desc=os.path.basename(source), leave=False):
-            try:
-                if "task" in row:
-                    outputs = [row["output"]] if isinstance(row["output"], str) else list(row["output"])
-                    tasks.setdefault(row["task"], (row.get("definition") or "", []))[1].append((row["input"], outputs))
-                else:
-                    context, pairs = question_answers(row, where)
-                    pairs = [(q.strip(), [a for a in answers if a.strip()]) for q, answers in pairs]
-                    documents.setdefault((source, context), []).extend((q, answers) for q, answers in pairs if q and answers)
-            except (KeyError, TypeError, AttributeError, IndexError) as error:
-                raise InputError(f"{where}: a field of the instruction data is missing or malformed ({type(error).__name__}: {error})") from None
+            if "task" not in row:
+                context, pairs = question_answers(row, where)
+                documents.setdefault((source, context), []).extend(pairs)
+                continue
+            outputs = [row["output"]] if isinstance(row.get("output"), str) else row.get("output")
+            definition = row.get("definition") or ""
+            if not isinstance(outputs, list) or not outputs or not all(isinstance(text, str) for text in (row["task"], row.get("input"), definition, *outputs)):
+                raise InputError(f"{where}: 'task', 'input', 'output' and 'definition' must be texts, 'output' one or a list of them")
+            tasks.setdefault(row["task"], (definition, []))[1].append((row["input"], outputs))
     return [(source, context, pairs) for (source, context), pairs in documents.items() if pairs and context.strip()], tasks
 
 
 def load_texts(sources):
     """Texts of documents, each once: the field "text", or the context of a row with questions."""
-    return list(dict.fromkeys(row["text"] if isinstance(row.get("text"), str) else field({"context": question_answers(row, where)[0]}, "context", str, where)
+    return list(dict.fromkeys(row["text"] if isinstance(row.get("text"), str) else question_answers(row, where)[0]
                               for source in sources for where, row in read_rows(source)))
 
 
@@ -521,10 +583,10 @@ def conversation(tokenizer, pairs, limit):
         turn = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         if tokenizer.chat_template is None:
             prompt = user_turn(tokenizer, question)
-            full = prompt + tokenizer(answer, add_special_tokens=False, verbose=False)["input_ids"] + [tokenizer.eos_token_id]
+            full = prompt + encode(tokenizer, [answer])[0] + [tokenizer.eos_token_id]
         else:
-            prompt = tokenizer.apply_chat_template(messages + turn[:1], add_generation_prompt=True, return_dict=True)["input_ids"]
-            full = tokenizer.apply_chat_template(messages + turn, return_dict=True)["input_ids"]
+            prompt = apply_template(tokenizer, messages + turn[:1], add_generation_prompt=True)
+            full = apply_template(tokenizer, messages + turn)
         if len(full) > limit and (ids or (question, answer) != pairs[-1]):
             continue
         stop = next((i + 1 for i in range(len(prompt), len(full)) if full[i] in ends), len(full))
@@ -547,7 +609,7 @@ def instruction_example(tokenizer, documents, tasks, unit, chunk, chunks, random
     room, limit = int(random.integers(chunk // 2, chunk * chunks + 1)), max(chunk, TARGET_TOKENS)
 
     def length(text):
-        return len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        return len(encode(tokenizer, [text])[0])
 
     if isinstance(unit, str):
         definition, items = tasks[unit]

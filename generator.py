@@ -36,7 +36,10 @@ NULL_DIRECTION = 1e-6    # a singular value below this share of the largest one 
 
 
 class InputError(ValueError):
-    """Bad input from outside: one sentence that names the file or flag. The commands print it and exit with code 2."""
+    """Bad input from outside: one sentence, on one line, that names the file or flag. The commands print it and exit with code 2."""
+
+    def __init__(self, message):
+        super().__init__(" ".join(message.splitlines()))
 
 
 @dataclass
@@ -51,16 +54,16 @@ class GeneratorConfig:
 
     def __post_init__(self):
         self.targets = [self.targets] if isinstance(self.targets, str) else list(self.targets)
-        if not all(isinstance(v, int) for v in (self.d_r, self.rank)) or not all(isinstance(v, (int, float)) for v in (self.scale, self.damping)):
-            raise InputError(f"d_r and rank must be integers, scale and damping numbers: {self}")
+        if not all(isinstance(v, int) for v in (self.d_r, self.rank)) or not all(isinstance(v, (int, float)) and abs(v) < 1e9 for v in (self.scale, self.damping)):
+            raise InputError(f"d_r and rank must be integers, scale and damping finite numbers: {self}")
         if self.norm not in NORMS:
             raise InputError(f"norm {self.norm!r} is unknown: choose one of {', '.join(NORMS)}")
         if not 1 <= self.rank <= self.d_r:
             raise InputError(f"rank must lie between 1 and d_r = {self.d_r}, not {self.rank}")
         if self.damping < 0:
             raise InputError(f"damping must not be negative, it is {self.damping}")
-        if not self.targets:
-            raise InputError("targets is empty: name at least one module, for example o_proj")
+        if not self.targets or not all(isinstance(target, str) for target in self.targets):
+            raise InputError("targets must name at least one module, for example o_proj")
 
     @property
     def adapter_rank(self):
@@ -376,10 +379,28 @@ class Memory:
     """All that is kept of a context: S_t of every target layer, (B, d_r, d_r) fp32, whatever its length.
 
     states: {module name: S}, rows A2, columns B1; tokens: (B,) real tokens read; fingerprint: of the generator that wrote it.
+    a + b knows both contexts; Memory.stack([a, b]) serves them in one batch. Both raise InputError for memories of different generators.
     """
     states: dict
     tokens: torch.Tensor
     fingerprint: str = None
+
+    def __add__(self, other):
+        """The memory of contexts read apart, neither under the adapter of the other: S is a sum over tokens (eq. 3). Row b is added to row b, a batch
+        of 1 to every row."""
+        one_generator([self, other])
+        if len(self.tokens) != len(other.tokens) and 1 not in (len(self.tokens), len(other.tokens)):
+            raise InputError(f"memories of batch {len(self.tokens)} and {len(other.tokens)} cannot be added: the batches must be equal, or one of them 1")
+        states = {name: S + other.states[name].to(S.device) for name, S in self.states.items()}
+        return Memory(states, self.tokens + other.tokens, self.fingerprint)
+
+    @classmethod
+    def stack(cls, memories):
+        """Memories side by side, their rows in order: row b of a batch of queries is then adapted by row b."""
+        one_generator(memories)
+        first = memories[0]
+        states = {name: torch.cat([m.states[name].to(S.device) for m in memories]) for name, S in first.states.items()}
+        return cls(states, torch.cat([m.tokens for m in memories]), first.fingerprint)
 
     def save(self, path):
         """Write to one safetensors file, aside first and then renamed, so that a reader never meets half a memory."""
@@ -398,9 +419,19 @@ class Memory:
             raise InputError(f"{path} is a safetensors file but not a saved memory")
         states = {name[2:]: S for name, S in tensors.items() if name.startswith("S.")}
         tokens = tensors.get("tokens")
-        if tokens is None or tokens.dim() != 1 or any(S.shape[:1] != tokens.shape or S.dim() != 3 or not S.isfinite().all() for S in states.values()):
+        if (tokens is None or tokens.dtype != torch.long or tokens.dim() != 1 or not tokens.numel()
+                or any(S.dtype != torch.float32 or S.dim() != 3 or S.shape[:1] != tokens.shape or not S.isfinite().all() for S in states.values())):
             raise InputError(f"{path}: the saved memory is damaged (sizes disagree or values are not finite)")
         return cls(states, tokens, metadata.get("fingerprint") or None)
+
+
+def one_generator(memories):
+    """Raises InputError unless the memories, one at least, were written by one generator."""
+    if not memories:
+        raise InputError("there is no memory to put together: give at least one")
+    kinds = {(m.fingerprint, *((name, S.shape[1:]) for name, S in sorted(m.states.items()))) for m in memories}
+    if len(kinds) > 1:
+        raise InputError("memories of different generators cannot be put together: read the contexts again with one generator")
 
 
 def read_safetensors(path):

@@ -20,6 +20,7 @@ import warnings
 from dataclasses import asdict
 from functools import partial
 
+import huggingface_hub
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -57,9 +58,33 @@ def locate_base(name):
     return path, {}
 
 
+def locate_checkpoint(name):
+    """Directory of a checkpoint: a local one as it is, a hub id ("owner/name") downloaded, configs and safetensors only. Raises InputError."""
+    name = os.fspath(name)
+    if os.path.isdir(name):
+        return name
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
+        raise InputError(f"checkpoint {name}: no such directory, and not a hub id (owner/name)")
+    try:
+        return huggingface_hub.snapshot_download(name, allow_patterns=["adapter_config.json", "generator_config.json", "*.safetensors"], local_files_only=not hub_reachable())
+    except Exception as error:                                         # no such repository, no connection, no room: many kinds of exception
+        reason = str(error).strip().split("\n")[0]
+        raise InputError(f"checkpoint {name}: no such directory, and not to be had from the hub ({type(error).__name__}: {reason})") from None
+
+
+def checkpoint_base(directory):
+    """Name of the base that a checkpoint in a directory was trained for, as load_base takes it; None where it is not recorded."""
+    theirs = os.path.join(directory, "adapter_config.json")
+    if os.path.isfile(theirs):
+        name = read_json(theirs).get("base_model_name_or_path")
+    else:
+        name = read_json(os.path.join(directory, "generator_config.json")).get("base")
+    return DEFAULT_BASE if name == DEFAULT_BASE_HUB_ID else name if isinstance(name, str) else None
+
+
 def _load(loader, name, path, **options):
     try:
-        return loader.from_pretrained(path, **options)
+        return loader.from_pretrained(path, trust_remote_code=False, **options)      # None would ask at the terminal whether to run a stranger's code
     except Exception as error:                                         # a damaged file ends in many kinds of exception
         reason = str(error).strip().split("\n")[0]
         raise InputError(f"base {name!r} cannot be loaded from disk or the hub ({type(error).__name__}: {reason}); check --base") from None
@@ -86,6 +111,8 @@ def load_base(name=DEFAULT_BASE, dtype=None, device=None):
     path, options = locate_base(name)
     if options:       # transformers 5.23 may otherwise keep packed weights, through which no gradient flows
         options["quantization_config"] = GgufConfig(dequantize=True)
+    else:             # never a pickle
+        options["use_safetensors"] = True
     model = _load(AutoModelForCausalLM, name, path, dtype=dtype, attn_implementation="sdpa", **options)
     if name == DEFAULT_BASE:
         model.name_or_path = DEFAULT_BASE_HUB_ID                       # what an exported adapter has to name: peft loads the base from there
@@ -114,9 +141,9 @@ class AdaptedLM(nn.Module):
                     raise InputError(f"target module {target!r} is unknown: choose from {', '.join(TARGETS)}")
                 try:
                     linear = block.get_submodule(TARGETS[target])
+                    shapes[f"{prefix}.{l}.{TARGETS[target]}"] = (linear.in_features, linear.out_features)
                 except AttributeError:
-                    raise InputError(f"{type(base_model).__name__} has no {TARGETS[target]} in its blocks: this architecture is not supported") from None
-                shapes[f"{prefix}.{l}.{TARGETS[target]}"] = (linear.in_features, linear.out_features)
+                    raise InputError(f"{type(base_model).__name__} has no linear layer {TARGETS[target]} in block {l}: choose other targets or another base") from None
             self.block_targets.append([f"{prefix}.{l}.{TARGETS[target]}" for target in config.targets])
         c = base_model.config.get_text_config()
         if getattr(c, "final_logit_softcapping", None) or any(getattr(c, key, None) not in (None, 1) for key in ("logit_scale", "logits_scaling")):
@@ -287,24 +314,28 @@ class AdaptedLM(nn.Module):
 
     @classmethod
     def from_pretrained(cls, base_model, directory):
-        """A generator that save_pretrained wrote, or one in the authors' format (peft_type FASTLORA), on base_model.
+        """A generator that save_pretrained wrote, or one in the authors' format (peft_type FASTLORA), on base_model; directory may be a hub id.
         Shapes and target modules must fit the base (InputError); a base of another name is a warning."""
-        if not os.path.isdir(directory):
-            raise InputError(f"checkpoint {directory}: no such directory")
+        directory = locate_checkpoint(directory)
         if os.path.isfile(os.path.join(directory, "adapter_config.json")):
-            config, base_name, tensors = read_fastlora(directory)
+            config, tensors = read_fastlora(directory)
+            print(f"checkpoint {directory} is in the authors' format: base {checkpoint_base(directory)}, d_r {config.d_r}, rank {config.rank}, norm {config.norm}, "
+                  f"scale {config.scale} (their alpha / r), damping 0, targets {', '.join(config.targets)}")
         else:
-            values = read_json(os.path.join(directory, "generator_config.json"))
-            config, base_name = GeneratorConfig.from_dict(values), values.get("base")
+            config = GeneratorConfig.from_dict(read_json(os.path.join(directory, "generator_config.json")))
             tensors, _ = read_safetensors(os.path.join(directory, "generator.safetensors"))
-        if base_name != base_model.name_or_path:
-            warnings.warn(f"checkpoint {directory} was trained for {base_name}, the base is {base_model.name_or_path}")
+        for name, tensor in tensors.items():                           # before the config's sizes are allocated
+            if not tensor.is_floating_point() or name.endswith(".A2") and tensor.shape[:1] != (config.d_r,):
+                raise InputError(f"{directory}: {name} is {tensor.dtype} of shape {tuple(tensor.shape)}, which does not go with d_r {config.d_r} in its config")
+        base_name, name = checkpoint_base(directory), base_model.name_or_path
+        if base_name != (DEFAULT_BASE if name == DEFAULT_BASE_HUB_ID else name):
+            warnings.warn(f"checkpoint {directory} was trained for {base_name}, the base is {name}")
         model = cls(base_model, config)
         model.generator.load_tensors(tensors, directory)
         return model
 
     def export_peft(self, memory, directory):
-        """Write the adapter of one context (batch of 1) as a PEFT LoRA directory: peft, vLLM and others load it.
+        """Write the adapter of one context (batch of 1) as a PEFT LoRA directory with its model card: peft, vLLM and others load it.
         PEFT multiplies by lora_alpha / r: alpha = s r where that is an integer (vLLM types it so), else s stays in lora_B and alpha = r."""
         if len(memory.tokens) != 1:
             raise ValueError(f"export_peft writes the adapter of one context, this memory holds {len(memory.tokens)}")
@@ -321,6 +352,10 @@ class AdaptedLM(nn.Module):
                   "target_modules": self.config.targets, "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False, "inference_mode": True}
         with open(os.path.join(directory, "adapter_config.json"), "w") as file:
             json.dump(config, file, indent=1)
+        with open(os.path.join(directory, "README.md"), "w") as file:
+            file.write(f"---\nbase_model: {json.dumps(self.base.name_or_path)}\nlibrary_name: peft\ntags:\n- lora\n---\n\n# A context of {memory.tokens.item()} tokens, as a LoRA of rank {r}\n\n"
+                       "Written by a Generative Adapter ([arXiv 2411.05877](https://arxiv.org/abs/2411.05877)) in forward passes over the context alone. The base answers\n"
+                       "from the context without having it in the prompt. What the context says can be read out of this file: share it as you would share the text.\n")
 
 
 class HeadLoss(torch.autograd.Function):
@@ -353,10 +388,11 @@ class HeadLoss(torch.autograd.Function):
 
 def find_blocks(base_model):
     """(name, ModuleList) of the decoder blocks. Raises InputError when the model has none of the usual shape."""
-    for name, module in base_model.named_modules():
+    names = {module: name for name, module in base_model.named_modules()}
+    for module in base_model.get_decoder().modules():                  # a vision tower beside the decoder has such blocks too
         if isinstance(module, nn.ModuleList) and len(module) and hasattr(module[0], "self_attn") and hasattr(module[0], "mlp"):
-            return name, module
-    raise InputError(f"{type(base_model).__name__} is not a decoder this project knows: its blocks need self_attn and mlp, as in llama, mistral, qwen2 or qwen3")
+            return names[module], module
+    raise InputError(f"{type(base_model).__name__} is not a decoder this project knows: its blocks need self_attn and mlp, as in llama, mistral, qwen2, qwen3 or gemma3")
 
 
 def make_directory(path):
@@ -372,7 +408,7 @@ def read_json(path):
     try:
         with open(path, encoding="utf-8") as file:
             value = json.load(file)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} cannot be read as json: {error}") from None
     if not isinstance(value, dict):
         raise InputError(f"{path} must hold a json object")
@@ -380,7 +416,7 @@ def read_json(path):
 
 
 def read_fastlora(directory):
-    """(GeneratorConfig, base name, tensors) from a checkpoint of the authors' code.
+    """(GeneratorConfig, tensors) from a checkpoint of the authors' code.
     Theirs is transposed: A1 -> our B2, A2 -> B1^T, A3 -> A2, B -> A1. Their S is our S^T, and norm commutes with transposition."""
     path = os.path.join(directory, "adapter_config.json")
     c = read_json(path)
@@ -404,4 +440,4 @@ def read_fastlora(directory):
         block, linear, part = match.groups()
         tensors[f"{block}.{linear}.{ours[part]}"] = tensor.T if part == "A2" else tensor
     targets = sorted({name.split(".")[-2] for name in tensors})
-    return GeneratorConfig(d_r, rank, scale, norm, 0.0, targets), c.get("base_model_name_or_path"), tensors
+    return GeneratorConfig(d_r, rank, scale, norm, 0.0, targets), tensors

@@ -3,6 +3,7 @@
     python tests/benchmark.py --output cpu.json                              # SmolLM2's shape, random weights
     python tests/benchmark.py --shape mistral --output h200.json             # Mistral-7B's shape, created on the device; needs about 80 GB
     python tests/benchmark.py --shape tiny                                   # a rehearsal in seconds
+    python tests/benchmark.py --shape tiny --stream --output stream.json     # one million tokens into one memory, nothing else
 
 Every measurement runs in a process of its own, so that peak memory is its own too; times are the best of --repeats after one warm-up. On a CPU
 absolute times say little: compare the ratios of one run on an idle machine.
@@ -14,6 +15,7 @@ import multiprocessing
 import os
 import platform
 import sys
+import tempfile
 import time
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -159,6 +161,45 @@ def contextualising(args, device):
     return {**row, "ratio": row["contextualise_s"] / row["plain_s"], "tokens_per_s": ids.numel() / row["contextualise_s"]}
 
 
+def decoding(args, device):
+    """Greedy tokens after a short prompt: the base alone, the base with an adapter merged into its weights, and the adapter beside the weights. Needs peft."""
+    import peft
+    base, model, new = make(args, device, adapted=False), make(args, device), 64
+    prompt = torch.randint(base.config.vocab_size, (1, 8), device=device)
+    memory = model.contextualize(prompt)
+    with tempfile.TemporaryDirectory() as directory:
+        model.export_peft(memory, directory)
+        merged = peft.PeftModel.from_pretrained(make(args, device, adapted=False), directory).merge_and_unload()
+    options = {"max_new_tokens": new, "do_sample": False, "eos_token_id": None, "pad_token_id": 0, "attention_mask": torch.ones_like(prompt)}
+    calls = {"base": lambda: base.generate(prompt, **options), "merged": lambda: merged.generate(prompt, **options), "adapter": lambda: model.generate(prompt, memory, **options)}
+    seconds = dict.fromkeys(calls, float("inf"))
+    for _ in range(args.repeats):                       # in turns, so that the clock's drift meets all alike
+        for name, call in calls.items():
+            seconds[name] = min(seconds[name], best_time(call, device, 1))
+    return {**{f"{name}_tokens_per_s": new / s for name, s in seconds.items()}, "merged_speed": seconds["base"] / seconds["merged"], "adapter_speed": seconds["base"] / seconds["adapter"]}
+
+
+def stream(args, device):
+    """A context of --stream tokens read chunk by chunk. After a tenth of it, peak memory should grow by less than 1 %; the median time of a chunk in the last
+    tenth should be at most 1.1 times that in the first. S is fp32 and finite throughout."""
+    model, memory, seconds, L = make(args, device), None, [], 1024
+    chunks = max(args.stream // L, 20)
+    for t in range(chunks):
+        chunk = torch.randint(model.base.config.vocab_size, (1, L)).to(device)
+        synchronize(device)
+        start = time.perf_counter()
+        memory = model.contextualize(chunk, memory=memory)
+        synchronize(device)
+        seconds.append(time.perf_counter() - start)
+        assert all(S.dtype == torch.float32 for S in memory.states.values())
+        if t == chunks // 10:
+            warm = peak_memory(device)
+    assert all(S.isfinite().all() for S in memory.states.values())
+    first, last = (torch.tensor(part).median().item() for part in (seconds[:chunks // 10], seconds[-(chunks // 10):]))
+    return {"tokens": memory.tokens.item(), "chunks": chunks, "first_decile_ms": first * 1e3, "last_decile_ms": last * 1e3, "last_over_first": last / first,
+            "peak_memory_gb": peak_memory(device), "peak_growth_percent": 100 * (peak_memory(device) / warm - 1), "largest_S": max(S.abs().max().item() for S in memory.states.values())}
+
+
 def step(args, device, kind):
     """A training step on one doubled sequence. kind: "bare" is the frozen base alone, forward and backward to the embeddings under the same loss; "step"
     adds the generator and AdamW; "checkpointing" recomputes activations."""
@@ -198,31 +239,8 @@ def run_job(function, args, options):
     return function(args, torch.device(args.device), **options)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--shape", choices=SHAPES, default="smollm2")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--dtype", choices=["float32", "bfloat16"], help="of the base; default float32 on a CPU, with a step in bfloat16 beside it, bfloat16 on CUDA")
-    add("--batch", type=int, default=1, help="sequences of a training step")
-    add("--threads", type=int, default=os.cpu_count())
-    add("--repeats", type=int, default=3)
-    add("--output", help="write all figures as JSON")
-    args = parser.parse_args()
-    cpu = args.device == "cpu"
-    args.dtype = args.dtype or ("float32" if cpu else "bfloat16")
-    jobs = [("ceilings", ceilings, {}), ("norm", norm, {}), ("gradient_distance", gradient_distance, {}), ("contextualising", contextualising, {})]
-    if args.shape != "mistral":                         # without checkpointing its activations alone are 100 GB
-        jobs += [("bare", step, {"kind": "bare"}), ("step", step, {"kind": "step"})]
-    jobs += [("checkpointing", step, {"kind": "checkpointing"})]
-    results, pool = {}, multiprocessing.get_context("spawn")
-    for name, function, options in jobs + ([("bare_bfloat16", step, {"kind": "bare"}), ("step_bfloat16", step, {"kind": "step"})] if cpu and args.dtype == "float32" else []):
-        if name.endswith("bfloat16"):
-            args = argparse.Namespace(**{**vars(args), "dtype": "bfloat16"})
-        with pool.Pool(1) as worker:
-            results[name] = worker.apply(run_job, (function, args, options))
-        print(f"{name:18s} " + "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in results[name].items()), flush=True)
-
+def compare(results, args, cpu):
+    """The ratios worth a table, {name: value}; adds norm's share and utilisation to the rows of the steps."""
     best, ratios = results.get("step", results["checkpointing"]), {}
     layers = SHAPES[args.shape][1].num_hidden_layers
     forward, both = results["norm"]["ours_forward_ms"] / 1e3, results["norm"]["ours_forward_backward_ms"] / 1e3
@@ -237,9 +255,50 @@ def main():
             ratios[f"{name}, norm's share"] = row["norm_share"]
             ratios[f"{name}, model FLOPs utilisation"] = row["model_flops_utilisation"]
     ratios["contextualising / plain forward"] = results["contextualising"]["ratio"]
+    ratios["decoding speed, merged / base"], ratios["decoding speed, adapter beside the weights / base"] = results["decoding"]["merged_speed"], results["decoding"]["adapter_speed"]
     ratios["norm forward + backward, svd_lowrank / ours"] = results["norm"]["speedup_forward_backward"]
     if "step_bfloat16" in results:
         ratios["step, fp32 / bf16"] = best["seconds"] / results["step_bfloat16"]["seconds"]
+    return ratios
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--shape", choices=SHAPES, default="smollm2")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--dtype", choices=["float32", "bfloat16"], help="of the base; default float32 on a CPU, with a step in bfloat16 beside it, bfloat16 on CUDA")
+    add("--batch", type=int, default=1, help="sequences of a training step")
+    add("--threads", type=int, default=os.cpu_count())
+    add("--repeats", type=int, default=3)
+    add("--stream", nargs="?", type=int, const=1_000_000, metavar="TOKENS", help="only read a context of this many tokens chunk by chunk (default 1,000,000)")
+    add("--output", help="write all figures as JSON")
+    args = parser.parse_args()
+    cpu = args.device == "cpu"
+    args.dtype = args.dtype or ("float32" if cpu else "bfloat16")
+    jobs = [("ceilings", ceilings, {}), ("norm", norm, {}), ("gradient_distance", gradient_distance, {}), ("contextualising", contextualising, {}),
+            ("decoding", decoding, {})]
+    if args.shape != "mistral":                         # without checkpointing its activations alone are 100 GB
+        jobs += [("bare", step, {"kind": "bare"}), ("step", step, {"kind": "step"})]
+    jobs += [("checkpointing", step, {"kind": "checkpointing"})]
+    if cpu and args.dtype == "float32":
+        jobs += [("bare_bfloat16", step, {"kind": "bare"}), ("step_bfloat16", step, {"kind": "step"})]
+    if args.stream:
+        jobs = [("stream", stream, {})] + ([("stream_bfloat16", stream, {})] if args.dtype == "float32" else [])
+    results, pool = {}, multiprocessing.get_context("spawn")
+    for name, function, options in jobs:
+        if name.endswith("bfloat16"):
+            args = argparse.Namespace(**{**vars(args), "dtype": "bfloat16"})
+        with pool.Pool(1) as worker:
+            results[name] = worker.apply(run_job, (function, args, options))
+        print(f"{name:18s} " + "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in results[name].items()), flush=True)
+
+    ratios = {}
+    if args.stream:
+        for name, row in results.items():
+            ratios |= {f"{name}: chunk time, last tenth / first": row["last_over_first"], f"{name}: peak memory growth, percent": row["peak_growth_percent"]}
+    else:
+        ratios = compare(results, args, cpu)
     print("\n| figure | value |\n| --- | --- |")
     for name, value in ratios.items():
         print(f"| {name} | {value:.3g} |")

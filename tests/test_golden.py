@@ -6,9 +6,11 @@ import os
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, CONFIG_MAPPING
+from transformers import AutoModelForCausalLM, CONFIG_MAPPING, MistralConfig, MistralForCausalLM
 
-from model import AdaptedLM
+import model as model_file
+from generator import InputError
+from model import AdaptedLM, checkpoint_base, locate_checkpoint
 
 GOLDEN = os.path.join(os.path.dirname(__file__), "golden")
 INDEX = json.load(open(os.path.join(GOLDEN, "index.json")))
@@ -23,7 +25,9 @@ def golden_model(case):
     base = AutoModelForCausalLM.from_config(CONFIG_MAPPING[config.pop("model_type")](**config), dtype=torch.float32)
     base.load_state_dict(load_file(os.path.join(GOLDEN, f"base_{arch}.safetensors")))
     base.name_or_path = f"tiny-random-{arch}"
-    model = AdaptedLM.from_pretrained(base, os.path.join(GOLDEN, f"ckpt_{arch}_o"))
+    directory = os.path.join(GOLDEN, f"ckpt_{arch}_o")
+    assert checkpoint_base(directory) == base.name_or_path
+    model = AdaptedLM.from_pretrained(base, directory)
     assert (model.config.norm, model.config.rank, model.config.scale, model.config.damping) == ("svd", 8, 0.5, 0.0)
     # the golden cases were run with these norms in place of the checkpoint's own
     model.config.norm, model.config.rank = "frobenius" if case.endswith("frob") else "svd-exact", INDEX["cases"][case]["rank"]
@@ -74,3 +78,58 @@ def test_doubled_sequence(case):
                     assert (grad - golden[name]).norm() < 1e-3 * golden[name].norm(), name
                     compared += 1
             assert compared == 15
+
+
+def test_checkpoint_of_the_hub(monkeypatch, capsys):
+    """A hub id is downloaded, configs and safetensors alone; what was read from it is said."""
+    asked = []
+
+    def download(name, **options):
+        asked.append((name, options))
+        return os.path.join(GOLDEN, "ckpt_llama_o")
+
+    monkeypatch.setattr(model_file, "hub_reachable", lambda: True)
+    monkeypatch.setattr(model_file.huggingface_hub, "snapshot_download", download)
+    config = dict(INDEX["bases"]["llama"])
+    base = AutoModelForCausalLM.from_config(CONFIG_MAPPING[config.pop("model_type")](**config), dtype=torch.float32)
+    base.name_or_path = "tiny-random-llama"
+    model = AdaptedLM.from_pretrained(base, "owner/Generative-Adapter-v0.2")
+    (name, options), = asked
+    assert name == "owner/Generative-Adapter-v0.2" and all(p.endswith((".json", ".safetensors")) for p in options["allow_patterns"])
+    assert model.config.scale == 0.5 and "scale 0.5" in (said := capsys.readouterr().out) and "base tiny-random-llama" in said
+
+
+def test_checkpoint_of_a_hub_out_of_reach(monkeypatch, tmp_path):
+    monkeypatch.setattr(model_file, "hub_reachable", lambda: False)
+    monkeypatch.setattr(model_file.huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    for name, words in (("owner/nothing-of-this-name", "not to be had from the hub"), (str(tmp_path / "nothing"), "no such directory"), ("../up/there", "not a hub id"), ("", "no such")):
+        with pytest.raises(InputError, match=words) as caught:
+            locate_checkpoint(name)
+        assert "\n" not in str(caught.value)
+
+
+def test_published_checkpoint_dry_run(monkeypatch):
+    """A checkpoint of the shape of the authors' Mistral-7B one, on the meta device: every key has its place and shape, and the adapter is the paper's 32 M floats."""
+    with torch.device("meta"):
+        base = MistralForCausalLM(MistralConfig(vocab_size=32000))
+    base.name_or_path = "mistralai/Mistral-7B-Instruct-v0.2"
+    shapes = {"A1": (1024, 4096), "A2": (1024, 4096), "A3": (1024, 4096), "B": (4096, 1024), "hidden_state_norm": (4096,)}
+    theirs = {f"base_model.model.model.layers.{l}.base_layer.self_attn.o_proj.fastlora_{part}.weight": torch.empty(shape, dtype=torch.bfloat16, device="meta")
+              for l in range(32) for part, shape in shapes.items()}
+    config = {"peft_type": "FASTLORA", "base_model_name_or_path": base.name_or_path, "fastlora_r": 1024, "fastlora_inter_size": None, "fastlora_max_rank": 128, "fastlora_alpha": 64,
+              "fastlora_norm": "svd", "fastlora_merge": "pre-norm-sum", "fastlora_param": ["o_proj"], "target_modules": ["o_proj"]}
+    monkeypatch.setattr(model_file, "locate_checkpoint", lambda name: name)
+    monkeypatch.setattr(model_file.os.path, "isfile", lambda path: path.endswith("adapter_config.json"))
+    monkeypatch.setattr(model_file, "read_json", lambda path: config)
+    monkeypatch.setattr(model_file, "read_safetensors", lambda path: (theirs, {}))
+    model = AdaptedLM.from_pretrained(base, "generative-adaptor/Generative-Adapter-Mistral-7B-Instruct-v0.2")
+    assert (model.config.d_r, model.config.rank, model.config.scale, model.config.damping, model.config.targets) == (1024, 128, 1 / 16, 0.0, ["o_proj"])
+    assert sum(p.numel() for p in model.generator.parameters()) == 32 * (4 * 1024 * 4096 + 4096)
+    pairs = [layer.adapter(torch.empty(1, 1024, 1024, device="meta")) for layer in model.generator.layers]
+    assert sum(A.numel() + B.numel() for A, B in pairs) == 32 * 128 * 8192                       # appendix B: 32 M
+    key = "base_model.model.model.layers.7.base_layer.self_attn.o_proj.fastlora_B.weight"
+    for change, words in ((lambda: theirs.update({key: theirs[key].T}), "layers.7.self_attn.o_proj.A1 has shape"), (lambda: theirs.pop(key), "layers.7.self_attn.o_proj.A1 is missing"),
+                          (lambda: theirs.update({key + ".scale": theirs[next(iter(theirs))]}), "is not one of a FASTLORA checkpoint")):
+        change()
+        with pytest.raises(InputError, match=words):
+            AdaptedLM.from_pretrained(base, "generative-adaptor/Generative-Adapter-Mistral-7B-Instruct-v0.2")

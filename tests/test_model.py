@@ -8,13 +8,18 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
 from conftest import ROOT, make_base, make_model
 from generator import GeneratorConfig, InputError, Memory
 from model import AdaptedLM, load_base
 
-KINDS = ["llama", "mistral", "qwen2", "qwen3"]
+SHORT = dict(sliding_window=8, layer_types=["sliding_attention", "full_attention", "sliding_attention"])
+# name: kind and what differs from conftest's shape; between them q/k/v biases, q/k norms, tied and untied embeddings, sliding windows, a vision tower
+BASES = {"llama": ("llama", {}), "llama-tied-biased": ("llama", dict(tie_word_embeddings=True, attention_bias=True, mlp_bias=True)), "mistral": ("mistral", dict(sliding_window=8)),
+         "qwen2": ("qwen2", {}), "qwen2-tied": ("qwen2", dict(tie_word_embeddings=True)), "qwen3": ("qwen3", {}), "qwen3-tied-biased": ("qwen3", dict(tie_word_embeddings=True, attention_bias=True)),
+         "gemma3": ("gemma3_text", SHORT), "gemma3-untied": ("gemma3_text", dict(tie_word_embeddings=False, **SHORT)), "gemma3-vision": ("gemma3", SHORT)}
 ALL_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -28,12 +33,25 @@ def stream(model, chunks, mask=None, memory=None):
     return memory
 
 
-@pytest.mark.parametrize("kind, targets, norm", [(kind, ["o_proj"], "svd") for kind in KINDS] + [("qwen2", ALL_TARGETS, "svd"), ("llama", ["down_proj", "q_proj"], "svd-exact"),
+@torch.no_grad()
+def make_architecture(name):
+    """A base of BASES whose biases and norms do something: at initialisation they are 0 and 1."""
+    kind, changes = BASES[name]
+    base = make_base(kind, **changes)
+    for p in base.parameters():
+        if p.dim() == 1:
+            p.add_(0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(len(p))))
+    return base
+
+
+@pytest.mark.parametrize("name, targets, norm", [(name, ["o_proj"], "svd") for name in BASES] + [("qwen2", ALL_TARGETS, "svd"), ("llama", ["down_proj", "q_proj"], "svd-exact"),
                                                  ("llama", ["o_proj"], "frobenius")])
 @torch.no_grad()
-def test_chunk_parallel_equals_streaming(kind, targets, norm):
+def test_chunk_parallel_equals_streaming(name, targets, norm):
     """forward_segments on the doubled schedule against contextualize and forward, chunk by chunk."""
-    model = make_model(kind, targets=targets, norm=norm)
+    base = make_architecture(name)
+    assert (base.get_output_embeddings().weight is base.get_input_embeddings().weight) == ("tied" in name.split("-") or name in ("gemma3", "gemma3-vision"))
+    model = make_model(base=base, targets=targets, norm=norm)
     B, C, L = 2, 3, 20
     chunks, probe = tokens(B, C, L), tokens(B, C, L, seed=1)
     logits = model.forward_segments(torch.cat([chunks, probe], 1), None, [0, 1, 2, 1, 2, 3])
@@ -165,17 +183,79 @@ def test_generate_equals_greedy_by_hand():
     assert model.generate(prompt, **options).tolist() == plain.tolist() != want.tolist()
 
 
+@torch.no_grad()
+def test_sum_of_memories():
+    """a + b is the memory of tokens read apart: the base's own hidden states of both, in one sum (eq. 3) in float64."""
+    model = make_model()
+    a, b = tokens(2, 20), tokens(2, 13, seed=1)
+    both = model.contextualize(a) + model.contextualize(b)
+    assert both.tokens.tolist() == [33, 33]
+    hidden = [model.base.model(chunk, output_hidden_states=True).hidden_states for chunk in (a, b)]
+    for l in range(3):
+        name = f"model.layers.{l}.self_attn.o_proj"
+        A2, B1 = model.generator[name].A2.double(), model.generator[name].B1.double()
+        h = torch.cat([H[l] for H in hidden], 1).double()                           # (2, 33, d_h)
+        h = h / (h.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+        torch.testing.assert_close(both.states[name].double(), A2 @ (h.mT @ h) @ B1, atol=1e-3, rtol=1e-4)
+    one = model.contextualize(b[:1])                                                # a batch of 1 is added to every row
+    S = (model.contextualize(a) + one).states[name]
+    torch.testing.assert_close(S[1], model.contextualize(a[1:]).states[name][0] + one.states[name][0], atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close((one + model.contextualize(a)).states[name], S, atol=1e-4, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_every_user_in_one_batch_as_alone():
+    """Memories of contexts of different lengths side by side, prompts left-padded: row b is what user b gets alone."""
+    model = make_model(scale=10.0)
+    memories = [model.contextualize(tokens(1, n, seed=n)) for n in (9, 20, 31)]
+    prompts = [tokens(1, n, seed=100 + n) for n in (4, 7, 2)]
+    together = Memory.stack(memories)
+    assert together.tokens.tolist() == [9, 20, 31]
+    padded = torch.cat([F.pad(p, (7 - p.shape[1], 0), value=259) for p in prompts])
+    mask = torch.cat([F.pad(torch.ones_like(p), (7 - p.shape[1], 0)) for p in prompts])
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    served = model.generate(padded, together, attention_mask=mask, **options)[:, 7:]
+    for b, (memory, prompt) in enumerate(zip(memories, prompts)):
+        assert served[b].tolist() == model.generate(prompt, memory, **options)[0, prompt.shape[1]:].tolist()
+        torch.testing.assert_close(model(padded, mask, together)[b, 7 - prompt.shape[1]:], model(prompt, memory=memory)[0], atol=1e-4, rtol=1e-4)
+    alone = model.generate(padded, memories[0], attention_mask=mask, **options)[:, 7:]
+    assert all(served[b].tolist() != alone[b].tolist() for b in (1, 2))             # another user's memory would say something else
+    # streaming goes on for all of them at once
+    chunk = tokens(3, 8)
+    more = model.contextualize(chunk, memory=together)
+    name = "model.layers.2.self_attn.o_proj"
+    torch.testing.assert_close(more.states[name][1], model.contextualize(chunk[1:2], memory=memories[1]).states[name][0], atol=1e-3, rtol=1e-5)
+
+
 @pytest.mark.parametrize("scale, alpha", [(0.5, 4), (0.3, 8)])
 @torch.no_grad()
 def test_exported_adapter_in_peft(tmp_path, scale, alpha):
     peft = pytest.importorskip("peft")
     model = make_model(scale=scale, targets=["o_proj", "down_proj"])
     memory, query = model.contextualize(tokens(1, 30)), tokens(1, 8, seed=1)
+    model.base.name_or_path = "owner/base: 1"
     model.export_peft(memory, tmp_path)
     assert json.load(open(tmp_path / "adapter_config.json"))["lora_alpha"] == alpha
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.library_name == "peft" and card.data.base_model == "owner/base: 1" and "30 tokens" in card.text
     loaded = peft.PeftModel.from_pretrained(make_base(), tmp_path).eval()
     torch.testing.assert_close(loaded(query).logits, model(query, memory=memory), atol=1e-4, rtol=1e-4)
     assert (model(query, memory=memory) - model(query)).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("name", BASES)
+@torch.no_grad()
+def test_exported_adapter_in_peft_for_every_base(tmp_path, name):
+    """The exported adapter, applied by peft beside the weights and merged into them, gives the adapted model's logits."""
+    peft = pytest.importorskip("peft")
+    model = make_model(base=make_architecture(name), targets=ALL_TARGETS)
+    memory, query = model.contextualize(tokens(1, 30)), tokens(1, 12, seed=1)
+    model.export_peft(memory, tmp_path)
+    want = model(query, memory=memory)
+    loaded = peft.PeftModel.from_pretrained(make_architecture(name), tmp_path).eval()
+    torch.testing.assert_close(loaded(query).logits, want, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(loaded.merge_and_unload()(query).logits, want, atol=1e-4, rtol=1e-4)
+    assert (want - model(query)).abs().max() > 1e-2
 
 
 @torch.no_grad()
@@ -233,9 +313,11 @@ class TestErrors:
             make_model(targets=["z_proj"])
         with pytest.raises(InputError, match="logits"):
             AdaptedLM(make_base("granite", logits_scaling=8.0), GeneratorConfig(d_r=8, rank=8))
-        from transformers import GPT2Config, GPT2LMHeadModel
-        with pytest.raises(InputError, match="GPT2LMHeadModel"):
-            AdaptedLM(GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=16, n_head=2)), GeneratorConfig())
+        # gpt2 has other blocks; those of phi have self_attn and mlp, but a dense where others have o_proj; mixtral's mlp is no linear layers
+        for kind, target, words in (("gpt2", "o_proj", "GPT2LMHeadModel is not a decoder"), ("opt", "o_proj", "OPTForCausalLM is not a decoder"),
+                                    ("phi", "o_proj", "no linear layer self_attn.o_proj"), ("mixtral", "down_proj", "no linear layer mlp.down_proj")):
+            with pytest.raises(InputError, match=words):
+                AdaptedLM(make_base(kind), GeneratorConfig(targets=target))
 
     def test_config(self):
         for values, words in (({"norm": "l2"}, "norm"), ({"d_r": 8, "rank": 9}, "rank"), ({"damping": -1}, "damping"), ({"targets": []}, "targets"), ({"d_r": 24.0}, "integers")):
@@ -281,6 +363,13 @@ class TestErrors:
         memory = Memory.load(path)
         with pytest.raises(InputError, match="another generator"):
             other.generate(tokens(1, 4), memory, max_new_tokens=1)
+        for together in (lambda m: memory + m, lambda m: Memory.stack([memory, m])):
+            with pytest.raises(InputError, match="different generators"):
+                together(other.contextualize(tokens(1, 4)))
+        with pytest.raises(InputError, match="no memory"):
+            Memory.stack([])
+        with pytest.raises(InputError, match="batch 2 and 3"):
+            model.contextualize(tokens(2, 4)) + model.contextualize(tokens(3, 4))
         with torch.no_grad():
             model.generator.layers[0].A2.mul_(2)
         with pytest.raises(InputError, match="another generator"):
