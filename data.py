@@ -163,7 +163,7 @@ def cut(pattern, text):
     return pattern.sub(lambda match: match[0][0] + BREAK + cut(pattern, match[0][1:]) + BREAK, text)
 
 
-def encode(tokenizer, texts):
+def tokenize(tokenizer, texts):
     """Token ids of texts (a list) as plain text, without BOS: a list of lists."""
     texts = [without_surrogates(text) for text in texts]
     options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
@@ -221,7 +221,7 @@ def pack(sources, tokenizer, path, max_tokens=None):
     try:
         with open(part, "wb") as file, tqdm(total=total, unit="token" if max_tokens else "doc", unit_scale=True, desc="packing") as bar:
             while tokens != max_tokens and (batch := list(itertools.islice(texts, 512))):
-                flat = [t for ids in encode(tokenizer, batch) for t in (*before, *ids, *after)]
+                flat = [t for ids in tokenize(tokenizer, batch) for t in (*before, *ids, *after)]
                 flat = flat[:max_tokens - tokens] if max_tokens else flat
                 np.asarray(flat, dtype=dtype).tofile(file)
                 tokens, documents = tokens + len(flat), documents + len(batch)
@@ -360,7 +360,7 @@ METAICL_OTHER = (
 
 def context_ids(tokenizer, text):
     """A context as pretraining saw text: raw, no chat template. (The released code trains on templated and tests on raw contexts.)"""
-    return document_marks(tokenizer)[0] + encode(tokenizer, [text])[0]
+    return document_marks(tokenizer)[0] + tokenize(tokenizer, [text])[0]
 
 
 def user_turn(tokenizer, text):
@@ -376,9 +376,9 @@ def in_context_prompts(tokenizer, template, context, questions, room):
     def prompt(question):
         return user_turn(tokenizer, template.format(context=context, question=question))
 
-    longest, lost = max(questions, key=lambda question: len(tokenizer(question)["input_ids"])), 0
+    longest, lost = max(questions, key=lambda question: len(tokenize(tokenizer, [question])[0])), 0
     while (excess := len(prompt(longest)) - room) > 0:
-        ids = tokenizer(context, add_special_tokens=False, verbose=False)["input_ids"]
+        ids = tokenize(tokenizer, [context])[0]
         if not ids:
             raise InputError(f"a question alone is longer than the {room} tokens that the base's window leaves for it")
         context, lost = tokenizer.decode(ids[excess:]), lost + min(excess, len(ids))
@@ -583,7 +583,7 @@ def conversation(tokenizer, pairs, limit):
         turn = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         if tokenizer.chat_template is None:
             prompt = user_turn(tokenizer, question)
-            full = prompt + encode(tokenizer, [answer])[0] + [tokenizer.eos_token_id]
+            full = prompt + tokenize(tokenizer, [answer])[0] + [tokenizer.eos_token_id]
         else:
             prompt = apply_template(tokenizer, messages + turn[:1], add_generation_prompt=True)
             full = apply_template(tokenizer, messages + turn)
@@ -609,7 +609,7 @@ def instruction_example(tokenizer, documents, tasks, unit, chunk, chunks, random
     room, limit = int(random.integers(chunk // 2, chunk * chunks + 1)), max(chunk, TARGET_TOKENS)
 
     def length(text):
-        return len(encode(tokenizer, [text])[0])
+        return len(tokenize(tokenizer, [text])[0])
 
     if isinstance(unit, str):
         definition, items = tasks[unit]

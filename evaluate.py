@@ -35,9 +35,9 @@ import transformers
 from tqdm import tqdm
 
 from data import (IN_CONTEXT_PROMPT, METAICL_CLASSIFICATION, METAICL_OTHER, METAICL_PROMPT, METAICL_SEEDS, MSC_HUB_ID, MSC_SAMPLE, context_ids, conversation, demonstration, first_ids,
-                  hub_reachable, in_context_prompts, left_pad, load_metaicl, load_msc, load_qa, open_predictions, read_rows, run_command, split_into_chunks, stamps, user_turn)
+                  hub_reachable, in_context_prompts, left_pad, load_metaicl, load_msc, load_qa, open_predictions, read_rows, run_command, split_into_chunks, stamps, tokenize, user_turn)
 from generator import GeneratorConfig, InputError, Memory
-from model import DEFAULT_BASE, AdaptedLM, find_blocks, load_base
+from model import DEFAULT_BASE, AdaptedLM, checkpoint_base, find_blocks, load_base, locate_checkpoint
 from train import fit_base
 
 CHUNK = 1024              # tokens; the paper's chunk at test time
@@ -316,7 +316,7 @@ def evaluate_qa(run, documents):
     """Fig. 2, Fig. 3, Table 5: documents in the order of the data, split evenly into ceil(tokens / k) groups, each the context of all its
     questions. Closed-book has no context: one row, of length 0. Lengths that make the same groups share their answers."""
     args, documents = run.args, documents[:run.args.limit]
-    total = sum(map(len, run.tokenizer([document["text"] for document in documents], add_special_tokens=False, verbose=False)["input_ids"]))
+    total = sum(map(len, tokenize(run.tokenizer, [document["text"] for document in documents])))
     if len(documents) == 1 or total <= max(args.context_lengths):
         run.note(f"the documents hold {total} tokens: longer contexts are all the same single group, to which adapter-shuffled has no other")
     for method in args.method:
@@ -477,13 +477,22 @@ def read_text(path):
 
 
 def load_models(args):
-    """([(name, AdaptedLM)] for each --checkpoint on one base, tokenizer); without a checkpoint the generator is untrained and says so."""
+    """([(name, AdaptedLM)] for each --checkpoint on one base, tokenizer). Without --base it is the base that the first checkpoint was trained for; without a
+    checkpoint the generator is untrained and says so."""
+    names = args.checkpoint or [DEFAULT_CHECKPOINT if args.base in (None, DEFAULT_BASE) and os.path.isdir(DEFAULT_CHECKPOINT) else "none"]
+    directories = {name: locate_checkpoint(name) for name in names if name != "none"}
+    args.base = args.base or next((checkpoint_base(directory) for directory in directories.values()), None) or DEFAULT_BASE
     base, tokenizer = load_base(args.base, getattr(torch, args.dtype) if args.dtype else None, args.device)
-    names = args.checkpoint or [DEFAULT_CHECKPOINT if args.base == DEFAULT_BASE and os.path.isdir(DEFAULT_CHECKPOINT) else "none"]
-    if "none" in names:
-        print("NOTE: the generator is untrained (A1 = 0), so the adapter rows equal closed-book; train one with train.py and name it with --checkpoint")
-        torch.manual_seed(args.seed)
-    return [(name, AdaptedLM(base, GeneratorConfig()) if name == "none" else AdaptedLM.from_pretrained(base, name)) for name in names], tokenizer
+    models = []
+    for name in names:
+        if name == "none":
+            print("NOTE: the generator is untrained (A1 = 0), so the adapter rows equal closed-book; train one with train.py and name it with --checkpoint")
+            torch.manual_seed(args.seed)
+        models.append((name, AdaptedLM(base, GeneratorConfig()) if name == "none" else AdaptedLM.from_pretrained(base, directories[name])))
+        if name != "none":
+            c = models[-1][1].config
+            print(f"{name}: d_r {c.d_r}, rank {c.rank}, scale {c.scale:g}, norm {c.norm}, damping {c.damping:g}, on {', '.join(c.targets)} of {args.base}")
+    return models, tokenizer
 
 
 def markdown(rows):
@@ -538,8 +547,8 @@ def arguments(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--task", choices=["ask", *sorted(METHODS)], required=True)
-    add("--base", default=DEFAULT_BASE, help="frozen base model: hub id, directory or .gguf file; a base that train.py fine-tuned is a directory")
-    add("--checkpoint", action="append", help="generator directory, the authors' format included; none: an untrained generator; ppl compares several: repeatable")
+    add("--base", help="frozen base model: hub id, directory or .gguf file, one that train.py fine-tuned included; default: the checkpoint's, or " + DEFAULT_BASE)
+    add("--checkpoint", action="append", help="generator directory or hub id, the authors' format included; none: an untrained generator; ppl compares several: repeatable")
     add("--data", help="hub id, .parquet or .jsonl in the data set's own schema; streamingqa: also .csv; metaicl: directory")
     add("--method", action="append", help="repeatable; default: all of the task")
     add("--context-lengths", type=int, nargs="+", default=[512, 1024, 2048, 4096, 8192, 16384, 32768], help="squad, streamingqa: tokens of a group of documents")

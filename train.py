@@ -31,7 +31,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from data import (TABLE_3, context_ids, conversation, document_marks, doubled, instruction_batch, instruction_example, instruction_units, is_file_source,
-                  load_instructions, load_texts, open_tokens, run_command, sequences)
+                  load_instructions, load_texts, open_tokens, run_command, sequences, tokenize)
 from generator import NORMS, GeneratorConfig, InputError, read_safetensors
 from model import DEFAULT_BASE, AdaptedLM, load_base, make_directory, read_json
 
@@ -164,8 +164,7 @@ def instruction_batches(args, tokenizer):
     limit = args.chunk * args.chunks
 
     def short_enough(documents):                        # of a longer one the end would be cut off, and with it some answers
-        counts = [len(ids) for ids in tokenizer([context for _, context, _ in documents], add_special_tokens=False, verbose=False)["input_ids"]] if documents else []
-        return [d for d, n in zip(documents, counts) if n <= limit]
+        return [d for d, ids in zip(documents, tokenize(tokenizer, [context for _, context, _ in documents])) if len(ids) <= limit]
 
     everything, tasks = load_instructions(args.data)
     documents, held_out = short_enough(everything), short_enough(load_instructions(args.validation)[0]) if args.validation else []
