@@ -255,6 +255,8 @@ def load_tokens(path, tokenizer):
 def open_tokens(sources, tokenizer, max_tokens=None):
     """Memory-mapped tokens of sources: a .bin file as it is, anything else packed once into the cache (GENERATIVE_ADAPTER_CACHE)."""
     if len(sources) == 1 and sources[0].endswith(".bin"):
+        if max_tokens is not None:
+            raise InputError(f"--max-tokens is for packing: {sources[0]} is packed already, so leave the flag out")
         return load_tokens(sources[0], tokenizer)
     for source in sources:
         if is_file_source(source) and not os.path.isfile(source):
@@ -381,7 +383,7 @@ def in_context_prompts(tokenizer, template, context, questions, room):
         ids = tokenize(tokenizer, [context])[0]
         if not ids:
             raise InputError(f"a question alone is longer than the {room} tokens that the base's window leaves for it")
-        context, lost = tokenizer.decode(ids[excess:]), lost + min(excess, len(ids))
+        context, lost = tokenizer.decode(ids[excess:]).lstrip("\ufffd"), lost + min(excess, len(ids))      # no half a character
     return [prompt(question) for question in questions], lost
 
 
@@ -587,6 +589,8 @@ def conversation(tokenizer, pairs, limit):
         else:
             prompt = apply_template(tokenizer, messages + turn[:1], add_generation_prompt=True)
             full = apply_template(tokenizer, messages + turn)
+        if full[:len(ids)] != ids:                               # the template writes earlier turns differently: keep what stands
+            break
         if len(full) > limit and (ids or (question, answer) != pairs[-1]):
             continue
         stop = next((i + 1 for i in range(len(prompt), len(full)) if full[i] in ends), len(full))

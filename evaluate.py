@@ -569,6 +569,8 @@ def arguments(argv=None):
     add("--compare", action="store_true", help="ask: the closed-book and the in-context answer beside it")
     args = parser.parse_args(argv)
     if args.task == "ask":
+        if args.data or args.method or args.limit or args.output or args.predictions or args.plot or len(args.checkpoint or []) > 1:
+            raise InputError("--task ask takes one --checkpoint, and no --data, --method, --limit, --output, --predictions or --plot")
         if args.memory and (os.path.isdir(args.memory) or not os.path.isdir(os.path.dirname(args.memory) or ".")):
             raise InputError(f"--memory {args.memory} cannot be written: name a file in a directory that exists")
         if args.export and os.path.exists(args.export):

@@ -116,6 +116,8 @@ def load_base(name=DEFAULT_BASE, dtype=None, device=None):
     model = _load(AutoModelForCausalLM, name, path, dtype=dtype, attn_implementation="sdpa", **options)
     if name == DEFAULT_BASE:
         model.name_or_path = DEFAULT_BASE_HUB_ID                       # what an exported adapter has to name: peft loads the base from there
+    elif "gguf_file" in options:
+        model.name_or_path = os.path.abspath(name)                     # the file, not the directory it lies in
     if isinstance(model.config.eos_token_id, int):                     # the GGUF tokenizer's own eos differs between transformers versions
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(model.config.eos_token_id)
     model.generation_config.pad_token_id = tokenizer.pad_token_id

@@ -98,6 +98,8 @@ def recipe(args, base):
     for name in ("chunk", "chunks", "batch", "micro_batch", "eval_every", "eval_sequences", "save_every", "keep"):
         if getattr(args, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} must be at least 1")
+    if args.seed < 0:
+        raise InputError("--seed must not be negative")
     for name in ("steps", "epochs"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise InputError(f"--{name} must be at least 1")
@@ -174,8 +176,6 @@ def instruction_batches(args, tokenizer):
         held_out, documents = documents[:args.eval_sequences], documents[args.eval_sequences:]
     held_out = held_out[:args.eval_sequences]
     units = instruction_units(documents, tasks)
-    if len(held_out) < 2 or len(units) < 1:
-        raise InputError(f"instruction tuning needs at least 1 unit to train on and 2 documents to validate on, of at most {limit} tokens: found {len(units)} and {len(held_out)}")
     if args.steps is None:
         args.steps = max(1, (args.epochs or 2) * len(units) // args.batch)
 
@@ -192,6 +192,10 @@ def instruction_batches(args, tokenizer):
         return instruction_batch(examples, tokenizer.pad_token_id, args.chunk)
 
     validation = [example(held_out, unit, (args.seed, 2, unit)) for unit in range(len(held_out))]
+    validation = [e for e in validation if any(label != -100 for label in e[2][1:])]        # of a question too long for its segment nothing is left to score
+    if len(validation) < 2 or len(units) < 1:
+        raise InputError(f"instruction tuning needs at least 1 unit to train on and 2 documents to validate on, of at most {limit} tokens: found {len(units)} and {len(validation)}; "
+                         "give more data, longer --chunks, --validation documents, or a lower --eval-sequences, which are held out without them")
     about = f"{len(documents)} documents ({dropped} longer than {limit} tokens left out) and {len(tasks)} tasks"
     return training, instruction_batch(validation, tokenizer.pad_token_id, args.chunk), about
 
@@ -567,7 +571,8 @@ def finetune(args):
     if os.path.exists(args.out):
         raise InputError(f"--out {args.out} exists already: name a new directory for the fine-tuned base")
     args.dtype, lr = args.dtype or "float32", 1e-5 if args.lr is None else args.lr
-    if lr <= 0 or min(args.batch or 64, args.epochs or 10, args.patience) < 1:
+    args.batch, args.epochs = 64 if args.batch is None else args.batch, 10 if args.epochs is None else args.epochs
+    if lr <= 0 or min(args.batch, args.epochs, args.patience) < 1:
         raise InputError("--lr must be positive, --batch, --epochs and --patience at least 1")
     pairs = load_instructions(args.data)[0] if args.data else []
     held_out = load_instructions(args.validation)[0] if args.validation else []
@@ -589,7 +594,7 @@ def finetune(args):
     if pairs:
         examples = [[conversation(tokenizer, [(q, answers[0])], 512) for _, _, qas in documents for q, answers in qas] for documents in (pairs, held_out)]
         print(f"supervised fine-tuning on {len(examples[0])} questions, early stopping on {len(examples[1])}")
-        history = fit_base(base, *examples, lr, args.batch or 64, args.epochs or 10, args.patience, args.seed, tokenizer.pad_token_id)
+        history = fit_base(base, *examples, lr, args.batch, args.epochs, args.patience, args.seed, tokenizer.pad_token_id)
         print("validation nats an answer token, before and after each epoch: " + " ".join(f"{nats:.4f}" for nats in history))
     part = args.out.rstrip("/") + ".part"
     make_directory(part)

@@ -10,6 +10,7 @@ absolute times say little: compare the ratios of one run on an idle machine.
 """
 
 import argparse
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -162,7 +163,7 @@ def contextualising(args, device):
 
 
 def decoding(args, device):
-    """Greedy tokens after a short prompt: the base alone, the base with an adapter merged into its weights, and the adapter beside the weights. Needs peft."""
+    """Greedy tokens after a short prompt: the base alone, the base with an adapter merged into its weights, and the adapter beside the weights. Left out where peft is not installed."""
     import peft
     base, model, new = make(args, device, adapted=False), make(args, device), 64
     prompt = torch.randint(base.config.vocab_size, (1, 8), device=device)
@@ -255,7 +256,8 @@ def compare(results, args, cpu):
             ratios[f"{name}, norm's share"] = row["norm_share"]
             ratios[f"{name}, model FLOPs utilisation"] = row["model_flops_utilisation"]
     ratios["contextualising / plain forward"] = results["contextualising"]["ratio"]
-    ratios["decoding speed, merged / base"], ratios["decoding speed, adapter beside the weights / base"] = results["decoding"]["merged_speed"], results["decoding"]["adapter_speed"]
+    if "decoding" in results:
+        ratios["decoding speed, merged / base"], ratios["decoding speed, adapter beside the weights / base"] = results["decoding"]["merged_speed"], results["decoding"]["adapter_speed"]
     ratios["norm forward + backward, svd_lowrank / ours"] = results["norm"]["speedup_forward_backward"]
     if "step_bfloat16" in results:
         ratios["step, fp32 / bf16"] = best["seconds"] / results["step_bfloat16"]["seconds"]
@@ -277,7 +279,7 @@ def main():
     cpu = args.device == "cpu"
     args.dtype = args.dtype or ("float32" if cpu else "bfloat16")
     jobs = [("ceilings", ceilings, {}), ("norm", norm, {}), ("gradient_distance", gradient_distance, {}), ("contextualising", contextualising, {}),
-            ("decoding", decoding, {})]
+            *([("decoding", decoding, {})] if importlib.util.find_spec("peft") else [])]
     if args.shape != "mistral":                         # without checkpointing its activations alone are 100 GB
         jobs += [("bare", step, {"kind": "bare"}), ("step", step, {"kind": "step"})]
     jobs += [("checkpointing", step, {"kind": "checkpointing"})]

@@ -143,6 +143,9 @@ def test_long_context_loses_its_beginning(tokenizer):
     assert "omega\n\nInstruction: Answer" in prompt and prompt.endswith("Question: Which?\n\nAnswer:")
     with pytest.raises(InputError, match="window"):
         in_context_prompts(tokenizer, IN_CONTEXT_PROMPT, "x", ["q" * 500], window)
+    for text in ("日本語の文章" * 40, "😀" * 60):                                  # a cut through a character must not grow it again
+        (ids,), lost = in_context_prompts(tokenizer, IN_CONTEXT_PROMPT, text, ["q"], 221)
+        assert len(ids) <= 221 and lost
 
 
 def test_ppl_against_plain_cross_entropy(tmp_path, base_directory, text_file):
@@ -506,7 +509,7 @@ def test_ask_refusals(tmp_path, base_directory):
     text = ["--context", str(tmp_path / "a.txt")]
     for flags, words in ((["--checkpoint", str(tmp_path / "g1"), "--memory", str(memory), *text], "written by another generator"), ([], "nothing to read"), (["--memory", str(tmp_path / "no")], "nothing to read"),
                          (["--context", str(tmp_path / "empty.txt")], "is empty"), (["--context", str(tmp_path / "latin.txt")], "UTF-8"), (["--context", str(tmp_path / "no.txt")], "no.txt"),
-                         ([*text, "--export", str(tmp_path)], "exists already"), ([*text, "--memory", str(tmp_path)], "--memory"), ([*text, "--task", "msc"], "belong to --task ask")):
+                         ([*text, "--export", str(tmp_path)], "exists already"), ([*text, "--memory", str(tmp_path)], "--memory"), ([*text, "--task", "msc"], "belong to --task ask"), ([*text, "--output", str(tmp_path / "o.json")], "takes one --checkpoint")):
         with pytest.raises(InputError, match=words):
             evaluate.main([*start, *flags])
     assert memory.read_bytes() == before

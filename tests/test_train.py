@@ -226,6 +226,10 @@ def test_conversation_labels(tokenizer):
     assert tokenizer.decode([t for t in labels if t != -100]) == "Ana.</s>Nîmes</s>" and all(t in (-100, i) for t, i in zip(labels, ids))
     prompt = user_turn(tokenizer, "Who?")
     assert ids[:len(prompt)] == prompt and len(conversation(tokenizer, [("x" * 200, "y")], limit=100)[0]) == 100
+    # a template that writes the last turn in its own way (Qwen3's thinking): one question, its labels in place
+    tokenizer.chat_template = CHATML.replace("{{ m['content'] }}", "{% if loop.last and m['role'] == 'assistant' %}~{% endif %}{{ m['content'] }}")
+    ids, labels = conversation(tokenizer, [("Who?", "Ana."), ("b", "c")], limit=100)
+    assert tokenizer.decode(ids) == "<s>user: Who?</s>\n<s>assistant: ~Ana.</s>\n" and tokenizer.decode([t for t in labels if t != -100]) == "~Ana.</s>"
     tokenizer.chat_template = None
     ids, labels = conversation(tokenizer, [("Who? ", "Ana"), ("b", "c")], limit=100)
     assert tokenizer.decode(ids) == "<s>Who? Ana</s>" and tokenizer.decode([t for t in labels if t != -100]) == "Ana</s>"
