@@ -489,9 +489,6 @@ def load_models(args):
             print("NOTE: the generator is untrained (A1 = 0), so the adapter rows equal closed-book; train one with train.py and name it with --checkpoint")
             torch.manual_seed(args.seed)
         models.append((name, AdaptedLM(base, GeneratorConfig()) if name == "none" else AdaptedLM.from_pretrained(base, directories[name])))
-        if name != "none":
-            c = models[-1][1].config
-            print(f"{name}: d_r {c.d_r}, rank {c.rank}, scale {c.scale:g}, norm {c.norm}, damping {c.damping:g}, on {', '.join(c.targets)} of {args.base}")
     return models, tokenizer
 
 

@@ -119,7 +119,8 @@ def orthonormal_basis(Y):
     """Q (..., d_r, r) with the span of Y, by Cholesky-QR: Q = Y L^-T, L L^T = Y^T Y; columns without content come out 0.
     Matrix products but for one r x r factor, which CUDA batches (a Householder QR it does not). The Gram matrix squares the condition
     number, so it is float64; large factors stay in Y's dtype."""
-    G = Y.double().mT @ Y.double()                                          # (..., r, r)
+    exact = Y.double()
+    G = exact.mT @ exact                                                    # (..., r, r)
     return Y @ inverse_cholesky(G).mT.to(Y.dtype)                           # (..., d_r, r)
 
 

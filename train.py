@@ -12,6 +12,7 @@ evaluate.py --checkpoint reads; --resume continues from the newest one, on a CPU
 
 import argparse
 import ctypes
+import functools
 import json
 import math
 import os
@@ -182,12 +183,15 @@ def instruction_batches(args, tokenizer):
     def example(documents, unit, seed):
         return instruction_example(tokenizer, documents, tasks, unit, args.chunk, args.chunks, np.random.default_rng(seed))
 
+    @functools.lru_cache(maxsize=2)
+    def order(epoch):
+        return np.random.default_rng((args.seed, epoch)).permutation(len(units))
+
     def training(step):
         examples = []
         for i in range(step * args.batch, (step + 1) * args.batch):
             epoch, k = divmod(i, len(units))
-            unit = units[np.random.default_rng((args.seed, epoch)).permutation(len(units))[k]]
-            examples.append(example(documents, unit, (args.seed, 1, i)))
+            examples.append(example(documents, units[order(epoch)[k]], (args.seed, 1, i)))
         examples.sort(key=lambda e: len(e[0]))          # neighbours share a micro-batch: little padding
         return instruction_batch(examples, tokenizer.pad_token_id, args.chunk)
 
