@@ -31,6 +31,7 @@ import types
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 import transformers
 from tqdm import tqdm
 
@@ -40,7 +41,8 @@ from generator import GeneratorConfig, InputError, Memory
 from model import DEFAULT_BASE, AdaptedLM, checkpoint_base, find_blocks, load_base, locate_checkpoint
 from train import fit_base
 
-CHUNK = 1024              # tokens; the paper's chunk at test time
+QA_LENGTHS = [512, 1024, 2048, 4096, 8192, 16384, 32768]
+PPL_TOKENS = 1024         # of a context, and of the text that follows it
 NEW_TOKENS = 20           # greedy, cut at the first newline; MetaICL 10, ask 60
 DEFAULT_CHECKPOINT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "smollm2-135m")
 QA_METHODS = ["closed-book", "in-context", "adapter", "adapter-shuffled"]
@@ -136,7 +138,7 @@ def generator_flops(model, tokens, chunks):
 
 def context_flops(model, tokens):
     """FLOPs of contextualising: the base without lm_head, chunk by chunk with chunk-local attention, and the generator."""
-    chunks = -(-tokens // CHUNK)
+    chunks = -(-tokens // model.config.chunk)
     sizes = [tokens // chunks + (i < tokens % chunks) for i in range(chunks)]
     return sum(base_flops(model.base, n, head=False) for n in sizes) + generator_flops(model, tokens, chunks)
 
@@ -159,7 +161,7 @@ def adapter_floats(model):
 def encode(model, contexts, pad, memory=None):
     """Memory of contexts (lists of ids), one row each, streamed chunk by chunk; equal contexts of a batch are read once. memory: what was read before."""
     unique = list({tuple(ids): None for ids in contexts})
-    ids, mask = split_into_chunks(unique, pad, CHUNK)                              # (U, N, L)
+    ids, mask = split_into_chunks(unique, pad, model.config.chunk)                         # (U, N, L)
     ids, mask = ids.to(model.base.device), mask.to(model.base.device)
     for t in range(ids.shape[1]):
         memory = model.contextualize(ids[:, t], mask[:, t], memory)
@@ -315,12 +317,12 @@ def evaluate_msc(run, everything):
 def evaluate_qa(run, documents):
     """Fig. 2, Fig. 3, Table 5: documents in the order of the data, split evenly into ceil(tokens / k) groups, each the context of all its
     questions. Closed-book has no context: one row, of length 0. Lengths that make the same groups share their answers."""
-    args, documents = run.args, documents[:run.args.limit]
+    args, lengths, documents = run.args, run.args.context_lengths or QA_LENGTHS, documents[:run.args.limit]
     total = sum(map(len, tokenize(run.tokenizer, [document["text"] for document in documents])))
-    if len(documents) == 1 or total <= max(args.context_lengths):
+    if len(documents) == 1 or total <= max(lengths):
         run.note(f"the documents hold {total} tokens: longer contexts are all the same single group, to which adapter-shuffled has no other")
     for method in args.method:
-        for length in [0] if method == "closed-book" else args.context_lengths:
+        for length in [0] if method == "closed-book" else lengths:
             began, count = time.time(), min(-(-total // length), len(documents)) if length else 1
             parts = np.array_split(range(len(documents)), count)
             texts = ["\n\n".join(documents[i]["text"] for i in part) for part in parts] if length else [None]
@@ -365,42 +367,37 @@ def evaluate_metaicl(run, tasks):
 @torch.no_grad()
 def evaluate_ppl(run, texts):
     """Table 2: perplexity of a document's first 1,024 tokens (reconstruction) and of the next 1,024 (completion), exp of the mean over
-    documents of the token-mean nats. A document of fewer than 2,048 tokens gives what is left; the first token of a segment is no target.
-    The checkpoints of several ablations stand side by side; what no generator touches is computed once."""
-    args, device, L = run.args, run.model.base.device, CHUNK
-    documents = [torch.tensor(ids, device=device) for ids in first_ids(texts, run.tokenizer, 2 * L, args.limit or 100)]                 # (up to 2 L,)
+    documents of the token-mean nats; other lengths by --context-lengths. A document of fewer tokens gives what is left; the first token of a
+    target is no target. The checkpoints of several ablations stand side by side; what no generator touches is computed once."""
+    args, device, lengths = run.args, run.model.base.device, run.args.context_lengths or [PPL_TOKENS]
+    if 2 * max(lengths) > (window := run.model.base.config.get_text_config().max_position_embeddings):
+        raise InputError(f"--context-lengths {max(lengths)}: context and completion must fit the base's window of {window} tokens together")
+    documents = first_ids(texts, run.tokenizer, 2 * max(lengths), args.limit or 100)
     if len(documents) < 2:
         raise InputError(f"{args.data}: ppl needs at least 2 documents of 2 tokens or more, found {len(documents)}")
     others = other_contexts([{i} for i in range(len(documents))], args.seed)
 
-    def nats(model, method, i):
+    def nats(model, method, i, L):
         """Of document i, in nats a token; None where no token is left."""
-        context, completion = documents[i][:L], documents[i][L:]
-        if method == "in-context":                                      # the context and the target's first token are no targets
-            passes, skip, visible = [[torch.cat([context, target])] for target in (context, completion)], len(context) + 1, [0]
-        else:
-            source = documents[others[i]][:L] if method == "adapter-shuffled" else context
-            passes, skip, visible = [[source, context, completion]], 0, [0, 0, 0] if method == "closed-book" else [0, 1, 1]
-        values = []
-        for pieces in passes:
-            tokens = torch.nn.utils.rnn.pad_sequence(pieces, batch_first=True, padding_value=run.tokenizer.pad_token_id)[None]           # (1, N, L)
-            mask = torch.arange(tokens.shape[2], device=device) < torch.tensor([[len(piece)] for piece in pieces], device=device)        # (N, L)
-            labels = tokens.masked_fill(~mask, -100)
-            labels[:, :, :skip] = -100
-            total, count = model.segment_losses(tokens, mask[None], visible, labels)
-            values += [t.item() / n.item() if n else None for t, n in zip(total[0], count[0])]
-        return dict(zip(("reconstruction_nats", "completion_nats"), values[-2:]))
+        context, memory, values = documents[i][:L], None, []
+        if method.startswith("adapter"):
+            memory = encode(model, [documents[others[i]][:L] if method == "adapter-shuffled" else context], run.tokenizer.pad_token_id)
+        for target in (context, documents[i][L:2 * L]):
+            ids = torch.tensor([context + target if method == "in-context" else target], device=device)    # (1, L) or (1, 2 L)
+            n = len(target) - 1
+            values.append(F.cross_entropy(model(ids, memory=memory)[0, -n - 1:-1].float(), ids[0, -n:]).item() if n > 0 else None)
+        return dict(zip(("reconstruction_nats", "completion_nats"), values))
 
-    for method in args.method:
+    for L, method in itertools.product(lengths, args.method):
         for name, model in run.models if method.startswith("adapter") else run.models[:1]:
             run.model, records, began = model, [], time.time()
             digest = fingerprint(run, method)
-            for i in tqdm(range(len(documents)), desc=method, unit="document"):
-                key = f"ppl {method} {i} {digest}"
+            for i in tqdm(range(len(documents)), desc=f"{method} {L}", unit="document"):
+                key = f"ppl {method} {L} {i} {digest}"
                 if key not in run.done:
-                    run.write({"key": key, "task": "ppl", "method": method, "document": i, **nats(model, method, i)})
+                    run.write({"key": key, "task": "ppl", "method": method, "context_length": L, "document": i, **nats(model, method, i, L)})
                 records.append(run.done[key])
-            row = {"method": method, **({"checkpoint": name} if method.startswith("adapter") else {}), "n": len(records)}
+            row = {"method": method, **({"checkpoint": name} if method.startswith("adapter") else {}), **({"context_length": L} if args.context_lengths else {}), "n": len(records)}
             for key in ("reconstruction", "completion"):
                 values = [record[key + "_nats"] for record in records if record[key + "_nats"] is not None]
                 if values:
@@ -548,7 +545,7 @@ def arguments(argv=None):
     add("--checkpoint", action="append", help="generator directory or hub id, the authors' format included; none: an untrained generator; ppl compares several: repeatable")
     add("--data", help="hub id, .parquet or .jsonl in the data set's own schema; streamingqa: also .csv; metaicl: directory")
     add("--method", action="append", help="repeatable; default: all of the task")
-    add("--context-lengths", type=int, nargs="+", default=[512, 1024, 2048, 4096, 8192, 16384, 32768], help="squad, streamingqa: tokens of a group of documents")
+    add("--context-lengths", type=int, nargs="+", help="squad, streamingqa: tokens of a group of documents (default 512 to 32768); ppl: of the context, and of what follows (default 1024)")
     add("--shots", type=int, nargs="+", default=[1, 2, 4, 8, 16], help="metaicl: demonstrations; zero-shot and fine-tuned have 0")
     add("--demo-seeds", type=int, nargs="+", choices=METAICL_SEEDS, default=METAICL_SEEDS, help="metaicl: training files to draw them from")
     add("--limit", type=int, help="msc: conversations; ppl: documents (default 100); squad, streamingqa: documents; metaicl: test items a task")
@@ -586,7 +583,7 @@ def arguments(argv=None):
             (unwritable, f"{' '.join(unwritable)} cannot be written: name a file in a directory that exists"),
             (len(set(files)) < len(files), "--data, --output, --predictions and --plot must be different files"),
             (args.plot and not args.plot.endswith((".png", ".svg", ".pdf")), f"--plot {args.plot}: name a .png, .svg or .pdf file"),
-            (min(args.batch_size, *args.context_lengths, *args.shots, args.limit or (1 if args.limit is None else 0)) < 1, "--batch-size, --limit, --context-lengths and --shots must be at least 1"),
+            (min(args.batch_size, *(args.context_lengths or [1]), *args.shots, args.limit or (1 if args.limit is None else 0)) < 1, "--batch-size, --limit, --context-lengths and --shots must be at least 1"),
             (len(args.checkpoint or []) > 1 and args.task != "ppl", "--checkpoint is given more than once: only --task ppl compares several"),
             (args.data is None and args.task not in HUB_IDS, f"--task {args.task} has no data set on the hub: name a {'directory' if args.task == 'metaicl' else '.csv'} with --data")):
         if wrong:

@@ -51,15 +51,18 @@ class GeneratorConfig:
     norm: str = "svd"          # svd | svd-exact | frobenius
     damping: float = 1e-2      # lambda = damping * sigma_1; 0 is eq. 7 to the letter (svd norms only)
     targets: list = field(default_factory=lambda: ["o_proj"])
+    chunk: int = 1024          # tokens of a context read at a time: those it was trained with, the paper's 1,024
 
     def __post_init__(self):
         self.targets = [self.targets] if isinstance(self.targets, str) else list(self.targets)
-        if not all(isinstance(v, int) for v in (self.d_r, self.rank)) or not all(isinstance(v, (int, float)) and abs(v) < 1e9 for v in (self.scale, self.damping)):
-            raise InputError(f"d_r and rank must be integers, scale and damping finite numbers: {self}")
+        if not all(isinstance(v, int) for v in (self.d_r, self.rank, self.chunk)) or not all(isinstance(v, (int, float)) and abs(v) < 1e9 for v in (self.scale, self.damping)):
+            raise InputError(f"d_r, rank and chunk must be integers, scale and damping finite numbers: {self}")
         if self.norm not in NORMS:
             raise InputError(f"norm {self.norm!r} is unknown: choose one of {', '.join(NORMS)}")
         if not 1 <= self.rank <= self.d_r:
             raise InputError(f"rank must lie between 1 and d_r = {self.d_r}, not {self.rank}")
+        if self.chunk < 1:
+            raise InputError(f"chunk must be at least 1 token, it is {self.chunk}")
         if self.damping < 0:
             raise InputError(f"damping must not be negative, it is {self.damping}")
         if not self.targets or not all(isinstance(target, str) for target in self.targets):
@@ -72,9 +75,9 @@ class GeneratorConfig:
 
     @classmethod
     def from_dict(cls, values):
-        """Config from a json object; keys it does not know are ignored. Raises InputError when a field is missing or malformed."""
+        """Config from a json object; keys it does not know are ignored, chunk may be left out. Raises InputError when a field is missing or malformed."""
         try:
-            return cls(**{f.name: values[f.name] for f in fields(cls)})
+            return cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values or f.name != "chunk"})
         except (KeyError, TypeError) as error:
             raise InputError(f"generator config: missing or malformed field ({error})") from None
 

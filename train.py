@@ -85,7 +85,7 @@ def arguments(argv=None):
 
 def recipe(args, base):
     """Fill what the command line left open. A base of width 2,048 or more gets the paper's recipe (appendix B; model_type llama stands for
-    Llama2); a smaller one what showed memory soonest on a CPU: chunks so short that rank(S) <= r, where the gradient of norm is exact."""
+    Llama2); a smaller one what shows memory in minutes on a CPU: chunks so short that rank(S) <= r, where the gradient of norm is exact."""
     llama = base.config.model_type == "llama"
     if base.config.get_text_config().hidden_size >= 2048:
         defaults = {"d_r": 1024, "rank": 128, "scale": 1 / 8 if llama else 1 / 16, "chunk": 1024, "chunks": 8, "warmup": 100}
@@ -118,13 +118,14 @@ def adapted_model(args, base):
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if args.checkpoint is None:
         recipe(args, base)
-        return AdaptedLM(base, GeneratorConfig(**{name: getattr(args, name) for name in names}))
+        return AdaptedLM(base, GeneratorConfig(**{name: getattr(args, name) for name in names}, chunk=args.chunk))
     model = AdaptedLM.from_pretrained(base, args.checkpoint)
     for name in names:
         if given.get(name, getattr(model.config, name)) != getattr(model.config, name):
             raise InputError(f"--{name.replace('_', '-')} {given[name]} is not what --checkpoint {args.checkpoint} was trained with ({getattr(model.config, name)}); leave the flag out")
         setattr(args, name, getattr(model.config, name))
     recipe(args, base)
+    model.config.chunk = args.chunk                     # evaluate.py reads contexts in chunks of this length
     return model
 
 

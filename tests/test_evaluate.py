@@ -115,9 +115,9 @@ def test_msc_untrained_adapter_is_closed_book(tmp_path, base_directory, capsys):
 
 
 def test_msc_scores_follow_from_the_predictions(tmp_path, base_directory):
-    """A trained-looking generator; each row of the table recomputed from the JSONL, each answer from the model."""
+    """A trained-looking generator of chunks of 300 tokens; each row of the table recomputed from the JSONL, each answer from the model."""
     base, tokenizer = load_base(base_directory, device="cpu")
-    make_model(base=base).save_pretrained(tmp_path / "generator")
+    make_model(base=base, chunk=300).save_pretrained(tmp_path / "generator")
     result, predictions = run(tmp_path, base_directory, "msc", "--data", MSC_SAMPLE, "--checkpoint", str(tmp_path / "generator"), "--limit", "2", "--method", "adapter",
                               "--method", "adapter-shuffled")
     for row in result["rows"]:
@@ -125,7 +125,7 @@ def test_msc_scores_follow_from_the_predictions(tmp_path, base_directory):
         assert row["f1"] == pytest.approx(100 * sum(f1_score(p["prediction"], p["gold"]) for p in mine) / 2)
     model, item = AdaptedLM.from_pretrained(base, tmp_path / "generator"), load_msc()[1]
     ids, memory = [257] + list(tokenizer("\n\n".join(item["sessions"]))["input_ids"]), None
-    n = -(-len(ids) // 1024)
+    n = -(-len(ids) // 300)
     size = -(-len(ids) // n)
     for at in range(0, len(ids), size):
         memory = model.contextualize(torch.tensor([ids[at:at + size]]), memory=memory)
@@ -177,6 +177,30 @@ def test_ppl_against_plain_cross_entropy(tmp_path, base_directory, text_file):
             mean, error = mean_and_stderr(values)
             assert rows[method][key] == pytest.approx(math.exp(mean), rel=1e-3) and rows[method][key + "_stderr"] == pytest.approx(math.exp(mean) * error, rel=1e-2)
     assert rows["adapter-shuffled"]["ppl_reconstruction"] != pytest.approx(rows["adapter"]["ppl_reconstruction"], rel=1e-3)
+
+
+def test_ppl_of_other_lengths_in_the_generators_chunks(tmp_path, base_directory):
+    """--context-lengths: the adapter's context of 40 tokens is streamed in the 16-token chunks of its config, evenly split; the completion is the next 40."""
+    base, tokenizer = load_base(base_directory, device="cpu")
+    model = make_model(base=base, chunk=16)
+    model.save_pretrained(tmp_path / "generator")
+    texts = [("%d rivers " % i) * 60 for i in range(3)]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    flags = ["--data", str(tmp_path / "d.jsonl"), "--checkpoint", str(tmp_path / "generator"), "--method", "closed-book", "--method", "adapter"]
+    result, _ = run(tmp_path, base_directory, "ppl", *flags, "--context-lengths", "40", "100", "--plot", str(tmp_path / "p.svg"))
+    rows = {(row["method"], row["context_length"]): row for row in result["rows"]}
+    assert list(rows) == [("closed-book", 40), ("adapter", 40), ("closed-book", 100), ("adapter", 100)]
+    want = ([], [])
+    for ids in [torch.tensor([257] + list(tokenizer(t)["input_ids"]))[None] for t in texts]:
+        memory = None
+        for at in range(0, 40, 14):
+            memory = model.contextualize(ids[:, at:min(at + 14, 40)], memory=memory)
+        for values, target in zip(want, (ids[:, :40], ids[:, 40:80])):
+            values.append(F.cross_entropy(model(target, memory=memory)[0, :-1], target[0, 1:]).item())
+    row = rows["adapter", 40]
+    assert (row["ppl_reconstruction"], row["ppl_completion"]) == (pytest.approx(math.exp(sum(want[0]) / 3), rel=1e-4), pytest.approx(math.exp(sum(want[1]) / 3), rel=1e-4))
+    with pytest.raises(InputError, match="--context-lengths 9000"):
+        evaluate.main(["--task", "ppl", "--base", base_directory, *flags, "--context-lengths", "9000"])
 
 
 @pytest.mark.parametrize("flags, words", [
@@ -251,7 +275,7 @@ def test_cached_prefix_answers_like_whole_prompts(tokenizer, kind):
     assert torch.equal(before, kept["cache"].layers[0].keys) and all(cost["past"] == len(prompts[0]) - len(items[0]["question"].encode()) - 1 for cost in costs)
 
 
-def test_contextualisation_flops_against_the_counter(monkeypatch):
+def test_contextualisation_flops_against_the_counter():
     """Two chunks read and their adapters made. The counter sees full attention, of which the causal half is counted."""
     base = make_base(attn_implementation="eager")
     model, L = make_model(base=base), 20
@@ -260,7 +284,7 @@ def test_contextualisation_flops_against_the_counter(monkeypatch):
         memory = model.contextualize(ids[:, :L])
         memory = model.contextualize(ids[:, L:], memory=memory)
         model.lora(memory)
-    monkeypatch.setattr(evaluate, "CHUNK", L)
+    model.config.chunk = L
     want = evaluate.context_flops(model, 2 * L)
     acausal = 2 * 3 * 4 * 4 * 16 * (L * L - L * (L + 1) // 2)           # chunks, blocks, 4 FLOPs, heads, their width
     applied = 3 * 2 * L * 8 * (64 + 64)                                 # the unmerged pair at work on the second chunk
