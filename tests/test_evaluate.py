@@ -537,3 +537,24 @@ def test_ask_refusals(tmp_path, base_directory):
         with pytest.raises(InputError, match=words):
             evaluate.main([*start, *flags])
     assert memory.read_bytes() == before
+
+
+@torch.no_grad()
+def test_the_shipped_generator_remembers():
+    """The default generator is the shipped one. Turns of the built-in conversations cost far fewer nats a token under their own adapter than without one,
+    and more under the adapter of another turn."""
+    models, tokenizer = evaluate.load_models(evaluate.arguments(["--task", "msc", "--device", "cpu"]))
+    (name, model), = models
+    files = os.listdir(name)
+    assert name == evaluate.DEFAULT_CHECKPOINT and "README.md" in files and sum(os.path.getsize(os.path.join(name, f)) for f in files) <= 40e6
+    turns = [text for row in load_msc()[:4] for session in row["sessions"][:1] for text in session.split("\n") if len(text) > 60][:8]
+    ids = [tokenizer(text)["input_ids"][:48] for text in turns]
+    memories = [evaluate.encode(model, [context], tokenizer.pad_token_id) for context in ids]
+
+    def nats(i, memory):
+        target = torch.tensor([ids[i]])
+        return F.cross_entropy(model(target, memory=memory)[0, :-1].float(), target[0, 1:]).item()
+
+    own, none, other = ([nats(i, memory) for i, memory in enumerate(memories)] for memories in (memories, [None] * len(ids), memories[1:] + memories[:1]))
+    assert len(ids) == 8 and sum(o < n for o, n in zip(own, none)) >= 7
+    assert sum(own) / 8 < sum(none) / 8 - 1 and sum(own) / 8 < sum(other) / 8 - 1
