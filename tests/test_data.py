@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import data
-from data import doubled, load_msc, load_tokens, open_tokens, pack, read_rows, sequences, split_into_chunks
+from data import doubled, load_tokens, open_tokens, pack, read_rows, sequences, split_into_chunks
 from generator import InputError
+from support.benchmarks import load_msc
 
 GOLDEN = json.load(open(os.path.join(os.path.dirname(__file__), "golden", "text_golden.json"), encoding="utf-8"))
 TEXTS = ["Eine Zeile.", "naïve — ≠ ascii\n\nsecond paragraph", "x" * 700]

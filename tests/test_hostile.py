@@ -18,6 +18,7 @@ import data
 from conftest import ROOT, make_base, make_model, make_tokenizer
 from generator import GeneratorConfig, InputError, Memory, read_safetensors
 from model import AdaptedLM, checkpoint_base, load_base, read_json
+from support.benchmarks import load_msc
 
 CHATML = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
           "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}{# <|turn|> #}")
@@ -100,7 +101,7 @@ def read_everything(source, tokenizer, path):
         os.remove(out)
         os.remove(out + ".json")
 
-    return [run(path, action) for action in (instruct, pack, lambda: data.load_msc(source), lambda: data.load_texts([source]))]
+    return [run(path, action) for action in (instruct, pack, lambda: load_msc(source), lambda: data.load_texts([source]))]
 
 
 def test_fuzz_rows(tmp_path):
