@@ -8,24 +8,17 @@ configuration after a colon where it has several ("microsoft/ms_marco:v1.1"). In
 
 import argparse
 import functools
-import gzip
 import hashlib
 import itertools
 import json
 import os
 import re
-import sys
-import urllib.error
-import urllib.request
 
-import datasets
-import huggingface_hub
 import numpy as np
-import pyarrow.parquet
 import torch
 from tqdm import tqdm
 
-from generator import InputError
+from support.files import InputError, count_rows, field, is_file_source, read_rows, run_command, without_surrogates
 
 CACHE = os.path.expanduser(os.environ.get("GENERATIVE_ADAPTER_CACHE", "~/.cache/generative-adapter"))
 
@@ -36,110 +29,10 @@ TARGET_TOKENS = 128       # a conversation may be this long even where chunks ar
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# rows from files and from the hub
-
-
-@functools.lru_cache(maxsize=1)
-def hub_reachable():
-    """One quick look at the hub. Its client retries for the better part of a minute; where it is out of reach, only its cache is asked."""
-    if huggingface_hub.constants.HF_HUB_OFFLINE:
-        return False
-    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    try:
-        urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=10)
-    except urllib.error.HTTPError:
-        pass                                                 # it answered
-    except (OSError, ValueError):
-        datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True
-        return False
-    return True
-
-
-def open_bytes(path):
-    return gzip.open(path) if path.endswith(".gz") else open(path, "rb")
-
-
-def is_file_source(source):
-    return source.endswith((".parquet", ".jsonl", ".jsonl.gz", ".txt", ".txt.gz"))
-
-
-def read_rows(source, split="train"):
-    """Yield (where, row) for every row of a .parquet, .jsonl(.gz) or .txt(.gz) file or a hub data set, streaming; where names file and line.
-    Raises InputError when the source is missing, unreachable, empty or malformed."""
-    where, empty = source, True
-    try:
-        for where, row in _rows(source, split):
-            if isinstance(row, bytes):
-                line, row = row, json.loads(row)
-                if b"\\ud" in line or b"\\uD" in line:       # an escaped surrogate without its half, which no file can hold
-                    row = json.loads(without_surrogates(json.dumps(row, ensure_ascii=False)))
-            if not isinstance(row, dict):
-                raise ValueError("not a json object")
-            empty = False
-            yield where, row
-    except InputError:
-        raise
-    except Exception as error:                               # damaged files and lost connections end in many kinds of exception
-        reason = str(error).strip().split("\n")[0]
-        raise InputError(f"{where} cannot be read: {reason}") from None
-    if empty:
-        raise InputError(f"{source} is empty: it needs at least one row")
-
-
-def _rows(source, split):
-    """(where, row) for each row; a line of a .jsonl file comes as its bytes, so that a bad one is known by its number."""
-    if is_file_source(source) and not os.path.isfile(source):
-        raise InputError(f"{source}: no such file")
-    if source.endswith((".txt", ".txt.gz")):
-        with open_bytes(source) as file:
-            yield source, {"text": file.read().decode("utf-8")}
-    elif source.endswith((".jsonl", ".jsonl.gz")):
-        with open_bytes(source) as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield f"{source} line {number}", line
-    else:
-        if source.endswith(".parquet"):
-            rows = datasets.load_dataset("parquet", data_files=source, split="train", streaming=True)
-        elif os.path.exists(source):
-            raise InputError(f"{source}: give a .parquet, .jsonl, .jsonl.gz, .txt or .txt.gz file, or a hub data set id")
-        else:
-            hub_reachable()
-            name, _, configuration = source.partition(":")
-            rows = datasets.load_dataset(name, configuration or None, split=split, streaming=True)
-        for number, row in enumerate(rows, 1):
-            yield f"{source} row {number}", row
-
-
-def field(row, key, kind, where):
-    """row[key], which must be of that type. Raises InputError naming the line and the field."""
-    if not isinstance(row, dict) or not isinstance(row.get(key), kind):
-        raise InputError(f"{where}: field {key!r} is missing or is not a {kind.__name__}")
-    return row[key]
-
-
-def count_rows(source):
-    """Rows a local file will yield, for a progress bar; None when only reading would tell."""
-    try:
-        if source.endswith(".parquet"):
-            return pyarrow.parquet.ParquetFile(source).metadata.num_rows
-        if source.endswith((".jsonl", ".jsonl.gz")):
-            with open_bytes(source) as file:
-                return sum(1 for _ in file)
-    except Exception:                                        # read_rows will say what is wrong
-        return None
-    return 1 if source.endswith((".txt", ".txt.gz")) else None
-
-
-# --------------------------------------------------------------------------------------------------------------------
 # text to tokens. Text from outside may hold the control tokens of the base's chat template, <|im_end|> for one: here they are plain text, spelled
 # out, so that nobody's words can end their turn, open another one or end a document. Only the template and document_marks write control tokens.
 
 BREAK = "\ufdd0"          # never a character of a text (Unicode noncharacter)
-
-
-def without_surrogates(text):
-    return text.encode("utf-8", "replace").decode()
 
 
 @functools.lru_cache(maxsize=4)
@@ -354,41 +247,6 @@ def user_turn(tokenizer, text):
     return apply_template(tokenizer, [{"role": "user", "content": text}], add_generation_prompt=True)
 
 
-def open_predictions(path):
-    """({key: record} of earlier runs, function that appends a record); a half-written last line is dropped.
-    Raises InputError, and changes nothing, where the file holds anything but predictions."""
-    done, log = {}, None
-    if path and os.path.exists(path):
-        with open(path, "rb") as file:
-            *lines, half = file.read().split(b"\n")
-        if half[:8] != b'{"key": '[:len(half)]:
-            lines.append(half)                               # not the beginning of a line of ours
-        for number, line in enumerate(lines, 1):
-            try:
-                record = json.loads(line)
-                done[record["key"]] = record
-            except (ValueError, TypeError, KeyError):
-                raise InputError(f"{path} line {number} is not a prediction of this script: name another file with --predictions; nothing was written") from None
-        os.truncate(path, os.path.getsize(path) - len(half))
-    if path:
-        log = open(path, "a", encoding="utf-8")
-
-    def write(record):
-        if record["key"] not in done:
-            done[record["key"]] = json.loads(json.dumps(record))
-            if log:
-                log.write(json.dumps(record, ensure_ascii=False) + "\n")
-                log.flush()
-
-    return done, write
-
-
-def stamps(path):
-    """What tells whether the files at a path are still the same: names, sizes and times; of a hub id, nothing."""
-    files = [path] if os.path.isfile(path) else sorted(os.path.join(where, name) for where, _, names in os.walk(path) for name in names)
-    return [(os.path.abspath(name), os.path.getsize(name), os.path.getmtime(name)) for name in files]
-
-
 # --------------------------------------------------------------------------------------------------------------------
 # instruction data: contexts with questions (Table 3)
 
@@ -541,15 +399,6 @@ def instruction_batch(examples, pad, chunk):
     for b, (_, ids, targets) in enumerate(examples):
         segments[b, C, :len(ids)], mask[b, C, :len(ids)], labels[b, C, :len(ids)] = torch.tensor(ids), 1, torch.tensor(targets)
     return segments, mask, torch.arange(C + 1), labels
-
-
-def run_command(main):
-    """Run a script's main: bad input ends in one sentence on stderr and exit code 2."""
-    try:
-        main()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 def main():

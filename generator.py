@@ -27,19 +27,13 @@ from functools import lru_cache
 
 import torch
 import torch.nn as nn
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+
+from support.files import InputError, read_safetensors
 
 NORMS = ("svd", "svd-exact", "frobenius")
 RMS_EPS = 1e-6           # of the generator's own RMSNorm, not the base model's
 NULL_DIRECTION = 1e-6    # a singular value below this share of the largest one counts as zero
-
-
-class InputError(ValueError):
-    """Bad input from outside: one sentence, on one line, that names the file or flag. The commands print it and exit with code 2."""
-
-    def __init__(self, message):
-        super().__init__(" ".join(message.splitlines()))
 
 
 @dataclass
@@ -436,14 +430,3 @@ def one_generator(memories):
     kinds = {(m.fingerprint, *((name, S.shape[1:]) for name, S in sorted(m.states.items()))) for m in memories}
     if len(kinds) > 1:
         raise InputError("memories of different generators cannot be put together: read the contexts again with one generator")
-
-
-def read_safetensors(path):
-    """({name: tensor}, metadata) of a safetensors file. Raises InputError when it is missing, a directory or corrupt."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path} cannot be read as safetensors: {error}") from None

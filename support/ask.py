@@ -6,10 +6,11 @@ import sys
 import time
 
 from data import context_ids, user_turn
-from generator import InputError, Memory
+from generator import Memory
 from support.answers import answer, encode
 from support.benchmarks import IN_CONTEXT_PROMPT, in_context_prompts
 from support.costs import adapter_floats, kv_cache_floats
+from support.files import InputError
 
 NEW_TOKENS = 60
 

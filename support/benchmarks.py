@@ -5,8 +5,8 @@ import itertools
 import os
 import re
 
-from data import context_ids, demonstration, field, read_rows, tokenize, user_turn
-from generator import InputError
+from data import context_ids, demonstration, tokenize, user_turn
+from support.files import InputError, field, read_rows
 
 MSC_HUB_ID = "MemGPT/MSC-Self-Instruct"
 MSC_SAMPLE = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "assets", "msc_sample.jsonl")

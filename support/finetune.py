@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import context_ids, conversation, document_marks, load_instructions, load_texts
-from generator import InputError
-from model import load_base, make_directory
+from model import load_base
+from support.files import InputError, make_directory
 
 
 def fit_base(base, train, validation, lr, batch_size, epochs, patience, seed, pad, pass_tokens=2048):

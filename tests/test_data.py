@@ -3,6 +3,8 @@
 import gzip
 import json
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -10,8 +12,9 @@ import torch
 
 import data
 from data import doubled, load_tokens, open_tokens, pack, read_rows, sequences, split_into_chunks
-from generator import InputError
+from conftest import ROOT
 from support.benchmarks import load_msc
+from support.files import InputError, run_command
 
 GOLDEN = json.load(open(os.path.join(os.path.dirname(__file__), "golden", "text_golden.json"), encoding="utf-8"))
 TEXTS = ["Eine Zeile.", "naïve — ≠ ascii\n\nsecond paragraph", "x" * 700]
@@ -199,3 +202,22 @@ def test_bad_files(tmp_path, tokenizer, monkeypatch):
         open_tokens([str(tmp_path / "t.bin")], tokenizer)
     with pytest.raises(InputError, match="fewer than two sequences"):
         sequences(np.zeros(5, dtype=np.uint16), 10, 0, 1, 0)
+
+
+def test_bad_input_is_told_once_a_machine(monkeypatch, capsys):
+    def main():
+        raise InputError("t.txt: no\nsuch file")
+
+    for local_rank, told in ((None, "error: t.txt: no such file\n"), ("0", "error: t.txt: no such file\n"), ("1", ""), ("7", "")):
+        monkeypatch.delenv("LOCAL_RANK", raising=False)
+        if local_rank:
+            monkeypatch.setenv("LOCAL_RANK", local_rank)
+        with pytest.raises(SystemExit) as caught:
+            run_command(main)
+        assert caught.value.code == 2 and capsys.readouterr().err == told
+
+
+def test_data_set_libraries_wait_until_they_are_used():
+    script = "import sys, train, evaluate; print(sorted({'datasets', 'pyarrow', 'matplotlib', 'peft'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stdout + done.stderr

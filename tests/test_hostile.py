@@ -2,6 +2,7 @@
 control tokens, and nothing that comes from a file is ever executed."""
 
 import ast
+import gzip
 import json
 import os
 import random
@@ -123,7 +124,7 @@ def test_fuzz_rows(tmp_path):
         else:
             content = draw.choice(TEXTS).encode("utf-8", "surrogatepass") * draw.choice([1, 5])
         if kind.endswith(".gz"):
-            content = data.gzip.compress(content)
+            content = gzip.compress(content)
         if draw.random() < 0.5:
             content = corrupt(draw, content)
         with open(source, "wb") as file:
