@@ -12,78 +12,22 @@ import hashlib
 import itertools
 import json
 import os
-import re
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from support.files import InputError, count_rows, field, is_file_source, read_rows, run_command, without_surrogates
+from support.files import InputError, count_rows, field, is_file_source, read_rows, run_command
+from support.instructions import demonstration
+from support.text import apply_template, context_ids, document_marks, tokenize, user_turn
 
 CACHE = os.path.expanduser(os.environ.get("GENERATIVE_ADAPTER_CACHE", "~/.cache/generative-adapter"))
 
-# Table 3, the sets with a hub id; MetaICL has none: give its files
-TABLE_3 = ["stanfordnlp/coqa", "ucinlp/drop", "deepmind/narrativeqa", "qiaojin/PubMedQA:pqa_labeled", "textmachinelab/quail", "microsoft/ms_marco:v1.1",
-           "kmfoda/booksum", "sggetao/PwC"]
 TARGET_TOKENS = 128       # a conversation may be this long even where chunks are shorter
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# text to tokens. Text from outside may hold the control tokens of the base's chat template, <|im_end|> for one: here they are plain text, spelled
-# out, so that nobody's words can end their turn, open another one or end a document. Only the template and document_marks write control tokens.
-
-BREAK = "\ufdd0"          # never a character of a text (Unicode noncharacter)
-
-
-@functools.lru_cache(maxsize=4)
-def control_tokens(tokenizer, chat_template):
-    """Patterns of (every control token, those a tokenizer does not list as special): special tokens, and added ones that the chat template writes."""
-    added = sorted((t for t in tokenizer.added_tokens_decoder.values() if t.content.strip()), key=lambda t: -len(t.content))
-    others = [re.escape(t.content) for t in added if not t.special and t.content in str(chat_template)]
-    special = [re.escape(t.content) for t in added if t.special]
-    return re.compile("|".join(special + others) or "(?!)"), re.compile("|".join(others)) if others else None
-
-
-def cut(pattern, text):
-    """text with a BREAK inside every match and behind it, so that no piece between two BREAKs holds one."""
-    return pattern.sub(lambda match: match[0][0] + BREAK + cut(pattern, match[0][1:]) + BREAK, text)
-
-
-def tokenize(tokenizer, texts):
-    """Token ids of texts (a list) as plain text, without BOS: a list of lists."""
-    texts = [without_surrogates(text) for text in texts]
-    options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
-    encoded = tokenizer(texts, **options)["input_ids"] if texts else []
-    others = control_tokens(tokenizer, str(tokenizer.chat_template))[1]
-    for i, text in enumerate(texts if others else []):
-        if others.search(text):                              # split_special_tokens leaves these whole
-            pieces = [p for p in cut(others, text.replace(BREAK, "")).split(BREAK) if p]
-            encoded[i] = [t for ids in tokenizer(pieces, **options)["input_ids"] for t in ids]
-    return encoded
-
-
-def apply_template(tokenizer, messages, **options):
-    """Token ids of messages in the base's chat template. Control tokens in their content are plain text."""
-    control = control_tokens(tokenizer, str(tokenizer.chat_template))[0]
-    messages = [{**m, "content": without_surrogates(m["content"])} for m in messages]
-    if not any(control.search(m["content"]) for m in messages):
-        return tokenizer.apply_chat_template(messages, return_dict=True, **options)["input_ids"]
-    messages = [{**m, "content": cut(control, m["content"].replace(BREAK, ""))} for m in messages]
-    pieces = [p for p in tokenizer.apply_chat_template(messages, tokenize=False, **options).split(BREAK) if p]
-    return [t for ids in tokenizer(pieces, add_special_tokens=False, verbose=False)["input_ids"] for t in ids]
-
-
-# --------------------------------------------------------------------------------------------------------------------
 # the packed token file
-
-
-def document_marks(tokenizer):
-    """(ids before a document, ids after it): BOS and EOS as in the paper; where a tokenizer has <|endoftext|> (SmolLM2, Qwen), its bos and
-    eos are chat tokens, so that one ends a document and nothing begins it."""
-    end = tokenizer.get_vocab().get("<|endoftext|>")
-    if end is not None:
-        return [], [end]
-    return [t for t in [tokenizer.bos_token_id] if t is not None], [t for t in [tokenizer.eos_token_id] if t is not None]
 
 
 def tokenizer_facts(tokenizer):
@@ -229,92 +173,6 @@ def left_pad(prompts, pad):
     L = max(map(len, prompts))
     ids = torch.tensor([[pad] * (L - len(p)) + list(p) for p in prompts])
     return ids, torch.tensor([[0] * (L - len(p)) + [1] * len(p) for p in prompts])
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# text in and out of the model
-
-
-def context_ids(tokenizer, text):
-    """A context as pretraining saw text: raw, no chat template. (The released code trains on templated and tests on raw contexts.)"""
-    return document_marks(tokenizer)[0] + tokenize(tokenizer, [text])[0]
-
-
-def user_turn(tokenizer, text):
-    """One user turn and the opening of the reply, in the base's chat template; a base without one reads the bare text."""
-    if tokenizer.chat_template is None:
-        return context_ids(tokenizer, text)
-    return apply_template(tokenizer, [{"role": "user", "content": text}], add_generation_prompt=True)
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# instruction data: contexts with questions (Table 3)
-
-
-def question_answers(row, where):
-    """(context, [(question, [answers])]) of a row, without empty questions and answers. Raises InputError when a field is unknown or malformed."""
-    try:
-        context, pairs = known_fields(row, where)
-        pairs = [(q.strip(), [a for a in answers if a.strip()]) for q, answers in pairs]
-        if not isinstance(context, str):
-            raise TypeError("the context is not a text")
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
-        raise InputError(f"{where}: a field of the instruction data is missing or malformed ({type(error).__name__}: {error})") from None
-    return context, [(q, answers) for q, answers in pairs if q and answers]
-
-
-def known_fields(row, where):
-    """The same as they stand in a row recognised by its fields: this project's own schema, SQuAD's, or one of Table 3's hub sets."""
-    if "qas" in row:
-        return row["context"], [(qa["question"], list(qa["answers"])) for qa in row["qas"]]
-    if "story" in row:                                                                        # CoQA
-        return row["story"], [(q, [a]) for q, a in zip(row["questions"], row["answers"]["input_text"])]
-    if "passage" in row:                                                                      # DROP
-        return row["passage"], [(row["question"], list(row["answers_spans"]["spans"]))]
-    if "document" in row:                                                                     # NarrativeQA, on summaries
-        return row["document"]["summary"]["text"], [(row["question"]["text"], [a["text"] for a in row["answers"]])]
-    if "long_answer" in row:                                                                  # PubMedQA
-        return "\n".join(row["context"]["contexts"]), [(row["question"], [row["long_answer"]])]
-    if "correct_answer_id" in row:                                                            # QuAIL
-        return row["context"], [(row["question"], [row["answers"][row["correct_answer_id"]]])]
-    if "passages" in row:                                                                     # MS MARCO
-        return "\n\n".join(row["passages"]["passage_text"]), [(row["query"], list(row["answers"]))]
-    if "chapter" in row:                                                                      # BookSum
-        return row["chapter"], [("Write a summary of the text.", [row["summary_text"]])]
-    if "prompt" in row:                                                                       # PwC
-        return row["input"], [(row["prompt"], [row["answer"]])]
-    if "context" in row and "question" in row:                                                # SQuAD
-        return row["context"], [(row["question"], list(row["answers"]["text"]))]
-    raise InputError(f"{where}: the fields {', '.join(row)} are not of a known instruction set: give context and qas [{{question, answers}}], or task, input and output")
-
-
-def load_instructions(sources):
-    """(documents, tasks) of instruction data: [(source, context, [(question, [answers])])], rows of one context joined, and
-    {task: (definition, [(input, [outputs])])} for sets in the manner of MetaICL. Raises InputError when a row is malformed."""
-    documents, tasks = {}, {}
-    for source in sources:
-        for where, row in tqdm(read_rows(source), total=count_rows(source), unit="row", desc=os.path.basename(source), leave=False):
-            if "task" not in row:
-                context, pairs = question_answers(row, where)
-                documents.setdefault((source, context), []).extend(pairs)
-                continue
-            outputs = [row["output"]] if isinstance(row.get("output"), str) else row.get("output")
-            definition = row.get("definition") or ""
-            if not isinstance(outputs, list) or not outputs or not all(isinstance(text, str) for text in (row["task"], row.get("input"), definition, *outputs)):
-                raise InputError(f"{where}: 'task', 'input', 'output' and 'definition' must be texts, 'output' one or a list of them")
-            tasks.setdefault(row["task"], (definition, []))[1].append((row["input"], outputs))
-    return [(source, context, pairs) for (source, context), pairs in documents.items() if pairs and context.strip()], tasks
-
-
-def load_texts(sources):
-    """Texts of documents, each once: the field "text", or the context of a row with questions."""
-    return list(dict.fromkeys(row["text"] if isinstance(row.get("text"), str) else question_answers(row, where)[0]
-                              for source in sources for where, row in read_rows(source)))
-
-
-def demonstration(text, output):
-    """An example of a task, as MetaICL writes it; the question is the same with an empty output."""
-    return f"Input: {text}\nOutput: {output}".rstrip()
 
 
 def conversation(tokenizer, pairs, limit):

@@ -32,7 +32,7 @@ import torch.nn.functional as F
 import transformers
 from tqdm import tqdm
 
-from data import context_ids, conversation, demonstration, tokenize, user_turn
+from data import conversation
 from generator import GeneratorConfig
 from model import DEFAULT_BASE, AdaptedLM, checkpoint_base, load_base, locate_checkpoint
 from support.answers import answer, encode
@@ -42,7 +42,9 @@ from support.benchmarks import (IN_CONTEXT_PROMPT, METAICL_CLASSIFICATION, METAI
 from support.costs import adapter_floats, base_flops, context_flops, kv_cache_floats
 from support.files import InputError, hub_reachable, open_predictions, read_rows, run_command, stamps
 from support.finetune import fit_base
+from support.instructions import demonstration
 from support.plots import COSTS, plot
+from support.text import context_ids, tokenize, user_turn
 
 QA_LENGTHS = [512, 1024, 2048, 4096, 8192, 16384, 32768]
 PPL_TOKENS = 1024         # of a context, and of the text that follows it

@@ -30,11 +30,13 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from data import (TABLE_3, doubled, instruction_batch, instruction_example, instruction_units, load_instructions, open_tokens, sequences, tokenize)
+from data import doubled, instruction_batch, instruction_example, instruction_units, open_tokens, sequences
 from generator import NORMS, GeneratorConfig
 from model import DEFAULT_BASE, AdaptedLM, load_base
 from support.files import InputError, is_file_source, make_directory, read_json, read_safetensors, run_command
 from support.finetune import finetune
+from support.instructions import TABLE_3, load_instructions
+from support.text import tokenize
 
 MAX_SKIPPED = 10          # steps in a row without a finite gradient before the run gives up
 

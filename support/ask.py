@@ -5,12 +5,12 @@ import os
 import sys
 import time
 
-from data import context_ids, user_turn
 from generator import Memory
 from support.answers import answer, encode
 from support.benchmarks import IN_CONTEXT_PROMPT, in_context_prompts
 from support.costs import adapter_floats, kv_cache_floats
 from support.files import InputError
+from support.text import context_ids, user_turn
 
 NEW_TOKENS = 60
 

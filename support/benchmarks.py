@@ -5,8 +5,9 @@ import itertools
 import os
 import re
 
-from data import context_ids, demonstration, tokenize, user_turn
 from support.files import InputError, field, read_rows
+from support.instructions import demonstration
+from support.text import context_ids, tokenize, user_turn
 
 MSC_HUB_ID = "MemGPT/MSC-Self-Instruct"
 MSC_SAMPLE = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "assets", "msc_sample.jsonl")

@@ -89,7 +89,7 @@ def hub_reachable():
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# rows of data files and of data sets of the hub; `datasets` and `pyarrow` are slow to import, so only where they are used
+# rows of data files and of the hub's data sets; datasets and pyarrow are slow to import, so only where they are used
 
 
 def open_bytes(path):

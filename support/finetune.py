@@ -10,9 +10,11 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import context_ids, conversation, document_marks, load_instructions, load_texts
+from data import conversation
 from model import load_base
 from support.files import InputError, make_directory
+from support.instructions import load_instructions, load_texts
+from support.text import context_ids, document_marks
 
 
 def fit_base(base, train, validation, lr, batch_size, epochs, patience, seed, pad, pass_tokens=2048):

@@ -11,10 +11,11 @@ import pytest
 import torch
 
 import data
-from data import doubled, load_tokens, open_tokens, pack, read_rows, sequences, split_into_chunks
+from data import doubled, load_tokens, open_tokens, pack, sequences, split_into_chunks
 from conftest import ROOT
 from support.benchmarks import load_msc
-from support.files import InputError, run_command
+from support.files import InputError, read_rows, run_command
+from support.text import document_marks
 
 GOLDEN = json.load(open(os.path.join(os.path.dirname(__file__), "golden", "text_golden.json"), encoding="utf-8"))
 TEXTS = ["Eine Zeile.", "naïve — ≠ ascii\n\nsecond paragraph", "x" * 700]
@@ -75,9 +76,9 @@ def test_packed_once(tmp_path, tokenizer, monkeypatch):
 
 def test_chat_tokens_do_not_mark_documents(tokenizer):
     """SmolLM2's way: <|endoftext|> between documents, no BOS."""
-    assert data.document_marks(tokenizer) == ([257], [258])
+    assert document_marks(tokenizer) == ([257], [258])
     tokenizer.add_tokens(["<|endoftext|>"], special_tokens=True)
-    assert data.document_marks(tokenizer) == ([], [260])
+    assert document_marks(tokenizer) == ([], [260])
 
 
 def test_sequences_are_an_endless_shuffled_stream():

@@ -17,13 +17,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import evaluate
 from conftest import ROOT, make_base, make_model
-from data import demonstration
 from evaluate import exact_match, f1_score, mean_and_stderr, normalize_answer, normalize_text, recall, rouge_l_recall
 from generator import InputError, Memory
 from model import AdaptedLM, load_base
 from support import costs
 from support.benchmarks import (IN_CONTEXT_PROMPT, METAICL_CLASSIFICATION, METAICL_OTHER, METAICL_PROMPT, METAICL_SEEDS,
                                 MSC_SAMPLE, in_context_prompts, load_metaicl, load_msc, load_qa)
+from support.instructions import demonstration
 
 GOLDEN = json.load(open(os.path.join(os.path.dirname(__file__), "golden", "text_golden.json"), encoding="utf-8"))
 

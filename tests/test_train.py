@@ -17,10 +17,12 @@ from safetensors.torch import load_file
 
 import train
 from conftest import ROOT, make_base, make_model
-from data import conversation, doubled, instruction_batch, instruction_example, instruction_units, load_instructions, user_turn
+from data import conversation, doubled, instruction_batch, instruction_example, instruction_units
 from generator import InputError
 from model import load_base
 from support.finetune import fit_base
+from support.instructions import load_instructions
+from support.text import user_turn
 
 
 def command(base, text, out, *flags, processes=1):
