@@ -288,6 +288,12 @@ def frobenius_norm(S):
 # the trained part
 
 
+def rms_norm(H):
+    """Rows of H (..., L, d_h) at root mean square 1, in H's dtype; the gain g follows in each LayerGenerator, so a block's targets share this."""
+    h = H.float()
+    return (h * torch.rsqrt(h.square().mean(-1, keepdim=True) + RMS_EPS)).to(H.dtype)
+
+
 class LayerGenerator(nn.Module):
     """G^(l) for one target layer W (d_out, d_in): A1, A2, B1, B2 and the gain g, all fp32."""
 
@@ -305,26 +311,24 @@ class LayerGenerator(nn.Module):
             nn.init.normal_(weight, std=(3 * fan_in) ** -0.5)
         nn.init.zeros_(self.A1)                                      # W_Delta = 0 before training
 
-    def update(self, H, mask=None):
-        """A2 H^T H B1, what a chunk adds to S (eq. 3): H (..., L, d_h), mask (..., L) of 1 and 0 -> (..., d_r, d_r) fp32.
-        The two projections run in H's dtype, the sum over tokens in fp32: rounding S to bf16 moves norm(S) by percents."""
-        h = H.float()
-        h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + RMS_EPS) * self.g
+    def update(self, h, mask=None):
+        """A2 H^T H B1, what a chunk adds to S (eq. 1-3): h (..., L, d_h), rows of H as rms_norm gives them, mask (..., L) of 1 and 0
+        -> (..., d_r, d_r) fp32. The two projections run in h's dtype, the sum over tokens in fp32: rounding S to bf16 moves norm(S) by percents."""
+        h = h * self.g.to(h.dtype)
+        left = h @ self.A2.to(h.dtype).mT                            # (..., L, d_r)
+        right = h @ self.B1.to(h.dtype)                              # (..., L, d_r)
         if mask is not None:
-            h = h * mask.unsqueeze(-1).to(h.dtype)                   # padding adds nothing to S
-        h = h.to(H.dtype)
-        left = h @ self.A2.to(H.dtype).mT                            # (..., L, d_r)
-        right = h @ self.B1.to(H.dtype)                              # (..., L, d_r)
+            left = left * mask.unsqueeze(-1).to(h.dtype)             # padding adds nothing to S
         return left.float().mT @ right.float()                       # (..., d_r, d_r)
 
-    def adapter(self, S):
+    def adapter(self, S, tokens=None):
         """W_Delta = lora_B lora_A (eq. 8, 9): S (..., d_r, d_r) fp32 -> lora_A (..., r, d_in), lora_B (..., d_out, r), s folded into lora_B.
-        r is config.adapter_rank."""
+        r is config.adapter_rank; where S is known to hold at most that many tokens, no more than those: rank(S) <= tokens, so W_Delta is the same."""
         c = self.config
         if c.norm == "frobenius":
             lora_A = frobenius_norm(S) @ self.B2                                           # (..., d_r, d_in)
             return lora_A, (c.scale * self.A1).expand(*S.shape[:-2], -1, -1)               # (..., d_out, d_r)
-        U, fVh = svd_norm(S, c.rank, c.damping, exact=c.norm == "svd-exact")
+        U, fVh = svd_norm(S, min(c.rank, tokens or c.rank), c.damping, exact=c.norm == "svd-exact")
         return fVh @ self.B2, c.scale * (self.A1 @ U)                                      # (..., r, d_in), (..., d_out, r)
 
 
