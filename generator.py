@@ -26,21 +26,14 @@ from functools import lru_cache
 
 import torch
 import torch.nn as nn
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from support.files import InputError, read_safetensors
 from support.matmul_norm import MatmulNorm, inverse_cholesky, product_dtype
 
 NORMS = ("svd", "svd-exact", "frobenius")
 RMS_EPS = 1e-6           # of the generator's own RMSNorm, not the base model's
 NULL_DIRECTION = 1e-6    # a singular value below this share of the largest one counts as zero
-
-
-class InputError(ValueError):
-    """Bad input from outside: one sentence, on one line, that names the file or flag. The commands print it and exit with code 2."""
-
-    def __init__(self, message):
-        super().__init__(" ".join(message.splitlines()))
 
 
 @dataclass
@@ -237,17 +230,6 @@ def one_generator(memories):
         raise InputError("memories of different generators cannot be put together: read the contexts again with one generator")
 
 
-def read_safetensors(path):
-    """({name: tensor}, metadata) of a safetensors file. Raises InputError when it is missing, a directory or corrupt."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path} cannot be read as safetensors: {error}") from None
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # norm(S), eq. 6 and 7
 #
@@ -274,9 +256,9 @@ def frobenius_norm(S):
     return S * torch.rsqrt(S.square().sum((-2, -1), keepdim=True) + 1e-6)
 
 
-# The fast form. Let Q (d_r, r) be any orthonormal basis of the leading left directions: Q = U_r W, W orthogonal. Then
-# M = Q^T S = W^T Sigma_r V_r^T is small and has the triplets of S. Nor does it take those (MatmulNorm): P =
-# (M M^T)^(-1/2) M = W^T V_r^T gives Q P = U_r V_r^T = N, and in lora_B = s A1 Q, lora_A = P B2 (eq. 9) W cancels. The
+# The fast form. Let Q (d_r, r) be any orthonormal basis of the leading left directions: U_r = Q E, E orthogonal. Then
+# M = Q^T S = E Sigma_r V_r^T is small and has the triplets of S. Nor does it take those (MatmulNorm): P =
+# (M M^T)^(-1/2) M = E V_r^T gives Q P = U_r V_r^T = N, and in lora_B = s A1 Q, lora_A = P B2 (eq. 9) E cancels. The
 # true leading directions would need the SVD of S; Q from a sketch is what the released code has.
 
 
@@ -309,10 +291,10 @@ def sketched_svd(S, rank):
     right down to sigma = 1e-8 sigma_1, and three times faster than an SVD of M."""
     Q = range_finder(S, rank)                                               # (..., d_r, r)
     M = (Q.mT @ S).double()                                                 # (..., r, d_r)
-    square, W = torch.linalg.eigh(M @ M.mT)                                 # (..., r), (..., r, r), ascending
-    sigma, W = square.flip(-1).clamp(min=0).sqrt(), W.flip(-1)
-    Vh = W.mT @ M / sigma.clamp(min=1e-30)[..., None]                       # (..., r, d_r)
-    return Q @ W.to(S.dtype), sigma.to(S.dtype), Vh.to(S.dtype)
+    square, E = torch.linalg.eigh(M @ M.mT)                                 # (..., r), (..., r, r), ascending
+    sigma, E = square.flip(-1).clamp(min=0).sqrt(), E.flip(-1)
+    Vh = E.mT @ M / sigma.clamp(min=1e-30)[..., None]                       # (..., r, d_r)
+    return Q @ E.to(S.dtype), sigma.to(S.dtype), Vh.to(S.dtype)
 
 
 class SpectralNorm(torch.autograd.Function):

