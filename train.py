@@ -27,14 +27,16 @@ from datetime import timedelta
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from data import (TABLE_3, context_ids, conversation, document_marks, doubled, instruction_batch, instruction_example, instruction_units, is_file_source,
-                  load_instructions, load_texts, open_tokens, run_command, sequences, tokenize)
-from generator import NORMS, GeneratorConfig, InputError, read_safetensors
-from model import DEFAULT_BASE, AdaptedLM, load_base, make_directory, read_json
+from data import doubled, instruction_batch, instruction_example, instruction_units, open_tokens, sequences
+from generator import NORMS, GeneratorConfig
+from model import DEFAULT_BASE, AdaptedLM, load_base
+from support.files import InputError, is_file_source, make_directory, read_json, read_safetensors, run_command
+from support.finetune import finetune
+from support.instructions import TABLE_3, load_instructions
+from support.text import tokenize
 
 MAX_SKIPPED = 10          # steps in a row without a finite gradient before the run gives up
 
@@ -507,121 +509,10 @@ def train(args):
         print(f"stopped at step {step} of {args.steps}; generator in {checkpoints(args.out)[-1]}")
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# the baselines: SFT and CPT (appendix B), full fine-tuning of the base, then evaluated closed-book
-
-
-def fit_base(base, train, validation, lr, batch_size, epochs, patience, seed, pad, pass_tokens=2048):
-    """Fine-tune ALL weights of base in place on examples (ids, labels), -100 is no target; the loss is the token mean of a batch.
-
-    With validation examples it stops after `patience` worse epochs in a row and leaves the best weights, which may be those it began with; without, it
-    runs all epochs.
-    Returns the validation nats a token, before training and after each epoch. pass_tokens: padded tokens of one forward and backward pass.
-    """
-    def nats_sum(examples):
-        ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids, _ in examples], batch_first=True, padding_value=pad).to(base.device)       # (B, L)
-        targets = torch.nn.utils.rnn.pad_sequence([torch.tensor(labels) for _, labels in examples], batch_first=True, padding_value=-100).to(base.device)
-        hidden = base.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]                          # (B, L-1, d_h)
-        at = targets[:, 1:] != -100                                                                                    # (B, L-1)
-        return F.cross_entropy(base.get_output_embeddings()(hidden[at]).float(), targets[:, 1:][at], reduction="sum")
-
-    def passes(examples):
-        examples, group = sorted(examples, key=lambda e: len(e[0])), []
-        for example in examples:
-            if group and (len(group) + 1) * len(example[0]) > pass_tokens:
-                yield group
-                group = []
-            group.append(example)
-        yield group
-
-    def targets(examples):
-        return max(1, sum(label != -100 for _, labels in examples for label in labels[1:]))
-
-    @torch.no_grad()
-    def score():
-        return sum(nats_sum(group).item() for group in passes(validation)) / targets(validation) if validation else math.nan
-
-    optimizer = torch.optim.AdamW(base.requires_grad_(True).parameters(), lr=lr, weight_decay=0.01)
-    def weights():
-        return {name: p.detach().cpu().clone() for name, p in base.named_parameters()} if validation else {}
-
-    history, best, worse = [score()], weights(), 0
-    bar = tqdm(total=epochs * -(-len(train) // batch_size), desc="fine-tuning", unit="step", leave=False)
-    for epoch in range(epochs):
-        order = random.Random(f"{seed} {epoch}").sample(train, len(train))
-        for at in range(0, len(order), batch_size):
-            examples = order[at:at + batch_size]
-            for group in passes(examples):
-                (nats_sum(group) / targets(examples)).backward()
-            norm = torch.nn.utils.clip_grad_norm_(base.parameters(), 1.0)
-            if not norm.isfinite():
-                raise InputError(f"fine-tuning: the gradient is not finite in epoch {epoch + 1}: lower --lr or use --dtype float32")
-            optimizer.step()
-            optimizer.zero_grad()
-            bar.update()
-        history.append(score())
-        bar.set_postfix(validation=f"{history[-1]:.3f}")
-        if validation:
-            if history[-1] < min(history[:-1]):
-                best, worse = weights(), 0
-            else:
-                worse += 1
-            if worse == patience:
-                break
-    bar.close()
-    base.requires_grad_(False)
-    for name, p in base.named_parameters():
-        p.copy_(best.get(name, p))
-    return history
-
-
-def finetune(args):
-    """SFT: question-answer pairs, closed-book, lr 1e-5, batch 64, early stopping. CPT: first 8 epochs of log-likelihood over --documents in pieces of
-    1,024 tokens, batch 16. Writes an ordinary transformers directory. One process."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise InputError("--stage finetune runs in one process: start it without torchrun")
-    if not (args.data or args.documents):
-        raise InputError("--stage finetune needs --data (question-answer pairs), --documents, or both")
-    if os.path.exists(args.out):
-        raise InputError(f"--out {args.out} exists already: name a new directory for the fine-tuned base")
-    args.dtype, lr = args.dtype or "float32", 1e-5 if args.lr is None else args.lr
-    args.batch, args.epochs = 64 if args.batch is None else args.batch, 10 if args.epochs is None else args.epochs
-    if lr <= 0 or min(args.batch, args.epochs, args.patience) < 1:
-        raise InputError("--lr must be positive, --batch, --epochs and --patience at least 1")
-    pairs = load_instructions(args.data)[0] if args.data else []
-    held_out = load_instructions(args.validation)[0] if args.validation else []
-    texts = load_texts(args.documents) if args.documents else []
-    if args.data and not args.validation:               # of other contexts, so that it measures what carries over
-        random.Random(args.seed).shuffle(pairs)
-        held_out, pairs = pairs[:len(pairs) // 10], pairs[len(pairs) // 10:]
-    if args.data and not (pairs and held_out):
-        raise InputError(f"--data {' '.join(args.data)}: too few contexts with questions to train and validate on (10 without --validation)")
-    base, tokenizer = load_base(args.base, getattr(torch, args.dtype), args.device)
-    if base.device.type == "cpu":
-        keep_freed_memory()
-    history = None
-    if texts:
-        ids = [t for text in texts for t in context_ids(tokenizer, text) + document_marks(tokenizer)[1]]
-        pieces = [ids[at:at + 1024] for at in range(0, len(ids), 1024)]
-        print(f"continual pretraining on {len(texts)} documents, {len(ids)} tokens, 8 epochs")
-        fit_base(base, [(piece, piece) for piece in pieces], [], lr, 16, 8, None, args.seed, tokenizer.pad_token_id)
-    if pairs:
-        examples = [[conversation(tokenizer, [(q, answers[0])], 512) for _, _, qas in documents for q, answers in qas] for documents in (pairs, held_out)]
-        print(f"supervised fine-tuning on {len(examples[0])} questions, early stopping on {len(examples[1])}")
-        history = fit_base(base, *examples, lr, args.batch, args.epochs, args.patience, args.seed, tokenizer.pad_token_id)
-        print("validation nats an answer token, before and after each epoch: " + " ".join(f"{nats:.4f}" for nats in history))
-    part = args.out.rstrip("/") + ".part"
-    make_directory(part)
-    base.save_pretrained(part)
-    tokenizer.save_pretrained(part)
-    with open(os.path.join(part, "finetune.json"), "w") as file:
-        json.dump({"args": vars(args), "validation_nats": history}, file, indent=1)
-    os.rename(part, args.out)
-    print(f"fine-tuned base in {args.out}: evaluate.py --base {args.out}")
-
-
 def main():
     args = arguments()
+    if args.stage == "finetune":
+        keep_freed_memory()
     (finetune if args.stage == "finetune" else train)(args)
 
 

@@ -3,14 +3,19 @@
 import gzip
 import json
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 
 import data
-from data import doubled, load_msc, load_tokens, open_tokens, pack, read_rows, sequences, split_into_chunks
-from generator import InputError
+from data import doubled, load_tokens, open_tokens, pack, sequences, split_into_chunks
+from conftest import ROOT
+from support.benchmarks import load_msc
+from support.files import InputError, read_rows, run_command
+from support.text import document_marks
 
 GOLDEN = json.load(open(os.path.join(os.path.dirname(__file__), "golden", "text_golden.json"), encoding="utf-8"))
 TEXTS = ["Eine Zeile.", "naïve — ≠ ascii\n\nsecond paragraph", "x" * 700]
@@ -71,9 +76,9 @@ def test_packed_once(tmp_path, tokenizer, monkeypatch):
 
 def test_chat_tokens_do_not_mark_documents(tokenizer):
     """SmolLM2's way: <|endoftext|> between documents, no BOS."""
-    assert data.document_marks(tokenizer) == ([257], [258])
+    assert document_marks(tokenizer) == ([257], [258])
     tokenizer.add_tokens(["<|endoftext|>"], special_tokens=True)
-    assert data.document_marks(tokenizer) == ([], [260])
+    assert document_marks(tokenizer) == ([], [260])
 
 
 def test_sequences_are_an_endless_shuffled_stream():
@@ -198,3 +203,22 @@ def test_bad_files(tmp_path, tokenizer, monkeypatch):
         open_tokens([str(tmp_path / "t.bin")], tokenizer)
     with pytest.raises(InputError, match="fewer than two sequences"):
         sequences(np.zeros(5, dtype=np.uint16), 10, 0, 1, 0)
+
+
+def test_bad_input_is_told_once_a_machine(monkeypatch, capsys):
+    def main():
+        raise InputError("t.txt: no\nsuch file")
+
+    for local_rank, told in ((None, "error: t.txt: no such file\n"), ("0", "error: t.txt: no such file\n"), ("1", ""), ("7", "")):
+        monkeypatch.delenv("LOCAL_RANK", raising=False)
+        if local_rank:
+            monkeypatch.setenv("LOCAL_RANK", local_rank)
+        with pytest.raises(SystemExit) as caught:
+            run_command(main)
+        assert caught.value.code == 2 and capsys.readouterr().err == told
+
+
+def test_data_set_libraries_wait_until_they_are_used():
+    script = "import sys, train, evaluate; print(sorted({'datasets', 'pyarrow', 'matplotlib', 'peft'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stdout + done.stderr

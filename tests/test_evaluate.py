@@ -17,11 +17,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import evaluate
 from conftest import ROOT, make_base, make_model
-from data import (IN_CONTEXT_PROMPT, METAICL_CLASSIFICATION, METAICL_OTHER, METAICL_PROMPT, METAICL_SEEDS, MSC_SAMPLE, demonstration, in_context_prompts, load_metaicl, load_msc,
-                  load_qa)
 from evaluate import exact_match, f1_score, mean_and_stderr, normalize_answer, normalize_text, recall, rouge_l_recall
 from generator import InputError, Memory
 from model import AdaptedLM, load_base
+from support import costs
+from support.benchmarks import (IN_CONTEXT_PROMPT, METAICL_CLASSIFICATION, METAICL_OTHER, METAICL_PROMPT, METAICL_SEEDS,
+                                MSC_SAMPLE, in_context_prompts, load_metaicl, load_msc, load_qa)
+from support.instructions import demonstration
 
 GOLDEN = json.load(open(os.path.join(os.path.dirname(__file__), "golden", "text_golden.json"), encoding="utf-8"))
 
@@ -61,7 +63,7 @@ def test_base_flops_against_the_counter():
             for t in range(5, 11):
                 cache = base(ids[:, t:t + 1], past_key_values=cache, use_cache=True).past_key_values
     rotary = 6 * 2 * 16 // 2                      # the rotary frequencies are an outer product, which the counter sees
-    assert abs(counter.get_total_flops() - evaluate.base_flops(base, 6, past=5)) <= 2 * rotary
+    assert abs(counter.get_total_flops() - costs.base_flops(base, 6, past=5)) <= 2 * rotary
 
 
 def test_generator_flops_against_the_counter():
@@ -72,15 +74,15 @@ def test_generator_flops_against_the_counter():
             layer.adapter(sum(layer.update(torch.randn(20, 64)) for _ in range(3)))
             layer.adapter(torch.randn(24, 24))
             layer.adapter(torch.randn(24, 24))
-    assert counter.get_total_flops() == evaluate.generator_flops(model, 60, 3)
+    assert counter.get_total_flops() == costs.generator_flops(model, 60, 3)
 
 
 def test_storage():
     model = make_model(targets=["o_proj", "down_proj"])
     pairs = model.lora(model.contextualize(torch.randint(0, 256, (1, 9))))
-    assert evaluate.adapter_floats(model) == sum(A.numel() + B.numel() for A, B in pairs.values())
+    assert costs.adapter_floats(model) == sum(A.numel() + B.numel() for A, B in pairs.values())
     cache = model.base(torch.randint(0, 256, (1, 9)), use_cache=True).past_key_values
-    assert evaluate.kv_cache_floats(model.base, 9) == sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)
+    assert costs.kv_cache_floats(model.base, 9) == sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)
 
 
 def test_the_control_reads_another_conversation():
@@ -285,7 +287,7 @@ def test_contextualisation_flops_against_the_counter():
         memory = model.contextualize(ids[:, L:], memory=memory)
         model.lora(memory)
     model.config.chunk = L
-    want = evaluate.context_flops(model, 2 * L)
+    want = costs.context_flops(model, 2 * L)
     acausal = 2 * 3 * 4 * 4 * 16 * (L * L - L * (L + 1) // 2)           # chunks, blocks, 4 FLOPs, heads, their width
     applied = 3 * 2 * L * 8 * (64 + 64)                                 # the unmerged pair at work on the second chunk
     assert abs(counter.get_total_flops() - want - acausal - applied) <= 2 * 2 * L * 8          # rotary frequencies, where they are counted

@@ -17,9 +17,12 @@ from safetensors.torch import load_file
 
 import train
 from conftest import ROOT, make_base, make_model
-from data import conversation, doubled, instruction_batch, instruction_example, instruction_units, load_instructions, user_turn
+from data import conversation, doubled, instruction_batch, instruction_example, instruction_units
 from generator import InputError
 from model import load_base
+from support.finetune import fit_base
+from support.instructions import load_instructions
+from support.text import user_turn
 
 
 def command(base, text, out, *flags, processes=1):
@@ -312,7 +315,7 @@ def test_fit_base_is_adamw_on_the_token_mean():
     random = torch.Generator().manual_seed(0)
     examples = [(row := torch.randint(0, 256, (n,), generator=random).tolist(), [-100] * (n // 2) + row[n // 2:]) for n in (5, 9, 14, 7)]
     base, plain = make_base(), make_base()
-    history = train.fit_base(base, examples, [], 1e-3, batch_size=4, epochs=1, patience=None, seed=0, pad=259, pass_tokens=16)
+    history = fit_base(base, examples, [], 1e-3, batch_size=4, epochs=1, patience=None, seed=0, pad=259, pass_tokens=16)
     optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-3, weight_decay=0.01)
     logits = [plain(torch.tensor([ids])).logits[0, :-1] for ids, _ in examples]
     F.cross_entropy(torch.cat(logits), torch.cat([torch.tensor(labels[1:]) for _, labels in examples])).backward()
@@ -323,13 +326,13 @@ def test_fit_base_is_adamw_on_the_token_mean():
         assert not p.requires_grad
     assert len(history) == 2 and all(map(math.isnan, history))
     other = [(ids[::-1], labels) for ids, labels in examples]
-    history = train.fit_base(base, examples, other, 1e-2, batch_size=2, epochs=30, patience=3, seed=0, pad=259)
+    history = fit_base(base, examples, other, 1e-2, batch_size=2, epochs=30, patience=3, seed=0, pad=259)
     best = history.index(min(history))
     assert len(history) == best + 4 if best else len(history) == 4
-    again = train.fit_base(base, examples, other, 1e-9, batch_size=4, epochs=1, patience=1, seed=0, pad=259)
+    again = fit_base(base, examples, other, 1e-9, batch_size=4, epochs=1, patience=1, seed=0, pad=259)
     assert again[0] == pytest.approx(min(history), rel=1e-4)
-    worse = train.fit_base(base, examples, [(ids, [1] * len(ids)) for ids, _ in examples], 1e-1, batch_size=4, epochs=9, patience=2, seed=0, pad=259)
-    unchanged = train.fit_base(base, examples, other, 1e-9, batch_size=4, epochs=1, patience=1, seed=0, pad=259)
+    worse = fit_base(base, examples, [(ids, [1] * len(ids)) for ids, _ in examples], 1e-1, batch_size=4, epochs=9, patience=2, seed=0, pad=259)
+    unchanged = fit_base(base, examples, other, 1e-9, batch_size=4, epochs=1, patience=1, seed=0, pad=259)
     assert len(worse) == 3 and unchanged[0] == pytest.approx(again[0], rel=1e-4)              # it only got worse, and left what it was given
 
 

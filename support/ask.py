@@ -1,0 +1,93 @@
+"""evaluate.py --task ask: a reader's own text, read into a memory and asked about."""
+
+import contextlib
+import os
+import sys
+import time
+
+from generator import Memory
+from support.answers import answer, encode
+from support.benchmarks import IN_CONTEXT_PROMPT, in_context_prompts
+from support.costs import adapter_floats, kv_cache_floats
+from support.files import InputError
+from support.text import context_ids, user_turn
+
+NEW_TOKENS = 60
+
+
+def check_flags(args):
+    """Refuse what does not go with --task ask, before anything is loaded."""
+    if (args.data or args.method or args.limit or args.output or args.predictions or args.plot
+            or len(args.checkpoint or []) > 1):
+        raise InputError("--task ask takes one --checkpoint, and no --data, --method, --limit, --output, --predictions "
+                         "or --plot")
+    if args.memory and (os.path.isdir(args.memory) or not os.path.isdir(os.path.dirname(args.memory) or ".")):
+        raise InputError(f"--memory {args.memory} cannot be written: name a file in a directory that exists")
+    if args.export and os.path.exists(args.export):
+        raise InputError(f"--export {args.export} exists already: name a new directory")
+    if "-" in args.context and not args.question:
+        raise InputError("--context - reads standard input, so questions cannot be typed in: give them with --question")
+
+
+def ask(args, load):
+    """Read --context into a memory (that of --memory, streamed on and saved, where it exists), then answer --question,
+    or questions typed in. load: a function that loads (model, tokenizer)."""
+    texts, began = [read_text(path) for path in args.context], time.time()
+    memory = Memory.load(args.memory) if args.memory and os.path.exists(args.memory) else None
+    if not texts and memory is None:
+        raise InputError("--task ask has nothing to read: give a text with --context, or a --memory that exists")
+    model, tokenizer = load()
+    window = model.base.config.get_text_config().max_position_embeddings
+    if memory is not None:
+        model.lora(memory)                      # refused here, before anything is read, if another generator wrote it
+        if len(memory.tokens) != 1:
+            raise InputError(f"--memory {args.memory} holds {len(memory.tokens)} contexts side by side: "
+                             "ask takes one of them")
+    before, loaded = 0 if memory is None else int(memory.tokens), time.time()
+    for text in texts:
+        memory = encode(model, [context_ids(tokenizer, text)], tokenizer.pad_token_id, memory)
+    if args.memory and texts:
+        memory.save(args.memory)
+    if args.export:
+        model.export_peft(memory, args.export)
+        print(f"LoRA adapter of the context in {args.export}")
+    S, tokens = sum(state.numel() for state in memory.states.values()), int(memory.tokens)
+    print(f"{tokens - before} tokens read in {time.time() - loaded:.1f} s (the model loaded in {loaded - began:.1f} s), "
+          f"{tokens} remembered in {S / 1e6:.2f} M floats of S or {adapter_floats(model) / 1e6:.2f} M of LoRA; "
+          f"their KV cache is {kv_cache_floats(model.base, tokens) / 1e6:.2f} M")
+
+    def say(name, prompt, memory=None):
+        t0, (words, counts) = time.time(), answer(model, tokenizer, [prompt], memory, new_tokens=NEW_TOKENS)
+        cost = f"   [{len(prompt)} prompt tokens, {counts[0]} new, {time.time() - t0:.1f} s]"
+        print(f"{name}: {words[0]}{cost}" if args.compare else words[0])
+
+    for question in args.question or typed_questions():
+        bare = user_turn(tokenizer, question)
+        say("adapter", bare, memory)
+        if args.compare:
+            say("closed-book", bare)
+            if texts:
+                room = window - NEW_TOKENS
+                prompts, lost = in_context_prompts(tokenizer, IN_CONTEXT_PROMPT, "\n\n".join(texts), [question], room)
+                say("in-context" + (f" (the first {lost} tokens of the context do not fit)" if lost else ""), prompts[0])
+            if before:
+                print(f"in-context does not see the {before} tokens that {args.memory} remembers from before: "
+                      "their text is not kept")
+
+
+def typed_questions():
+    """Lines typed in, until an empty one or the end of the input."""
+    with contextlib.suppress(EOFError):
+        while question := input("question> ").strip():
+            yield question
+
+
+def read_text(path):
+    """The text of a file, or of standard input (-). Raises InputError when it is missing, not UTF-8, or empty."""
+    try:
+        text = sys.stdin.buffer.read().decode("utf-8") if path == "-" else open(path, encoding="utf-8").read()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--context {path} cannot be read as UTF-8 text: {error}") from None
+    if not text.strip():
+        raise InputError(f"--context {path} is empty: it needs at least one word")
+    return text

@@ -1,0 +1,53 @@
+"""Costs from shapes, for Table 1 and Fig. 3: 2 FLOPs a weight and token, and attention over the keys before it.
+evaluate.py and tests/benchmark.py need it."""
+
+import torch
+
+from model import find_blocks
+
+
+def head_dim(c):                                            # c: a transformers config
+    return getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+
+
+def base_flops(base, tokens, past=0, head=True):
+    """FLOPs of the base for that many tokens after `past` cached ones; embeddings are looked up.
+    head=False leaves lm_head out: reading a context asks for no logits."""
+    c = base.config.get_text_config()
+    blocks = find_blocks(base)[1]
+    weights = sum(m.weight.numel() for m in blocks.modules() if isinstance(m, torch.nn.Linear))
+    weights += base.get_output_embeddings().weight.numel() if head else 0
+    keys = tokens * past + tokens * (tokens + 1) / 2
+    return 2 * weights * tokens + 4 * len(blocks) * c.num_attention_heads * head_dim(c) * keys  # 2 for q k, 2 for v
+
+
+def generator_flops(model, tokens, chunks):
+    """FLOPs of the generator's matrix products for a context: projections and S for each token, norm and LoRA pair for
+    each chunk. In norm (svd; svd-exact has none) the four products with S and the nine of (d_r, r) with (r, r) are
+    counted, factors of r x r are not."""
+    d_r, r, total = model.config.d_r, model.config.adapter_rank, 0
+    norm = 8 * d_r * d_r * r + 18 * d_r * r * r if model.config.norm == "svd" else 0
+    for layer in model.generator.layers:
+        d_out, d_in, d_h = len(layer.A1), layer.B2.shape[1], len(layer.g)
+        total += tokens * (4 * d_h * d_r + 2 * d_r * d_r) + chunks * (norm + 2 * r * d_r * (d_in + d_out))
+    return total
+
+
+def context_flops(model, tokens):
+    """FLOPs of contextualising: the base without lm_head, chunk by chunk with chunk-local attention, and the
+    generator."""
+    chunks = -(-tokens // model.config.chunk)
+    sizes = [tokens // chunks + (i < tokens % chunks) for i in range(chunks)]
+    return sum(base_flops(model.base, n, head=False) for n in sizes) + generator_flops(model, tokens, chunks)
+
+
+def kv_cache_floats(base, tokens):
+    """Floats of the keys and values of that many tokens."""
+    c = base.config.get_text_config()
+    return 2 * c.num_hidden_layers * c.num_key_value_heads * head_dim(c) * tokens
+
+
+def adapter_floats(model):
+    """Floats of one LoRA adapter, r (d_in + d_out) a target layer: what has to be kept of a context to answer about it.
+    To go on streaming, keep S: d_r^2 a target."""
+    return sum(model.config.adapter_rank * (layer.B2.shape[1] + len(layer.A1)) for layer in model.generator.layers)
