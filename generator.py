@@ -18,7 +18,6 @@ Every target W of a block reads the same H. The base model is frozen, S is all t
 Not in the paper but in the released code, and needed: h is RMS-normalised (own eps 1e-6, gain g) before eq. 1.
 """
 
-import contextlib
 import hashlib
 import json
 import os
@@ -30,6 +29,7 @@ import torch.nn as nn
 from safetensors.torch import save_file
 
 from support.files import InputError, read_safetensors
+from support.matmul_norm import MatmulNorm, inverse_cholesky, product_dtype
 
 NORMS = ("svd", "svd-exact", "frobenius")
 RMS_EPS = 1e-6           # of the generator's own RMSNorm, not the base model's
@@ -77,209 +77,13 @@ class GeneratorConfig:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# norm(S): eq. 7 as a spectral function
-#
-# Why a range finder and a polar factor are eq. 7-9. Eq. 7 keeps the r leading triplets of S = U Sigma V^T and sets sigma to 1: N = U_r V_r^T.
-# Let Q (d_r, r) be any orthonormal basis of the leading left directions, U_r = Q W with W orthogonal. Then M = Q^T S = W Sigma_r V_r^T, its
-# polar factor is P = (M M^T)^(-1/2) M = W V_r^T, and Q P = U_r V_r^T = N: no singular vector is needed. Eq. 8 and 9 follow with Q for U and
-# P for V^T, lora_B = s A1 Q and lora_A = P B2, since W cancels in their product. Damping adds lambda^2 to M M^T; a direction that is null in S
-# is null in M and stays 0. (The true leading directions need the full SVD; Q from a sketch is what the released code has.)
-
-
-@lru_cache(maxsize=16)
-def sketch(d_r, rank, device):
-    """Omega (d_r, rank): drawn on the CPU from a seed fixed by its shape, so one context gives one adapter on every machine.
-    The released code draws a fresh one at every call: two readings of one context give adapters 30-60 % apart."""
-    random = torch.Generator().manual_seed(1_000_003 * d_r + rank)
-    return torch.randn(d_r, rank, generator=random).to(device)
-
-
-@contextlib.contextmanager
-def full_float32():
-    """TF32 off: its 10 bits would turn the weak directions of S, a thousand times below the strong ones, into noise."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
-def inverse_cholesky(G):
-    """L^-1 of G + shift = L L^T: symmetric positive semidefinite G (..., r, r) float64. The shift, 1e-13 of the trace, keeps null directions defined."""
-    eye = torch.eye(G.shape[-1], dtype=G.dtype, device=G.device)
-    shift = 1e-13 * G.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None] + 1e-60
-    return torch.linalg.solve_triangular(torch.linalg.cholesky_ex(G + shift * eye).L, eye.expand_as(G), upper=False)
-
-
-def orthonormal_basis(Y):
-    """Q (..., d_r, r) with the span of Y, by Cholesky-QR: Q = Y L^-T, L L^T = Y^T Y; columns without content come out 0.
-    Matrix products but for one r x r factor, which CUDA batches (a Householder QR it does not). The Gram matrix squares the condition
-    number, so it is float64; large factors stay in Y's dtype."""
-    exact = Y.double()
-    G = exact.mT @ exact                                                    # (..., r, r)
-    return Y @ inverse_cholesky(G).mT.to(Y.dtype)                           # (..., d_r, r)
-
-
-def range_finder(S, rank):
-    """Q (..., d_r, r): the leading left directions of S, as torch.svd_lowrank(niter=1) finds them. Q spans S S^T S Omega."""
-    Q = orthonormal_basis(S @ sketch(S.shape[-1], rank, S.device).to(S.dtype))
-    Q = orthonormal_basis(S.mT @ Q)
-    return orthonormal_basis(S @ Q)
-
-
-class SpectralNorm(torch.autograd.Function):
-    """S -> (U_r, f V_r^T), whose product is norm(S) = U_r f V_r^T with f = sigma / sqrt(sigma^2 + lambda^2), lambda = damping sigma_1.
-
-    f = 1 wherever sigma >> lambda: that is eq. 7. Directions with sigma <= 1e-6 sigma_1 get f = 0, because the paper resets the
-    POSITIVE singular values; the released code sets rounding noise to 1 as well. At S = 0 the norm is 0.
-
-    exact=False: the triplets of the small M = Q^T S (r, d_r) stand for those of S, from eigh of its float64 Gram matrix, which is right
-    down to sigma = 1e-8 sigma_1 and three times faster than an SVD of M. exact=True takes the full SVD of S and truncates it.
-
-    The backward pass is the derivative of the spectral function itself (Daleckii-Krein), never of U and V: with G the gradient by
-    norm(S), X = U^T G V, and sym and skew the symmetric and antisymmetric parts of X,
-
-        grad_S = U (sym * D1 + skew * D2) V^T + (I - U U^T) G V diag(f/sigma) V^T + U diag(f/sigma) U^T G (I - V V^T)
-        D1 = (f_i - f_j) / (sigma_i - sigma_j),   D2 = (f_i + f_j) / (sigma_i + sigma_j)
-
-    It is finite on ties, on rank-deficient S and on S = 0, where autograd through a QR or an SVD is not. It is exact (lambda held
-    constant) for exact=True, and for exact=False when rank(S) <= r; with a tail beyond r it leaves out how Q turns.
-    Returns a pair because nobody needs the (d_r, d_r) product; the gradient is that of the product, the pair's own rotation is no output.
-    """
-
-    @staticmethod
-    def forward(ctx, S, rank, damping, exact):
-        with full_float32():
-            if exact:
-                U, sigma, Vh = torch.linalg.svd(S)                          # (..., d_r, d_r), (..., d_r), (..., d_r, d_r)
-            else:
-                Q = range_finder(S, rank)                                   # (..., d_r, r)
-                M = (Q.mT @ S).double()                                     # (..., r, d_r)
-                square, U = torch.linalg.eigh(M @ M.mT)                     # (..., r), (..., r, r), ascending
-                sigma, U = square.flip(-1).clamp(min=0).sqrt(), U.flip(-1)
-                Vh = (U.mT @ M / sigma.clamp(min=1e-30)[..., None]).to(S.dtype)   # (..., r, d_r)
-                U, sigma = Q @ U.to(S.dtype), sigma.to(S.dtype)             # (..., d_r, r), (..., r)
-        lam = damping * sigma[..., :1] + 1e-12
-        w = torch.sqrt(sigma**2 + lam**2)
-        kept = (sigma > NULL_DIRECTION * sigma[..., :1]) & (torch.arange(sigma.shape[-1], device=S.device) < rank)
-        f = torch.where(kept, sigma / w, 0)
-        if not exact:                                                       # directions without content leave the basis, also in the backward pass
-            U, Vh = U * kept[..., None, :], Vh * kept[..., None]
-        ctx.save_for_backward(U, sigma, Vh, f, w, lam, kept)
-        ctx.rank = rank
-        return U[..., :rank], f[..., :rank, None] * Vh[..., :rank, :]       # (..., d_r, r), (..., r, d_r)
-
-    @staticmethod
-    def backward(ctx, grad_U, grad_fVh):
-        U, sigma, Vh, f, w, lam, kept = ctx.saved_tensors
-        r = ctx.rank
-        GV = grad_U * torch.where(kept, w / sigma, 0)[..., None, :r]        # (..., d_r, r): grad_U is G V diag(f), so this is G V
-        UG = grad_fVh                                                       # (..., r, d_r): grad_fVh is U^T G
-        UGV = U.mT @ GV                                                     # (..., k, r), k = d_r if exact else r
-        X = UGV.new_zeros(*UGV.shape[:-1], UGV.shape[-2])                   # (..., k, k): U^T G V
-        X[..., :, :r] = UGV                                                 # its columns of cut directions come from UG,
-        X[..., :r, :] = UG @ Vh.mT                                          # and a pair of two cut directions is never used
-
-        i, j = (..., slice(None), None), (..., None, slice(None))           # a value a row, a value a column
-        both, one = kept[i] & kept[j], kept[i] ^ kept[j]
-        # D1 for two kept directions, with the difference divided out: no cancellation, and f' on ties
-        smooth = lam[..., None] ** 2 * (sigma[i] + sigma[j]) / (w[i] * w[j] * (sigma[i] * w[j] + sigma[j] * w[i]))
-        gap = sigma[i] - sigma[j]                                           # kept against cut: f jumps, and has no derivative at a tie
-        jump = torch.where(gap.abs() > NULL_DIRECTION * sigma[..., :1, None], (f[i] - f[j]) / gap, 0)
-        D1 = torch.where(both, smooth, torch.where(one, jump, 0))           # (..., k, k)
-        D2 = torch.where(both | one, (f[i] + f[j]) / (sigma[i] + sigma[j]), 0)
-        K = (X + X.mT) / 2 * D1 + (X - X.mT) / 2 * D2                       # sym * D1 + skew * D2
-
-        f_over_sigma = torch.where(kept, 1 / w, 0)[..., :r]
-        left = (GV - U @ UGV) * f_over_sigma[..., None, :]                  # (..., d_r, r): (I - U U^T) G V diag(f/sigma)
-        right = (UG - (UG @ Vh.mT) @ Vh) * f_over_sigma[..., :, None]       # (..., r, d_r): diag(f/sigma) U^T G (I - V V^T)
-        return U @ K @ Vh + left @ Vh[..., :r, :] + U[..., :r] @ right, None, None, None
-
-
-class MatmulNorm(torch.autograd.Function):
-    """The same function of S as SpectralNorm(exact=False), as batched matrix products for CUDA, where eigh and SVD go matrix by matrix:
-    S -> (Q, P), P = Z M, Z = (M M^T + lambda^2)^(-1/2). Needs damping > 0. The r x r iterations run in float64.
-
-    Z by Newton-Schulz, X <- X (3 - a^2 X^2) a / 2, with the a that is best for the spectrum known to lie in [damping, 1] sigma_1 (Chen and
-    Chow 2014): 9 steps at damping 1e-2. The same gradient without singular vectors, B = Z^-1:
-
-        grad_S = Q (Z X - 2 W M) + (I - Q Q^T) (G P^T) (M M^T)^-1 M,   X = Q^T G,   B W + W B = sym(Z X M^T Z)
-    """
-
-    @staticmethod
-    def forward(ctx, S, rank, damping):
-        with full_float32():
-            Q = range_finder(S, rank)                                       # (..., d_r, r)
-            M = (Q.mT @ S).double()                                         # (..., r, d_r)
-            G = M @ M.mT                                                    # (..., r, r)
-            eye = torch.eye(rank, dtype=G.dtype, device=G.device)
-            square = largest_eigenvalue(G).clamp(min=1e-24)[..., None, None]          # sigma_1^2, (..., 1, 1)
-            top = square * (1 + damping**2)
-            B, Z, low = (G + damping**2 * square * eye) / top, eye, damping / (1 + damping**2) ** 0.5
-            while low < 1 - 1e-6:                                           # B -> B^(1/2), Z -> B^(-1/2); low is the least singular value of Z B
-                a = (3 / (1 + low + low**2)) ** 0.5
-                low = a * low * (3 - a**2 * low**2) / 2
-                T = 1.5 * a * eye - 0.5 * a**3 * (Z @ B)
-                B, Z = B @ T, T @ Z
-            B, Z = B * top.sqrt(), Z / top.sqrt()
-            P = (Z @ M).to(S.dtype)                                         # (..., r, d_r)
-        ctx.save_for_backward(Q, M.to(S.dtype), B, Z)
-        ctx.damping = damping
-        return Q, P
-
-    @staticmethod
-    def backward(ctx, grad_Q, grad_P):                                      # G P^T (..., d_r, r), Q^T G (..., r, d_r)
-        Q, M, B, Z = ctx.saved_tensors
-        with full_float32():
-            M, X = M.double(), grad_P.double()
-            Y = Z @ (X @ M.mT) @ Z                                          # (..., r, r)
-            W = solve_lyapunov(B, (Y + Y.mT) / 2, ctx.damping)
-            inside = (Z @ X - 2 * W @ M).to(Q.dtype)                        # (..., r, d_r)
-            L = inverse_cholesky(M @ M.mT)
-            outside = grad_Q @ (L.mT @ (L @ M)).to(Q.dtype)                 # (..., d_r, d_r)
-            return Q @ (inside - Q.mT @ outside) + outside, None, None
-
-
-def largest_eigenvalue(G):
-    """(...,) of positive semidefinite G (..., r, r) float64: tr(G^k)^(1/k) with k = 4,096, at most r^(1/k) too large (0.1 % at r = 128)."""
-    log, k = 0.0, 1
-    for power in (64, 64, 1):
-        trace = G.diagonal(dim1=-2, dim2=-1).sum(-1).clamp(min=1e-200)
-        log = log + trace.log() / k
-        G, k = torch.linalg.matrix_power(G / trace[..., None, None], power), k * power
-    return log.exp()
-
-
-def solve_lyapunov(B, Y, low):
-    """W with B W + W B = Y, by Smith's doubling: B (..., r, r) with eigenvalues in [low, 1] of its largest, Y symmetric."""
-    eye = torch.eye(B.shape[-1], dtype=B.dtype, device=B.device)
-    p = low**0.5 * largest_eigenvalue(B)[..., None, None]                   # the geometric mean of both ends converges fastest
-    L = inverse_cholesky(p * eye + B)
-    V = L.mT @ L                                                            # (p + B)^-1
-    W, C, left = 2 * p * V @ Y @ V, 2 * p * V - eye, (1 - low**0.5) / (1 + low**0.5)
-    while left > 1e-9:                                                      # W = sum_k C^k W_0 C^k, |C| <= left
-        W, C, left = W + C @ W @ C, C @ C, left**2
-    return W
-
-
-def svd_norm(S, rank, damping=1e-2, exact=False):
-    """norm(S) of eq. 7 at rank r, as a pair whose product it is (eq. 9): S (..., d_r, d_r) -> (..., d_r, r), (..., r, d_r).
-    Deterministic; differentiable through the product of the pair. See SpectralNorm. On CUDA a damped norm is MatmulNorm; damping 0 needs
-    the threshold on sigma, so it goes by eigh everywhere."""
-    rank = min(rank, S.shape[-1])
-    if S.is_cuda and damping > 0 and not exact:
-        return MatmulNorm.apply(S, rank, damping)
-    return SpectralNorm.apply(S, rank, damping, exact)
-
-
-def frobenius_norm(S):
-    """S / ||S||_F (§5.1), with the released code's eps under the root: (..., d_r, d_r) -> (..., d_r, d_r)."""
-    return S * torch.rsqrt(S.square().sum((-2, -1), keepdim=True) + 1e-6)
-
-
-# --------------------------------------------------------------------------------------------------------------------
 # the trained part
+
+
+def rms_norm(H):
+    """Rows of H (..., L, d_h) at root mean square 1, in H's dtype; the gain g follows in each LayerGenerator, so a block's targets share this."""
+    h = H.float()
+    return (h * torch.rsqrt(h.square().mean(-1, keepdim=True) + RMS_EPS)).to(H.dtype)
 
 
 class LayerGenerator(nn.Module):
@@ -299,26 +103,24 @@ class LayerGenerator(nn.Module):
             nn.init.normal_(weight, std=(3 * fan_in) ** -0.5)
         nn.init.zeros_(self.A1)                                      # W_Delta = 0 before training
 
-    def update(self, H, mask=None):
-        """A2 H^T H B1, what a chunk adds to S (eq. 3): H (..., L, d_h), mask (..., L) of 1 and 0 -> (..., d_r, d_r) fp32.
-        The two projections run in H's dtype, the sum over tokens in fp32: rounding S to bf16 moves norm(S) by percents."""
-        h = H.float()
-        h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + RMS_EPS) * self.g
+    def update(self, h, mask=None):
+        """A2 H^T H B1, what a chunk adds to S (eq. 1-3): h (..., L, d_h), rows of H as rms_norm gives them, mask (..., L) of 1 and 0
+        -> (..., d_r, d_r) fp32. The two projections run in h's dtype, the sum over tokens in fp32: rounding S to bf16 moves norm(S) by percents."""
+        h = h * self.g.to(h.dtype)
+        left = h @ self.A2.to(h.dtype).mT                            # (..., L, d_r)
+        right = h @ self.B1.to(h.dtype)                              # (..., L, d_r)
         if mask is not None:
-            h = h * mask.unsqueeze(-1).to(h.dtype)                   # padding adds nothing to S
-        h = h.to(H.dtype)
-        left = h @ self.A2.to(H.dtype).mT                            # (..., L, d_r)
-        right = h @ self.B1.to(H.dtype)                              # (..., L, d_r)
+            left = left * mask.unsqueeze(-1).to(h.dtype)             # padding adds nothing to S
         return left.float().mT @ right.float()                       # (..., d_r, d_r)
 
-    def adapter(self, S):
+    def adapter(self, S, tokens=None):
         """W_Delta = lora_B lora_A (eq. 8, 9): S (..., d_r, d_r) fp32 -> lora_A (..., r, d_in), lora_B (..., d_out, r), s folded into lora_B.
-        r is config.adapter_rank."""
+        r is config.adapter_rank; where S is known to hold at most that many tokens, no more than those: rank(S) <= tokens, so W_Delta is the same."""
         c = self.config
         if c.norm == "frobenius":
             lora_A = frobenius_norm(S) @ self.B2                                           # (..., d_r, d_in)
             return lora_A, (c.scale * self.A1).expand(*S.shape[:-2], -1, -1)               # (..., d_out, d_r)
-        U, fVh = svd_norm(S, c.rank, c.damping, exact=c.norm == "svd-exact")
+        U, fVh = svd_norm(S, min(c.rank, tokens or c.rank), c.damping, exact=c.norm == "svd-exact")
         return fVh @ self.B2, c.scale * (self.A1 @ U)                                      # (..., r, d_in), (..., d_out, r)
 
 
@@ -430,3 +232,127 @@ def one_generator(memories):
     kinds = {(m.fingerprint, *((name, S.shape[1:]) for name, S in sorted(m.states.items()))) for m in memories}
     if len(kinds) > 1:
         raise InputError("memories of different generators cannot be put together: read the contexts again with one generator")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# norm(S), eq. 6 and 7
+#
+# In words: S = U Sigma V^T (eq. 6); the r leading singular values become 1, the others 0 (eq. 7).
+# In code:  U, sigma, Vh = torch.linalg.svd(S);  N = U[:, :r] @ Vh[:r]
+#
+# Two things differ. f = sigma / sqrt(sigma^2 + lambda^2), lambda = damping sigma_1, stands for the 1: it bounds the
+# gradient by 1 / lambda; damping 0 is eq. 7. And f = 0 where sigma <= 1e-6 sigma_1, because the paper resets the
+# POSITIVE singular values, where the released code sets rounding noise to 1 as well.
+
+
+def svd_norm(S, rank, damping=1e-2, exact=False):
+    """norm(S) of eq. 7, S (..., d_r, d_r), as a pair whose product it is (eq. 9): (..., d_r, rank), (..., rank, d_r).
+    exact: by the full SVD of S, not the sketched one. Deterministic; differentiable through the product of the pair.
+    Any rank >= rank(S) gives the same product. On CUDA by MatmulNorm, where the damping is enough for its gradient."""
+    rank = min(rank, S.shape[-1])
+    if S.is_cuda and damping >= 1e-4 and not exact:
+        return MatmulNorm.apply(S, range_finder(S.detach(), rank), damping)
+    return SpectralNorm.apply(S, rank, damping, exact)
+
+
+def frobenius_norm(S):
+    """S / ||S||_F (§5.1), with the released code's eps under the root: (..., d_r, d_r) -> (..., d_r, d_r)."""
+    return S * torch.rsqrt(S.square().sum((-2, -1), keepdim=True) + 1e-6)
+
+
+# The fast form. Let Q (d_r, r) be any orthonormal basis of the leading left directions: U_r = Q E, E orthogonal. Then
+# M = Q^T S = E Sigma_r V_r^T is small and has the triplets of S. Nor does it take those (MatmulNorm): P =
+# (M M^T)^(-1/2) M = E V_r^T gives Q P = U_r V_r^T = N, and in lora_B = s A1 Q, lora_A = P B2 (eq. 9) E cancels. The
+# true leading directions would need the SVD of S; Q from a sketch is what the released code has.
+
+
+@lru_cache(maxsize=64)
+def sketch(d_r, rank, device):
+    """Omega (d_r, rank), drawn on the CPU from a seed fixed by its shape: one context, one adapter, on every machine.
+    The released code draws a fresh one at every call: two readings of one context give adapters 30-60 % apart."""
+    random = torch.Generator("cpu").manual_seed(1_000_003 * d_r + rank)
+    return torch.randn(d_r, rank, generator=random, device="cpu").to(device)
+
+
+def orthonormal_basis(Y):
+    """Q (..., d_r, r) with the span of Y, by Cholesky-QR: Q = Y L^-T, L L^T = Y^T Y; columns without content are 0.
+    Matrix products but for one r x r factor, which CUDA batches (a Householder QR it does not). The Gram matrix squares
+    the condition number, so it is float64; large factors stay in Y's dtype."""
+    exact = Y.double()
+    return Y @ inverse_cholesky(exact.mT @ exact).mT.to(Y.dtype)                                # (..., d_r, r)
+
+
+def range_finder(S, rank):
+    """Q (..., d_r, r): the leading left directions of S, as torch.svd_lowrank(niter=1) has them, from S S^T S Omega."""
+    dtype, S = S.dtype, S.to(product_dtype(S))
+    Q = orthonormal_basis(S @ sketch(S.shape[-1], rank, S.device).to(S.dtype))
+    Q = orthonormal_basis(S.mT @ Q)
+    return orthonormal_basis(S @ Q).to(dtype)
+
+
+def sketched_svd(S, rank):
+    """U (..., d_r, r), sigma (..., r) descending and Vh (..., r, d_r) of Q Q^T S, from the float64 Gram matrix of M:
+    right down to sigma = 1e-8 sigma_1, and three times faster than an SVD of M."""
+    Q = range_finder(S, rank)                                               # (..., d_r, r)
+    M = (Q.mT @ S).double()                                                 # (..., r, d_r)
+    square, E = torch.linalg.eigh(M @ M.mT)                                 # (..., r), (..., r, r), ascending
+    sigma, E = square.flip(-1).clamp(min=0).sqrt(), E.flip(-1)
+    Vh = E.mT @ M / sigma.clamp(min=1e-30)[..., None]                       # (..., r, d_r)
+    return Q @ E.to(S.dtype), sigma.to(S.dtype), Vh.to(S.dtype)
+
+
+class SpectralNorm(torch.autograd.Function):
+    """S -> (U_r, f V_r^T), whose product is norm(S).
+
+    The backward pass is the derivative of the spectral function itself (Daleckii-Krein), never of U and V: with G the
+    gradient by norm(S), X = U^T G V, and sym and skew the symmetric and antisymmetric parts of X,
+
+        grad_S = U (sym * D1 + skew * D2) V^T + (I - U U^T) G V diag(f/sigma) V^T + U diag(f/sigma) U^T G (I - V V^T)
+        D1 = (f_i - f_j) / (sigma_i - sigma_j),   D2 = (f_i + f_j) / (sigma_i + sigma_j)
+
+    It is finite on ties, on rank-deficient S and on S = 0, where autograd through a QR or an SVD is not. It is exact
+    (lambda held constant) for exact=True, and for the sketch when rank(S) <= r; beyond, how Q turns with S is left out.
+    """
+
+    @staticmethod
+    def forward(ctx, S, rank, damping, exact):
+        dtype, S = S.dtype, S.to(product_dtype(S))
+        U, sigma, Vh = torch.linalg.svd(S) if exact else sketched_svd(S, rank)    # (.., d_r, k), (.., k), (.., k, d_r)
+        sigma_1 = sigma[..., :1].clamp(min=1e-30)
+        sigma, lam = sigma / sigma_1, damping + 1e-12 / sigma_1             # in sigma_1: sigma^4 would overflow
+        w = torch.sqrt(sigma**2 + lam**2)
+        kept = (sigma > NULL_DIRECTION) & (torch.arange(sigma.shape[-1], device=S.device) < rank)
+        f = torch.where(kept, sigma / w, 0)
+        if not exact:                                                       # what has no content has no direction
+            U, Vh = U * kept[..., None, :], Vh * kept[..., None]
+        ctx.save_for_backward(kept, *(t.to(dtype) for t in (U, sigma, Vh, f, w, lam, sigma_1)))
+        ctx.rank = rank
+        U, fVh = U[..., :rank], f[..., :rank, None] * Vh[..., :rank, :]     # (..., d_r, r), (..., r, d_r)
+        return U.to(dtype), fVh.to(dtype)
+
+    @staticmethod
+    def backward(ctx, grad_U, grad_fVh):
+        (kept, *saved), dtype, r = ctx.saved_tensors, grad_U.dtype, ctx.rank
+        U, sigma, Vh, f, w, lam, sigma_1 = (t.to(product_dtype(t)) for t in saved)
+        GV = grad_U.to(U.dtype) * torch.where(kept, w / sigma, 0)[..., None, :r]    # grad_U = G V diag(f)
+        UG = grad_fVh.to(U.dtype)                                           # (..., r, d_r): grad_fVh = U^T G
+        UGV = U.mT @ GV                                                     # (..., k, r), k = d_r if exact else r
+        X = UGV.new_zeros(*UGV.shape[:-1], UGV.shape[-2])                   # (..., k, k): U^T G V
+        X[..., :, :r] = UGV                                                 # columns of cut directions come from UG,
+        X[..., :r, :] = UG @ Vh.mT                                          # and a pair of two cut ones is never used
+
+        i, j = (..., slice(None), None), (..., None, slice(None))           # a value a row, a value a column
+        both, one = kept[i] & kept[j], kept[i] ^ kept[j]
+        # D1 for two kept directions, with the difference divided out: no cancellation, and f' on ties
+        smooth = lam[i] ** 2 * (sigma[i] + sigma[j]) / (w[i] * w[j] * (sigma[i] * w[j] + sigma[j] * w[i]))
+        gap = sigma[i] - sigma[j]                                           # kept against cut: f jumps; none at ties
+        jump = torch.where(gap.abs() > NULL_DIRECTION, (f[i] - f[j]) / gap, 0)
+        D1 = torch.where(both, smooth, torch.where(one, jump, 0))           # (..., k, k)
+        D2 = torch.where(both | one, (f[i] + f[j]) / (sigma[i] + sigma[j]), 0)
+        K = (X + X.mT) / 2 * D1 + (X - X.mT) / 2 * D2                       # sym * D1 + skew * D2
+
+        f_over_sigma = torch.where(kept, 1 / w, 0)[..., :r]
+        left = (GV - U @ UGV) * f_over_sigma[..., None, :]                  # (..., d_r, r): its second term
+        right = (UG - (UG @ Vh.mT) @ Vh) * f_over_sigma[..., :, None]       # (..., r, d_r): and its third
+        grad_S = U @ K @ Vh + left @ Vh[..., :r, :] + U[..., :r] @ right    # (..., d_r, d_r)
+        return (grad_S / sigma_1[..., None]).to(dtype), None, None, None

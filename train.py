@@ -61,6 +61,10 @@ def arguments(argv=None):
     add("--warmup", type=int, help="steps of linear warm-up; then linear decay to 0")
     add("--weight-decay", type=float, default=0.01)
     add("--clip", type=float, default=1.0, help="largest gradient norm")
+    add("--clip-layers", action="store_true", help="clip each layer's generator by itself, to clip / sqrt(layers)")
+    add("--beta2", type=float, default=0.999)
+    add("--start", choices=["aligned", "random"], default="aligned", help="of A2, B1, B2: from the base's own statistics (support/aligned.py), or the paper's")
+    add("--query-scale", type=float, default=3.0)
     add("--objective", choices=["both", "reconstruction", "completion"], default="both", help="eq. 5, or Table 2's ablations")
     add("--windows", action="store_true", help="reconstruct random windows of the prefix, as the released code does, not a copy")
     add("--d-r", type=int)
@@ -254,17 +258,6 @@ def report_validation(args, step, losses):
 # the loop
 
 
-def reduce_gradients(parameters, totals):
-    """Sum gradients and totals over the processes in ONE reduction; the loss is already divided by the global token counts."""
-    flat = torch.cat([p.grad.flatten() for p in parameters] + [totals])
-    dist.all_reduce(flat)
-    at = 0
-    for p in parameters:
-        p.grad.copy_(flat[at:at + p.numel()].view_as(p))
-        at += p.numel()
-    totals.copy_(flat[at:])
-
-
 def peak_memory(device):
     """Peak memory of this process in GB; None where the system does not tell."""
     if device.type == "cuda":
@@ -305,7 +298,7 @@ def train(args):
     if checkpoints(args.out) and not args.resume:
         raise InputError(f"--out {args.out} already holds checkpoints: add --resume to continue that run, or name another directory")
 
-    args.dtype = args.dtype or "bfloat16"
+    args.dtype = args.dtype or ("bfloat16" if torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported() else "float32")
     base, tokenizer = load_base(args.base, getattr(torch, args.dtype), args.device)
     device = base.device
     torch.manual_seed(args.seed)
@@ -317,8 +310,15 @@ def train(args):
     elif args.dtype == "bfloat16":                      # TF32 holds the bf16 factors of S exactly; norm turns it off for itself
         torch.set_float32_matmul_precision("high")
     model.checkpointing = args.checkpointing
+    if device.type == "cpu" and args.dtype == "bfloat16" and args.chunk <= 256:
+        base.set_attn_implementation("eager")           # short bf16 attention is several times slower by the fused kernel on a CPU
     parameters = list(model.generator.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=args.weight_decay, fused=device.type == "cuda")
+    optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, args.beta2), weight_decay=args.weight_decay, fused=True)
+    # gradients are views of one buffer, with the totals of a step behind them: second half, completion, stop?, failed?
+    flat = torch.zeros(sum(p.numel() for p in parameters) + 4, device=device)
+    for p, grad in zip(parameters, flat[:-4].split([p.numel() for p in parameters])):
+        p.grad = grad.view_as(p)
+    totals = flat[-4:]
 
     if world > 1 and local > 0:                         # the first process of a machine packs, the others then find the files
         dist.barrier()
@@ -337,6 +337,7 @@ def train(args):
         segments, mask, visible, labels = batches.training(step)
         weights = loss_weights(labels, int(visible.max()), args.objective if args.stage == "pretrain" else "reconstruction")
         parts = []
+        labels = labels.masked_fill((weights == 0)[:, :, None], -100)      # no lm_head for a loss of weight 0
         for rows in torch.arange(process, args.batch, world).split(args.micro_batch):
             (m, s, l, w), v = trim(mask[rows], visible, segments[rows], labels[rows], weights[rows])
             tensors = [s, None if m.all() else m, l, w]
@@ -357,6 +358,12 @@ def train(args):
     stopping = []
     signal.signal(signal.SIGTERM, lambda *_: stopping.append("SIGTERM"))
     began, skipped = time.time(), 0
+    if step == 0 and args.start == "aligned" and args.checkpoint is None:
+        import support.aligned
+        support.aligned.QUERY_SCALE = args.query_scale
+        data = open_tokens(args.data, tokenizer, args.max_tokens)
+        support.aligned.aligned_start(model, sequences(data, 128, 0, 160, args.seed).split(16))
+        print(f"aligned start in {time.time() - began:.0f} s")
     if step == 0:
         losses = validate(model, batches, process, world)
         if process == 0:
@@ -367,7 +374,7 @@ def train(args):
     while step < args.steps:
         t0 = time.time()
         parts, coming = coming.result(), loader.submit(prepare, step + 1)
-        totals, read = torch.zeros(4, device=device), 0                     # second half, completion, stop?, failed?
+        read = 0
         for (segments, mask, labels, weights), visible in parts:
             C = int(visible.max())
             read += segments[:, :C].numel() if mask is None else int(mask[:, :C].sum())
@@ -381,20 +388,22 @@ def train(args):
             except torch.linalg.LinAlgError:            # NaN in S: the step is lost, and skipped below by every process
                 totals[3] += 1
         totals[2] = bool(stopping) or bool(args.max_minutes and time.time() - began > 60 * args.max_minutes)
-        for p in parameters:
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         if world > 1:
-            reduce_gradients(parameters, totals)
+            dist.all_reduce(flat)
 
         second, completion, stop, failed = totals.tolist()
-        norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip).item()
+        if args.clip_layers:
+            layers = model.generator.layers
+            norm = torch.stack([torch.nn.utils.clip_grad_norm_(layer.parameters(), args.clip / len(layers) ** 0.5) for layer in layers]).norm().item()
+        else:
+            norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip).item()
         finite = math.isfinite(norm + second + completion) and not failed
         lr = learning_rate(args, step)
         if finite:
             for group in optimizer.param_groups:
                 group["lr"] = lr
             optimizer.step()
-        optimizer.zero_grad()
+        flat.zero_()
         skipped = 0 if finite else skipped + 1
         step += 1
 
