@@ -27,7 +27,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from data import instruction_batches, pretraining_batches, trim
+from data import instruction_batches, open_tokens, pretraining_batches, sequences, trim
 from generator import NORMS, GeneratorConfig
 from model import DEFAULT_BASE, AdaptedLM, load_base
 from support.files import InputError, is_file_source, make_directory, read_json, read_safetensors, run_command
