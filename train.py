@@ -215,12 +215,15 @@ def trim_log(path, step):
 @torch.no_grad()
 def validate(model, batches, process, world):
     """Token-mean nats of each fixed validation item, (n, 3): second half (reconstruction, or the answers), completion (NaN where there is none), and
-    the second half under the adapter of a random control context, which tells memory from a mere change of style."""
+    the second half under the adapter of a random control context, which tells memory from a mere change of style (NaN where an item has none)."""
     segments, mask, visible, labels = batches.validation
     C, n, device = int(visible.max()), len(segments), model.base.device
     losses = torch.zeros(n, 3, dtype=torch.float64)
     for i in tqdm(range(process, n, world), desc="validation", leave=False, disable=process != 0):
         for column, source in ((0, i), (2, batches.controls[i])):
+            if source is None:
+                losses[i, column] = math.nan
+                continue
             context, own = slice(source, source + 1), slice(i, i + 1)
             mixed = [torch.cat([t[context, :C], t[own, C:]], 1) for t in (mask, segments)]
             targets = labels[own].clone()
@@ -239,19 +242,28 @@ def validate(model, batches, process, world):
 
 
 def report_validation(args, step, losses):
-    """Append to validation.jsonl and print, with the paired difference to step 0 and its standard error over sequences."""
+    """Append to validation.jsonl and print, with the paired difference to step 0 and its standard error over sequences; then what the own context is
+    better by than the control, over the items that have one. A value that an item has not is null."""
     path = os.path.join(args.out, "validation.jsonl")
     second = "answer" if args.stage == "instruct" else "reconstruction"
-    columns = {name: losses[:, k] for k, name in enumerate((second, "completion", second + "_shuffled")) if not losses[:, k].isnan().any()}
+    columns = {name: losses[:, k] for k, name in enumerate((second, "completion", second + "_shuffled")) if not losses[:, k].isnan().all()}
     with open(path, "a") as file:
-        means = {name: values.mean().item() for name, values in columns.items()}
-        file.write(json.dumps({"step": step, **means, "sequences": {name: values.tolist() for name, values in columns.items()}}) + "\n")
+        means = {name: values.nanmean().item() for name, values in columns.items()}
+        file.write(json.dumps({"step": step, **means, "sequences": {name: [None if math.isnan(v) else v for v in values.tolist()] for name, values in columns.items()}}) + "\n")
     with open(path) as file:
         start = json.loads(file.readline())["sequences"]
+
+    def difference(a, b):
+        d = (a - b)[~(a - b).isnan()]
+        return f"{d.mean():+.4f} +- {d.std() / len(d) ** 0.5:.4f}", len(d)
+
     for name, values in columns.items():
-        change = values - torch.tensor(start[name], dtype=torch.float64)
+        change, _ = difference(values, torch.tensor([math.nan if v is None else v for v in start[name]], dtype=torch.float64))
         tqdm.write(f"step {step:6d}  {name:24s} {means[name]:.4f} nats  perplexity {math.exp(means[name]):9.2f}  "
-                   f"since step 0 {change.mean():+.4f} +- {change.std() / len(change) ** 0.5:.4f}")
+                   f"since step 0 {change}")
+    gap, n = difference(losses[:, 2], losses[:, 0])
+    if n > 1:
+        tqdm.write(f"step {step:6d}  {'control - own context':24s} {gap} nats over {n} of {len(losses)} items")
 
 
 # --------------------------------------------------------------------------------------------------------------------
