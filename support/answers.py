@@ -4,8 +4,9 @@ import copy
 
 import torch
 
-from data import left_pad, split_into_chunks
+from data import split_into_chunks
 from generator import Memory
+from support.text import left_pad
 
 
 def encode(model, contexts, pad, memory=None):

@@ -8,6 +8,8 @@ document_marks write control tokens.
 import functools
 import re
 
+import torch
+
 from support.files import without_surrogates
 
 BREAK = "\ufdd0"          # never a character of a text (Unicode noncharacter)
@@ -56,8 +58,8 @@ def apply_template(tokenizer, messages, **options):
 def document_marks(tokenizer):
     """(ids before a document, ids after it): BOS and EOS as in the paper. Where a tokenizer has <|endoftext|> (SmolLM2,
     Qwen), its bos and eos are chat tokens, so that one ends a document and nothing begins it."""
-    end = tokenizer.get_vocab().get("<|endoftext|>")
-    if end is not None:
+    end = tokenizer.convert_tokens_to_ids("<|endoftext|>")                   # the unknown token's, where it is not one
+    if end is not None and tokenizer.convert_ids_to_tokens(end) == "<|endoftext|>":
         return [], [end]
     begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
     return [t for t in [begin] if t is not None], [t for t in [end] if t is not None]
@@ -74,3 +76,10 @@ def user_turn(tokenizer, text):
     if tokenizer.chat_template is None:
         return context_ids(tokenizer, text)
     return apply_template(tokenizer, [{"role": "user", "content": text}], add_generation_prompt=True)
+
+
+def left_pad(prompts, pad):
+    """Prompts (lists of ids) as generate wants them: ids (B, L) left-padded, attention mask (B, L)."""
+    L = max(map(len, prompts))
+    ids = torch.tensor([[pad] * (L - len(p)) + list(p) for p in prompts])
+    return ids, torch.tensor([[0] * (L - len(p)) + [1] * len(p) for p in prompts])
