@@ -6,8 +6,7 @@ A source is a .parquet, .jsonl(.gz) or .txt(.gz) file with a "text" field (a .tx
 set id, with its configuration after a colon where it has several ("microsoft/ms_marco:v1.1"). Instruction tuning reads
 the schemas of Table 3's sets (support/instructions.py).
 
-    B  rows of a batch side by side        C  context chunks of a row
-    N  segments of a pass                  L  tokens of a segment
+Shapes: B rows of a batch, N segments of a pass, C context chunks of a row, L tokens of a segment.
 """
 
 import argparse
@@ -25,11 +24,12 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from support.files import InputError, count_rows, field, is_file_source, read_rows, run_command, stamps
-from support.instructions import demonstration, load_instructions
+from support.instructions import demonstration, excerpt, instruction_units, load_instructions
 from support.text import apply_template, context_ids, document_marks, tokenize, user_turn
 
 CACHE = os.path.expanduser(os.environ.get("GENERATIVE_ADAPTER_CACHE", "~/.cache/generative-adapter"))
 TARGET_TOKENS = 128       # a conversation may be this long even where chunks are shorter
+SENTENCE_TOKENS = 16      # the shortest contexts of instruction tuning
 
 
 class Batch(NamedTuple):
@@ -41,7 +41,7 @@ class Batch(NamedTuple):
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# pretraining: the doubled sequence
+# segments: the doubled sequence of pretraining, and contexts cut into chunks
 
 
 def doubled(tokens, C, pad, windows_seed=None):
@@ -68,10 +68,6 @@ def doubled(tokens, C, pad, windows_seed=None):
     segments = torch.cat([chunks, second], 1)                                  # (B, 2C, L)
     visible = torch.tensor([*range(C), *range(1, C + 1)])                      # (2C,)
     return Batch(segments, mask, visible, segments.masked_fill(mask == 0, -100))
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# contexts cut into chunks
 
 
 def split_into_chunks(contexts, pad, chunk=1024):
@@ -101,13 +97,6 @@ def trim(mask, visible, *tensors):
     return [t[:, kept] if t.dim() == 2 else t[:, kept, :L] for t in (mask, *tensors)], seen[visible][kept]
 
 
-def left_pad(prompts, pad):
-    """Prompts (lists of ids) as generate wants them: ids (B, L) left-padded, attention mask (B, L)."""
-    L = max(map(len, prompts))
-    ids = torch.tensor([[pad] * (L - len(p)) + list(p) for p in prompts])
-    return ids, torch.tensor([[0] * (L - len(p)) + [1] * len(p) for p in prompts])
-
-
 # --------------------------------------------------------------------------------------------------------------------
 # instruction tuning: a context and a conversation about it
 
@@ -116,7 +105,7 @@ class Example(NamedTuple):
     context: list              # ids of the context
     ids: list                  # ids of questions and answers in the chat template
     labels: list               # ids of the answers, -100 elsewhere
-    documents: frozenset       # texts of the documents in the context
+    texts: frozenset           # the documents or demonstrations in the context
 
 
 def conversation(tokenizer, pairs, limit):
@@ -145,12 +134,16 @@ def conversation(tokenizer, pairs, limit):
     return ids[:limit], labels[:limit]
 
 
-def document_context(tokenizer, documents, index, room, random):
+def document_context(tokenizer, documents, index, room, random, excerpts):
     """(texts, pairs) of a document among others of its source, in random order, until the next would exceed room
-    tokens: distractors, whose questions may be asked too."""
+    tokens: distractors, whose questions may be asked too. With probability excerpts, a document that is longer than
+    room itself is cut to the sentences around an answer."""
     source, text, pairs = documents[index]
     texts, used = [text], len(tokenize(tokenizer, [text])[0])
-    others = [k for k, document in enumerate(documents) if document[0] == source and k != index]
+    if used > room and random.random() < excerpts:
+        text, pairs = excerpt(tokenizer, text, pairs, room, random)
+        texts = [text]
+    others = [k for k, other in enumerate(documents) if other[0] == source and k != index] if used < room else []
     for k in random.permutation(others):
         _, text, more = documents[k]
         used += len(tokenize(tokenizer, [text])[0]) + 2                        # and the blank line before it
@@ -171,21 +164,16 @@ def task_context(tokenizer, definition, items, room, random):
     return texts[:max(1, int((used <= room).sum()))], [(demonstration(text, ""), outputs) for text, outputs in queries]
 
 
-def instruction_units(documents, tasks):
-    """The units of an epoch: the index of every document, and the name of a task once for each 20 of its items."""
-    return [*range(len(documents)), *(task for task, (_, items) in tasks.items() if len(items) > 1
-                                      for _ in range(-(-len(items) // 20)))]
-
-
-def instruction_example(tokenizer, documents, tasks, unit, chunk, chunks, random):
-    """Example of a unit, with a context of random length up to chunks x chunk tokens. Its texts are joined by blank
-    lines and raw, as in evaluation."""
-    room = int(random.integers(chunk // 2, chunk * chunks + 1))
+def instruction_example(tokenizer, documents, tasks, unit, chunk, chunks, random, excerpts=0.0):
+    """Example of a unit. The room for its context is log-uniform between a sentence and chunks x chunk tokens, so that
+    each doubling of the length has an equal share. Texts are joined by blank lines and raw, as in evaluation."""
+    limit = chunk * chunks
+    room = int(np.exp(random.uniform(np.log(min(SENTENCE_TOKENS, limit)), np.log(limit + 1))))
     if isinstance(unit, str):
-        texts, pairs = task_context(tokenizer, *tasks[unit], room, random)
+        texts, pairs = task_context(tokenizer, *tasks[unit][1:], room, random)
     else:
-        texts, pairs = document_context(tokenizer, documents, unit, room, random)
-    context = context_ids(tokenizer, "\n\n".join(texts))[:chunk * chunks]
+        texts, pairs = document_context(tokenizer, documents, unit, room, random, excerpts)
+    context = context_ids(tokenizer, "\n\n".join(texts))[:limit]
     pairs = [(question, answers[int(random.integers(len(answers)))]) for question, answers in pairs]
     return Example(context, *conversation(tokenizer, pairs, max(chunk, TARGET_TOKENS)), frozenset(texts))
 
@@ -198,10 +186,9 @@ def instruction_batch(examples, pad, chunk):
     segments = F.pad(segments, (0, L - segments.shape[2], 0, 1), value=pad)                        # (B, C+1, L)
     mask = F.pad(mask, (0, L - mask.shape[2], 0, 1))                                               # (B, C+1, L)
     labels = torch.full_like(segments, -100)                                                       # (B, C+1, L)
-    for b, example in enumerate(examples):
-        n = len(example.ids)
-        segments[b, C, :n], mask[b, C, :n] = torch.tensor(example.ids), 1
-        labels[b, C, :n] = torch.tensor(example.labels)
+    for b, (_, ids, targets, _) in enumerate(examples):
+        segments[b, C, :len(ids)], labels[b, C, :len(ids)] = torch.tensor(ids), torch.tensor(targets)
+        mask[b, C, :len(ids)] = 1
     return Batch(segments, mask, torch.arange(C + 1), labels)
 
 
@@ -231,11 +218,9 @@ def pretraining_batches(tokenizer, sources, validation, *, chunk, chunks, batch_
     last eval_sequences sequences out of training. windows: see doubled."""
     length = chunks * chunk
     tokens = open_tokens(sources, tokenizer, max_tokens)
-    if validation:
-        held_out = open_tokens(validation, tokenizer)
-    else:
-        end = max(len(tokens) - eval_sequences * length, 0)
-        tokens, held_out = tokens[:end], tokens[end:]
+    end = len(tokens) if validation else max(len(tokens) - eval_sequences * length, 0)
+    held_out = open_tokens(validation, tokenizer) if validation else tokens[end:]
+    tokens = tokens[:end]
     sequences(tokens, length, 0, 1, seed)               # too little text: say so before anything is computed or written
     count = min(eval_sequences, len(held_out) // length)
     if count < 2:
@@ -253,9 +238,11 @@ def pretraining_batches(tokenizer, sources, validation, *, chunk, chunks, batch_
                    f"{len(tokens) / 1e6:.2f} M tokens")
 
 
-def instruction_batches(tokenizer, sources, validation, *, chunk, chunks, batch_size, seed, eval_sequences):
+def instruction_batches(tokenizer, sources, validation, *, chunk, chunks, batch_size, seed, eval_sequences,
+                        weights=(), excerpts=0.0):
     """Batches of instruction data: contexts of up to chunks x chunk tokens, then a conversation about each. validation:
-    sources, or None to hold eval_sequences documents out of training."""
+    sources, or None to hold eval_sequences documents out of training; it asks about whole documents.
+    weights: see instruction_units. excerpts: see document_context."""
     limit = chunk * chunks
     everything, tasks = load_instructions(sources)
 
@@ -266,35 +253,30 @@ def instruction_batches(tokenizer, sources, validation, *, chunk, chunks, batch_
     documents = short_enough(everything)
     dropped = len(everything) - len(documents)
     Random(seed).shuffle(documents)
-    if validation:
-        held_out = short_enough(load_instructions(validation)[0])[:eval_sequences]
-    else:
-        held_out, documents = documents[:eval_sequences], documents[eval_sequences:]
-    units = instruction_units(documents, tasks)
+    held_out = short_enough(load_instructions(validation)[0]) if validation else documents[:eval_sequences]
+    documents = documents if validation else documents[eval_sequences:]
+    Random(seed).shuffle(held_out)
+    units = instruction_units(documents, tasks, weights)
 
-    @functools.lru_cache(maxsize=2)
-    def order(epoch):
-        return np.random.default_rng((seed, epoch)).permutation(len(units))
-
-    def example(documents, unit, *number):
+    def example(documents, unit, excerpts, *number):
         random = np.random.default_rng((seed, *number))
-        return instruction_example(tokenizer, documents, tasks, unit, chunk, chunks, random)
+        return instruction_example(tokenizer, documents, tasks, unit, chunk, chunks, random, excerpts)
 
     def training(step):
         examples = []
         for i in range(step * batch_size, (step + 1) * batch_size):
             epoch, k = divmod(i, len(units))
-            examples.append(example(documents, units[order(epoch)[k]], 1, i))
+            examples.append(example(documents, units[epoch_order(len(units), 1, seed, epoch)[k]], excerpts, 1, i))
         examples.sort(key=lambda e: len(e.context))     # neighbours share a micro-batch: little padding
         return instruction_batch(examples, tokenizer.pad_token_id, chunk)
 
-    items = [example(held_out, k, 2, k) for k in range(len(held_out))]
+    items = [example(held_out, k, 0.0, 2, k) for k in range(min(eval_sequences, len(held_out)))]
     items = [e for e in items if any(label != -100 for label in e.labels[1:])]    # else the question fills the segment
     if len(items) < 2 or len(units) < 1:
         raise InputError("instruction tuning needs at least 1 unit to train on and 2 documents to validate on, of at "
                          f"most {limit} tokens: found {len(units)} and {len(items)}; give more data, longer --chunks, "
                          "--validation documents, or a lower --eval-sequences, which are held out without them")
-    controls = random_controls([e.documents for e in items])
+    controls = random_controls([e.texts for e in items])
     about = f"{len(documents)} documents ({dropped} longer than {limit} tokens left out) and {len(tasks)} tasks"
     if None in controls:
         about += f", {controls.count(None)} of {len(items)} validation items without a control of other documents"
@@ -345,8 +327,7 @@ def pack(sources, tokenizer, path, max_tokens=None):
 
 
 def load_tokens(path, tokenizer):
-    """The token file as a read-only memory map (tokens,). Raises InputError when it is missing, cut short or of another
-    tokenizer."""
+    """The token file as a read-only memory map (tokens,)."""
     try:
         with open(path + ".json") as file:
             meta = json.load(file)
@@ -362,8 +343,7 @@ def load_tokens(path, tokenizer):
 
 
 def open_tokens(sources, tokenizer, max_tokens=None):
-    """Memory-mapped tokens of sources: a .bin file as it is, anything else packed once into the cache
-    (GENERATIVE_ADAPTER_CACHE)."""
+    """Memory-mapped tokens of sources: a .bin file as it is, anything else packed once into CACHE."""
     if len(sources) == 1 and sources[0].endswith(".bin"):
         if max_tokens is not None:
             raise InputError(f"--max-tokens is for packing: {sources[0]} is packed already, so leave the flag out")
@@ -382,8 +362,7 @@ def open_tokens(sources, tokenizer, max_tokens=None):
 
 @functools.lru_cache(maxsize=2)
 def epoch_order(n_tokens, length, seed, epoch):
-    """Starts of the sequences of one epoch, shuffled; each epoch cuts the tokens at a fresh offset. Depends on nothing
-    but its arguments."""
+    """Starts of the sequences of one epoch, shuffled; each epoch cuts the tokens at a fresh offset below length."""
     random = np.random.default_rng((seed, epoch))
     offset = int(random.integers(length))
     return offset + length * random.permutation((n_tokens - length + 1) // length)
@@ -395,13 +374,10 @@ def sequences(tokens, length, first, count, seed):
     per_epoch = (len(tokens) - length + 1) // length
     if per_epoch < 1:
         raise InputError(f"the training text has {len(tokens)} tokens, fewer than two sequences of {length}: give more "
-                         "text, a shorter --chunk or fewer --chunks (without --validation, --eval-sequences are held "
-                         "out of it)")
-    rows = []
-    for i in range(first, first + count):
-        start = epoch_order(len(tokens), length, seed, i // per_epoch)[i % per_epoch]
-        rows.append(np.asarray(tokens[start:start + length], dtype=np.int64))
-    return torch.from_numpy(np.stack(rows))                                    # (count, length)
+                         "text or a shorter --chunk or --chunks (without --validation, --eval-sequences are held out)")
+    places = [divmod(i, per_epoch) for i in range(first, first + count)]
+    starts = [epoch_order(len(tokens), length, seed, epoch)[k] for epoch, k in places]
+    return torch.from_numpy(np.stack([np.asarray(tokens[s:s + length], dtype=np.int64) for s in starts]))
 
 
 def main():

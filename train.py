@@ -46,6 +46,10 @@ def arguments(argv=None):
     add("--data", nargs="+", help=".parquet, .jsonl(.gz), .txt(.gz) files, a hub data set id, or one packed .bin file; instruct: default the hub sets of Table 3")
     add("--documents", nargs="+", help="finetune: learn these texts first, by log-likelihood (CPT)")
     add("--validation", nargs="+", help="files of the same kinds; default: the last --eval-sequences sequences of --data, which then stay out of training")
+    add("--weights", nargs="+", metavar="SOURCE=N", help="instruct: how many times an epoch goes through a source, a file of --data or a row's "
+        "\"dataset\"; default 1")
+    add("--excerpts", type=float, help="instruct: probability that a document longer than the room drawn for its context is cut to the sentences around an answer; "
+        "default 0")
     add("--max-tokens", type=int, help="pack at most this many tokens of --data")
     add("--out", required=True, help="directory for checkpoints, log.jsonl and validation.jsonl")
     add("--resume", action="store_true", help="continue from the newest checkpoint in --out, or start if there is none")
@@ -106,6 +110,8 @@ def recipe(args, base):
     for name in ("steps", "epochs"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise InputError(f"--{name} must be at least 1")
+    if args.excerpts is not None and not 0 <= args.excerpts <= 1:
+        raise InputError(f"--excerpts {args.excerpts}: give a probability, between 0 and 1")
     if args.chunk < 2:
         raise InputError("--chunk must be at least 2: the first token of a segment is never a target")
     if args.stage == "pretrain" and args.objective == "completion" and args.chunks < 2:
@@ -336,7 +342,7 @@ def train(args):
         dist.barrier()
     common = {"chunk": args.chunk, "chunks": args.chunks, "batch_size": args.batch, "seed": args.seed, "eval_sequences": args.eval_sequences}
     if args.stage == "instruct":
-        batches = instruction_batches(tokenizer, args.data, args.validation, **common)
+        batches = instruction_batches(tokenizer, args.data, args.validation, **common, weights=args.weights or (), excerpts=args.excerpts or 0.0)
         args.steps = args.steps or max(1, (args.epochs or 2) * batches.epoch // args.batch)
     else:
         batches = pretraining_batches(tokenizer, args.data, args.validation, **common, max_tokens=args.max_tokens, windows=args.windows)

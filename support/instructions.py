@@ -2,10 +2,12 @@
 Instruction tuning (data.py) and the fine-tuned baselines need it."""
 
 import os
+import re
 
 from tqdm import tqdm
 
 from support.files import InputError, count_rows, read_rows
+from support.text import tokenize
 
 # the sets with a hub id; MetaICL has none: give its files
 TABLE_3 = ["stanfordnlp/coqa", "ucinlp/drop", "deepmind/narrativeqa", "qiaojin/PubMedQA:pqa_labeled",
@@ -70,19 +72,65 @@ def task_example(row, where):
 
 def load_instructions(sources):
     """(documents, tasks): [(source, context, [(question, [answers])])], rows of one context joined, and
-    {task: (definition, [(input, [outputs])])}."""
+    {task: (source, definition, [(input, [outputs])])}. A source is the set that a row names as its "dataset", else the
+    file."""
     documents, tasks = {}, {}
     for source in sources:
         rows = tqdm(read_rows(source), total=count_rows(source), unit="row", desc=os.path.basename(source), leave=False)
         for where, row in rows:
+            name = row["dataset"] if isinstance(row.get("dataset"), str) else source
             if "task" in row:
                 task, definition, text, outputs = task_example(row, where)
-                tasks.setdefault(task, (definition, []))[1].append((text, outputs))
+                tasks.setdefault(task, (name, definition, []))[2].append((text, outputs))
             else:
                 context, pairs = question_answers(row, where)
-                documents.setdefault((source, context), []).extend(pairs)
+                documents.setdefault((name, context), []).extend(pairs)
     kept = [(*key, pairs) for key, pairs in documents.items() if pairs and key[1].strip()]
     return kept, tasks
+
+
+def instruction_units(documents, tasks, weights=()):
+    """The units of an epoch: the index of every document, and the name of a task once for each 20 of its items.
+    weights: "source=integer", each unit of that source as many times; 1 for sources not named."""
+    sources, factors = {source for source, *_ in [*documents, *tasks.values()]}, {}
+    for entry in weights:
+        source, _, number = entry.rpartition("=")
+        if source not in sources or not number.isdecimal():
+            raise InputError(f"--weights {entry}: give source=integer for one of {', '.join(sorted(sources))}")
+        factors[source] = int(number)
+    units = [(k, source, 1) for k, (source, _, _) in enumerate(documents)]
+    units += [(task, source, -(-len(items) // 20)) for task, (source, _, items) in tasks.items() if len(items) > 1]
+    return [unit for unit, source, count in units for _ in range(count * factors.get(source, 1))]
+
+
+def said_once(answers, text):
+    """(start, end) of the first of answers that text holds exactly once, as whole words in upper or lower case; None
+    where there is none. "Yes" and "no" are not looked for."""
+    for answer in answers:
+        found = list(re.finditer(rf"(?<!\w){re.escape(answer)}(?!\w)", text, re.IGNORECASE))
+        if len(found) == 1 and answer.lower() not in ("yes", "no"):
+            return found[0].span()
+
+
+def excerpt(tokenizer, text, pairs, room, random):
+    """(sentences of text, the pairs they answer): a window around the literal answer to one of the questions, grown
+    sentence by sentence on a random side up to room tokens; one sentence at least. A question is asked only where the
+    window holds its answer, said once in all of text. Where there is no such answer: (text, pairs).
+    Where each line begins with its speaker, lines stand for sentences."""
+    answered = [(span, pair) for pair in pairs if (span := said_once(pair[1], text))]
+    if not answered:
+        return text, pairs
+    turns = all(re.match(r"[^:\n]{1,40}: ", line) for line in text.splitlines())
+    ends = re.finditer(r"\n+" if turns else r"[.!?][\"'”’)]*\s+", text)
+    bounds = sorted({0, len(text), *(end.end() for end in ends)})              # sentence i: bounds[i] .. bounds[i + 1]
+    lengths = [len(ids) for ids in tokenize(tokenizer, [text[a:b] for a, b in zip(bounds, bounds[1:])])]
+    start, end = answered[int(random.integers(len(answered)))][0]
+    first, last = max(i for i, b in enumerate(bounds) if b <= start), min(i for i, b in enumerate(bounds) if b >= end)
+    while sides := [(i, j) for i, j in ((first - 1, last), (first, last + 1))
+                    if i >= 0 and j < len(bounds) and sum(lengths[i:j]) <= room]:
+        first, last = sides[int(random.integers(len(sides)))]
+    kept = [pair for (a, b), pair in answered if bounds[first] <= a and b <= bounds[last]]
+    return text[bounds[first]:bounds[last]].strip(), kept
 
 
 def load_texts(sources):

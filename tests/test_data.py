@@ -12,11 +12,12 @@ import pytest
 import torch
 
 import data
-from data import doubled, instruction_batches, load_tokens, open_tokens, pack, sequences, split_into_chunks
+from data import doubled, instruction_batches, instruction_example, load_tokens, open_tokens, pack, sequences, split_into_chunks
 import train
 from conftest import ROOT, make_model
 from support.benchmarks import load_msc
 from support.files import InputError, read_rows, run_command
+from support.instructions import excerpt, instruction_units, load_instructions
 from support.text import document_marks
 
 GOLDEN = json.load(open(os.path.join(os.path.dirname(__file__), "golden", "text_golden.json"), encoding="utf-8"))
@@ -223,33 +224,33 @@ def villages(tokenizer, batch, item):
 
 @pytest.mark.parametrize("chunks", [2, 10])
 def test_the_control_shares_no_document(tmp_path, tokenizer, chunks):
-    """Contexts of up to 10 of 50 documents: the context half the set away often holds the right document, the control never."""
-    sources = write_villages(tmp_path / "qa.jsonl", 100)
-    batches = instruction_batches(tokenizer, sources, None, chunk=64, chunks=chunks, batch_size=2, seed=0, eval_sequences=50)
-    held = [villages(tokenizer, batches.validation, i) for i in range(50)]
-    assert sum(control is not None for control in batches.controls) >= 45
+    """Contexts of up to 10 of 30 documents: the context half the set away often holds the right document, the control never."""
+    sources = write_villages(tmp_path / "qa.jsonl", 60)
+    batches = instruction_batches(tokenizer, sources, None, chunk=64, chunks=chunks, batch_size=2, seed=0, eval_sequences=30)
+    held = [villages(tokenizer, batches.validation, i) for i in range(30)]
+    assert sum(control is not None for control in batches.controls) >= 27
     for i, control in enumerate(batches.controls):
         assert held[i] and not held[i] & (held[control] if control is not None else set())
         if control is None:
             assert all(held[i] & other for other in held)
     if chunks == 10:
-        assert sum(bool(held[i] & held[(i + 25) % 50]) for i in range(50)) > 5 and max(map(len, held)) >= 9
+        assert sum(bool(held[i] & held[(i + 15) % 30]) for i in range(30)) > 2 and max(map(len, held)) >= 9
 
 
 def test_items_without_a_control_are_counted(tmp_path, tokenizer):
-    """Two documents that are in every context; and no control leaves an empty column, not a wrong one."""
-    sources = write_villages(tmp_path / "qa.jsonl", 4)
-    batches = instruction_batches(tokenizer, sources[:1], sources, chunk=500, chunks=2, batch_size=2, seed=0, eval_sequences=4)
-    contexts = [villages(tokenizer, batches.validation, i) for i in range(4)]
-    lone = [i for i in range(4) if all(contexts[i] & other for other in contexts)]
-    assert lone and [i for i in range(4) if batches.controls[i] is None] == lone
-    assert f"{len(lone)} of 4 validation items without a control" in batches.about
+    """A context of all documents has no control: its value is null, and the others keep theirs."""
+    sources = write_villages(tmp_path / "qa.jsonl", 6)
+    batches = instruction_batches(tokenizer, sources[:1], sources, chunk=500, chunks=2, batch_size=2, seed=0, eval_sequences=6)
+    contexts = [villages(tokenizer, batches.validation, i) for i in range(6)]
+    lone = [i for i in range(6) if all(contexts[i] & other for other in contexts)]
+    assert lone and [i for i in range(6) if batches.controls[i] is None] == lone
+    assert f"{len(lone)} of 6 validation items without a control" in batches.about
     losses, args = train.validate(make_model(), batches, 0, 1), types.SimpleNamespace(out=str(tmp_path), stage="instruct")
-    assert [i for i in range(4) if losses[i, 2].isnan()] == lone and not losses[:, 0].isnan().any()
+    assert [i for i in range(6) if losses[i, 2].isnan()] == lone and not losses[:, 0].isnan().any()
     for step in (0, 5):
         train.report_validation(args, step, losses)
     for row in map(json.loads, open(tmp_path / "validation.jsonl")):
-        assert [i for i in range(4) if row["sequences"].get("answer_shuffled", [None] * 4)[i] is None] == lone
+        assert [i for i in range(6) if row["sequences"]["answer_shuffled"][i] is None] == lone
 
 
 def test_bad_input_is_told_once_a_machine(monkeypatch, capsys):
@@ -269,3 +270,64 @@ def test_data_set_libraries_wait_until_they_are_used():
     script = "import sys, train, evaluate; print(sorted({'datasets', 'pyarrow', 'matplotlib', 'peft'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "[]\n", done.stdout + done.stderr
+
+
+def sentences_of(text):
+    """Plain reference: a sentence ends at a full stop and a space."""
+    parts = text.split(". ")
+    return [part + "." for part in parts[:-1]] + parts[-1:]
+
+
+def test_an_excerpt_holds_the_answers_it_asks_for(tokenizer):
+    """A run of whole sentences, as long as the room allows, round an answer that is said once; other questions are not asked."""
+    places = "Rome Oslo Bern Lima Cork Nice Bath Graz Linz Ghent".split()
+    text = " ".join(f"Guest {k} came {'a long way ' * (k % 3)}from {place}." for k, place in enumerate(places))
+    pairs = [(f"Where did guest {k} come from?", ["Nowhere", place.upper()]) for k, place in enumerate(places)]
+    pairs += [("Who came?", ["guest"]), ("Far?", ["yes"]), ("Why?", ["for the food"])]             # said often, no fact, not said
+    plain, seen = sentences_of(text), set()
+    for seed in range(60):
+        for room in (1, 60, 150, 400):
+            got, asked = excerpt(tokenizer, text, pairs, room, np.random.default_rng(seed))
+            window = sentences_of(got)
+            first = plain.index(window[0])
+            assert window == plain[first:first + len(window)] and got in text
+            assert asked == [pair for pair in pairs[:10] if pair[1][1].title() in got] and asked
+            longer = [" ".join(plain[a:b]) for a, b in ((first - 1, first + len(window)), (first, first + len(window) + 1)) if a >= 0 and b <= 10]
+            assert (len(window) == 1 or len(got) <= room) and all(len(other) + 1 > room for other in longer)
+            seen.add((room, first))
+    assert {first for room, first in seen if room == 1} == set(range(10)) and len(seen) > 20
+    assert excerpt(tokenizer, text, pairs[10:], 50, np.random.default_rng(0)) == (text, pairs[10:])
+
+
+def test_an_excerpt_of_a_dialogue_keeps_its_speakers(tokenizer):
+    text = "Ann: Hello! Who is it?\nBo: Me. I bring pears. Are you well?\nAnn: Yes! Come in."
+    got, _ = excerpt(tokenizer, text, [("What does Bo bring?", ["pears"])], 5, np.random.default_rng(0))
+    assert got == "Bo: Me. I bring pears. Are you well?"
+    got, _ = excerpt(tokenizer, text[5:], [("What does Bo bring?", ["pears"])], 5, np.random.default_rng(0))
+    assert got == "I bring pears."
+
+
+def test_context_lengths_are_log_uniform(tmp_path, tokenizer):
+    """From a sentence to all chunks: of the rooms drawn for demonstrations of 20 tokens, each doubling has its share. And a document longer than its
+    room is cut only where excerpts are asked for."""
+    tasks = {"t": ("f", "", [("a", ["b"])] * 400)}
+    draws = [instruction_example(tokenizer, [], tasks, "t", 64, 16, np.random.default_rng(seed)) for seed in range(600)]
+    lengths = np.array([len(example.context) for example in draws])
+    shares = [((lengths >= low) & (lengths < 2 * low)).mean() for low in (32, 64, 128, 256, 512)]
+    assert all(abs(share - 1 / 6) < 0.06 for share in shares), shares
+    documents, _ = load_instructions(write_villages(tmp_path / "qa.jsonl", 12))
+    whole, cut = [[len(instruction_example(tokenizer, documents, {}, 3, 64, 1, np.random.default_rng(seed), share).context) for seed in range(80)] for share in (0.0, 1.0)]
+    assert min(whole) == 60 and min(cut) < 50 and sum(n < 50 for n in cut) > 40
+
+
+def test_weights_of_sources(tmp_path):
+    rows = [{"dataset": name, "context": f"{name} {k}", "qas": [{"question": "q", "answers": ["a"]}]} for name, n in (("x", 3), ("y", 2), ("z", 4)) for k in range(n)]
+    (tmp_path / "qa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps({"task": "up", "input": str(k), "output": "o"}) + "\n" for k in range(30)))
+    documents, tasks = load_instructions([str(tmp_path / "qa.jsonl"), str(tmp_path / "t.jsonl")])
+    assert instruction_units(documents, tasks) == [*range(9), "up", "up"]
+    units = instruction_units(documents, tasks, ["y=3", "z=0", f"{tmp_path / 't.jsonl'}=2"])
+    assert units == [0, 1, 2, 3, 3, 3, 4, 4, 4, "up", "up", "up", "up"]
+    for bad in ("w=1", "x", "x=", "x=0.5", "x=-1", "=3"):
+        with pytest.raises(InputError, match="--weights"):
+            instruction_units(documents, tasks, [bad])

@@ -96,8 +96,9 @@ def read_everything(source, tokenizer, path):
     def instruct():
         documents, tasks = load_instructions([source])
         for unit in data.instruction_units(documents, tasks):
-            example = data.instruction_example(tokenizer, documents, tasks, unit, 32, 2, np.random.default_rng(0))
-            data.instruction_batch([example], tokenizer.pad_token_id, 32)
+            for excerpts in (0.0, 1.0):
+                example = data.instruction_example(tokenizer, documents, tasks, unit, 32, 2, np.random.default_rng(0), excerpts)
+                data.instruction_batch([example], tokenizer.pad_token_id, 32)
 
     def pack():
         out = os.path.join(path, "out.bin")
