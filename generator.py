@@ -81,8 +81,8 @@ class LayerGenerator(nn.Module):
         return values.float().mT @ keys.float()                                 # (..., d_r, d_r)
 
     def adapter(self, S, tokens=None):
-        """W_Delta = lora_B lora_A (eq. 4, 8, 9): S (..., d_r, d_r) fp32 -> lora_A (..., r, d_in), lora_B (..., d_out, r)
-        with s folded in. An S that holds fewer than r tokens has no higher rank: tokens cuts r to that, exactly."""
+        """W_Delta = lora_B lora_A (eq. 4, 8, 9): S (..., d_r, d_r) -> lora_A (..., r, d_in), lora_B (..., d_out, r),
+        s folded into it. An S that holds fewer than r tokens has no higher rank: tokens cuts r to that, exactly."""
         c = self.config
         if c.norm == "frobenius":                                               # full rank, r = d_r
             lora_A = frobenius_norm(S) @ self.B2                                # (..., d_r, d_in)
