@@ -12,11 +12,9 @@ evaluate.py --checkpoint reads; --resume continues from the newest one, on a CPU
 
 import argparse
 import ctypes
-import functools
 import json
 import math
 import os
-import random
 import shutil
 import signal
 import sys
@@ -24,19 +22,17 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from data import doubled, instruction_batch, instruction_example, instruction_units, open_tokens, sequences
+from data import instruction_batches, open_tokens, pretraining_batches, sequences, trim
 from generator import NORMS, GeneratorConfig
 from model import DEFAULT_BASE, AdaptedLM, load_base
 from support.files import InputError, is_file_source, make_directory, read_json, read_safetensors, run_command
 from support.finetune import finetune
-from support.instructions import TABLE_3, load_instructions
-from support.text import tokenize
+from support.instructions import TABLE_3
 
 MAX_SKIPPED = 10          # steps in a row without a finite gradient before the run gives up
 
@@ -141,82 +137,7 @@ def learning_rate(args, step):
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# batches: (segments (B, N, L), mask (B, N, L), visible (N,), labels (B, N, L)) of the whole global batch, the same on every process
-
-
-def pretraining_batches(args, tokenizer):
-    """(function step -> batch, the fixed validation batch, what they hold) of the doubled sequence over packed text."""
-    C, length = args.chunks, args.chunks * args.chunk
-    data = open_tokens(args.data, tokenizer, args.max_tokens)
-    held_out = open_tokens(args.validation, tokenizer) if args.validation else None
-    if held_out is None:
-        cut = len(data) - args.eval_sequences * length
-        data, held_out = data[:max(cut, 0)], data[max(cut, 0):]
-    sequences(data, length, 0, 1, args.seed)            # too little text: say so before anything is computed or written
-    count = min(args.eval_sequences, len(held_out) // length)
-    if count < 2:
-        raise InputError(f"validation needs at least 2 sequences of {length} tokens, the text gives {count}: give more text or shorter --chunks")
-    starts = np.linspace(0, len(held_out) - length, count).astype(int)       # fixed, and spread over the text
-    validation = torch.from_numpy(np.stack([np.asarray(held_out[s:s + length], dtype=np.int64) for s in starts]))
-
-    def batch(tokens, windows_seed=None):
-        segments, mask, visible = doubled(tokens, C, tokenizer.pad_token_id, windows_seed)      # (B, 2C, L) twice, (2C,)
-        return segments, mask, visible, segments.masked_fill(mask == 0, -100)
-
-    def training(step):
-        return batch(sequences(data, length, step * args.batch, args.batch, args.seed), (args.seed, step) if args.windows else None)
-
-    return training, batch(validation), f"{len(data) / 1e6:.2f} M tokens"
-
-
-def instruction_batches(args, tokenizer):
-    """The same of instruction data: contexts of 1 .. --chunks chunks, then a conversation about each. Sets --steps from --epochs."""
-    limit = args.chunk * args.chunks
-
-    def short_enough(documents):                        # of a longer one the end would be cut off, and with it some answers
-        return [d for d, ids in zip(documents, tokenize(tokenizer, [context for _, context, _ in documents])) if len(ids) <= limit]
-
-    everything, tasks = load_instructions(args.data)
-    documents, held_out = short_enough(everything), short_enough(load_instructions(args.validation)[0]) if args.validation else []
-    dropped = len(everything) - len(documents)
-    random.Random(args.seed).shuffle(documents)
-    if not args.validation:
-        held_out, documents = documents[:args.eval_sequences], documents[args.eval_sequences:]
-    held_out = held_out[:args.eval_sequences]
-    units = instruction_units(documents, tasks)
-    if args.steps is None:
-        args.steps = max(1, (args.epochs or 2) * len(units) // args.batch)
-
-    def example(documents, unit, seed):
-        return instruction_example(tokenizer, documents, tasks, unit, args.chunk, args.chunks, np.random.default_rng(seed))
-
-    @functools.lru_cache(maxsize=2)
-    def order(epoch):
-        return np.random.default_rng((args.seed, epoch)).permutation(len(units))
-
-    def training(step):
-        examples = []
-        for i in range(step * args.batch, (step + 1) * args.batch):
-            epoch, k = divmod(i, len(units))
-            examples.append(example(documents, units[order(epoch)[k]], (args.seed, 1, i)))
-        examples.sort(key=lambda e: len(e[0]))          # neighbours share a micro-batch: little padding
-        return instruction_batch(examples, tokenizer.pad_token_id, args.chunk)
-
-    validation = [example(held_out, unit, (args.seed, 2, unit)) for unit in range(len(held_out))]
-    validation = [e for e in validation if any(label != -100 for label in e[2][1:])]        # of a question too long for its segment nothing is left to score
-    if len(validation) < 2 or len(units) < 1:
-        raise InputError(f"instruction tuning needs at least 1 unit to train on and 2 documents to validate on, of at most {limit} tokens: found {len(units)} and {len(validation)}; "
-                         "give more data, longer --chunks, --validation documents, or a lower --eval-sequences, which are held out without them")
-    about = f"{len(documents)} documents ({dropped} longer than {limit} tokens left out) and {len(tasks)} tasks"
-    return training, instruction_batch(validation, tokenizer.pad_token_id, args.chunk), about
-
-
-def trim(mask, visible, *tensors):
-    """Drop the segments and the columns that are padding in every row: mask (B, N, L), visible (N,) and tensors (B, N) or (B, N, L)."""
-    kept = mask.any(-1).any(0)                                              # (N,)
-    seen = torch.cat([torch.zeros(1, dtype=torch.long), kept.cumsum(0)])    # kept segments among the first v
-    L = int(mask.any(0).any(0).nonzero().max()) + 1
-    return [t[:, kept] if t.dim() == 2 else t[:, kept, :L] for t in (mask, *tensors)], seen[visible][kept]
+# weights of eq. 5
 
 
 def loss_weights(labels, C, objective):
@@ -292,14 +213,14 @@ def trim_log(path, step):
 
 
 @torch.no_grad()
-def validate(model, validation, process, world):
+def validate(model, batches, process, world):
     """Token-mean nats of each fixed validation item, (n, 3): second half (reconstruction, or the answers), completion (NaN where there is none), and
-    the second half under the adapter of the item half the set away, the control that tells memory from a mere change of style."""
-    segments, mask, visible, labels = validation
+    the second half under the adapter of a random control context, which tells memory from a mere change of style."""
+    segments, mask, visible, labels = batches.validation
     C, n, device = int(visible.max()), len(segments), model.base.device
     losses = torch.zeros(n, 3, dtype=torch.float64)
     for i in tqdm(range(process, n, world), desc="validation", leave=False, disable=process != 0):
-        for column, source in ((0, i), (2, (i + n // 2) % n)):
+        for column, source in ((0, i), (2, batches.controls[i])):
             context, own = slice(source, source + 1), slice(i, i + 1)
             mixed = [torch.cat([t[context, :C], t[own, C:]], 1) for t in (mask, segments)]
             targets = labels[own].clone()
@@ -401,14 +322,19 @@ def train(args):
 
     if world > 1 and local > 0:                         # the first process of a machine packs, the others then find the files
         dist.barrier()
-    batch, validation, about = (instruction_batches if args.stage == "instruct" else pretraining_batches)(args, tokenizer)
+    common = {"chunk": args.chunk, "chunks": args.chunks, "batch_size": args.batch, "seed": args.seed, "eval_sequences": args.eval_sequences}
+    if args.stage == "instruct":
+        batches = instruction_batches(tokenizer, args.data, args.validation, **common)
+        args.steps = args.steps or max(1, (args.epochs or 2) * batches.epoch // args.batch)
+    else:
+        batches = pretraining_batches(tokenizer, args.data, args.validation, **common, max_tokens=args.max_tokens, windows=args.windows)
     if world > 1 and local == 0:
         dist.barrier()
 
     def prepare(step):
         """The micro-batches of this process, as (segments, mask, visible, labels, weights). Every process cuts the whole global batch, so that the
         token counts need no communication, and keeps its own rows."""
-        segments, mask, visible, labels = batch(step)
+        segments, mask, visible, labels = batches.training(step)
         weights = loss_weights(labels, int(visible.max()), args.objective if args.stage == "pretrain" else "reconstruction")
         parts = []
         labels = labels.masked_fill((weights == 0)[:, :, None], -100)      # no lm_head for a loss of weight 0
@@ -426,7 +352,7 @@ def train(args):
         for name in ("log.jsonl", "validation.jsonl"):
             trim_log(os.path.join(args.out, name), step if resumed else None)
         size = sum(p.numel() for p in parameters)
-        print(f"generator of {size / 1e6:.1f} M parameters on {args.base}; {about}; {args.batch} x {args.chunks} chunks of {args.chunk} tokens a step; "
+        print(f"generator of {size / 1e6:.1f} M parameters on {args.base}; {batches.about}; {args.batch} x {args.chunks} chunks of {args.chunk} tokens a step; "
               f"{args.steps} steps from step {step}; {world} process{'es' if world > 1 else ''} on {device}")
 
     stopping = []
@@ -439,7 +365,7 @@ def train(args):
         support.aligned.aligned_start(model, sequences(data, 128, 0, 160, args.seed).split(16))
         print(f"aligned start in {time.time() - began:.0f} s")
     if step == 0:
-        losses = validate(model, validation, process, world)
+        losses = validate(model, batches, process, world)
         if process == 0:
             report_validation(args, 0, losses)
     bar = tqdm(total=args.steps, initial=step, desc="training", unit="step", disable=process != 0)
@@ -493,7 +419,7 @@ def train(args):
             raise InputError(f"the loss or its gradient was not finite {MAX_SKIPPED} steps in a row (step {step}): lower --lr or raise --damping; checkpoints already written are good")
         last = stop or step == args.steps
         if step % args.eval_every == 0 or step == args.steps:
-            losses = validate(model, validation, process, world)
+            losses = validate(model, batches, process, world)
             if process == 0:
                 report_validation(args, step, losses)
         if process == 0 and (step % args.save_every == 0 or last):

@@ -209,7 +209,7 @@ def step(args, device, kind):
     else:
         torch.set_float32_matmul_precision("high")
     _, config, _, C, L, _ = SHAPES[args.shape]
-    segments, _, visible = doubled(torch.randint(config.vocab_size, (args.batch, C * L)), C, pad=0)       # (B, 2C, L)
+    segments, _, visible, _ = doubled(torch.randint(config.vocab_size, (args.batch, C * L)), C, pad=0)       # (B, 2C, L)
     segments = segments.to(device)
     if kind == "bare":
         base = make(args, device, adapted=False)

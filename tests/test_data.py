@@ -96,9 +96,9 @@ def test_sequences_are_an_endless_shuffled_stream():
 
 def test_doubled_copy():
     tokens = torch.arange(24).view(2, 12)
-    segments, mask, visible = doubled(tokens, 3, pad=99)
+    segments, mask, visible, labels = doubled(tokens, 3, pad=99)
     assert segments.tolist() == [[[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]] * 2, [[12, 13, 14, 15], [16, 17, 18, 19], [20, 21, 22, 23]] * 2]
-    assert visible.tolist() == [0, 1, 2, 1, 2, 3] and mask.all()
+    assert visible.tolist() == [0, 1, 2, 1, 2, 3] and mask.all() and torch.equal(labels, segments)
 
 
 def test_doubled_windows():
@@ -107,7 +107,7 @@ def test_doubled_windows():
     tokens = torch.arange(2 * C * L).view(2, -1)
     starts = set()
     for seed in range(200):
-        segments, mask, _ = doubled(tokens, C, pad=99, windows_seed=(seed, 3))
+        segments, mask, *_ = doubled(tokens, C, pad=99, windows_seed=(seed, 3))
         assert torch.equal(segments[:, :C].reshape(2, -1), tokens)
         for b in range(2):
             for j in range(C):
