@@ -215,6 +215,7 @@ class Batches(NamedTuple):
     controls: list             # for each validation item, the item whose context is its random control context
     epoch: int                 # rows of an epoch
     about: str                 # what they hold, in words
+    text: np.ndarray = None    # pretraining: the packed tokens
 
 
 def pretraining_batches(tokenizer, sources, validation, *, chunk, chunks, batch_size, seed, eval_sequences,
@@ -242,7 +243,7 @@ def pretraining_batches(tokenizer, sources, validation, *, chunk, chunks, batch_
 
     controls = [(i + count // 2) % count for i in range(count)]
     return Batches(training, doubled(held_out, chunks, tokenizer.pad_token_id), controls, len(tokens) // length,
-                   f"{len(tokens) / 1e6:.2f} M tokens")
+                   f"{len(tokens) / 1e6:.2f} M tokens", tokens)
 
 
 def instruction_batches(tokenizer, sources, validation, *, chunk, chunks, batch_size, seed, eval_sequences):
