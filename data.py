@@ -212,10 +212,18 @@ def instruction_batch(examples, pad, chunk):
 class Batches(NamedTuple):
     training: Callable         # step -> Batch
     validation: Batch          # fixed
-    controls: list             # for each validation item, the item whose context is its random control context
+    controls: list             # for each validation item, the item whose context is its random control context, or None
     epoch: int                 # rows of an epoch
     about: str                 # what they hold, in words
     text: np.ndarray = None    # pretraining: the packed tokens
+
+
+def random_controls(documents):
+    """For each item the index of another whose context shares no document with its own, None where each shares one.
+    documents: the documents of each item's context, as sets. The search begins half the set away."""
+    n = len(documents)
+    return [next((j % n for j in range(i + n // 2, i + n // 2 + n) if not documents[i] & documents[j % n]), None)
+            for i in range(n)]
 
 
 def pretraining_batches(tokenizer, sources, validation, *, chunk, chunks, batch_size, seed, eval_sequences,
@@ -241,7 +249,7 @@ def pretraining_batches(tokenizer, sources, validation, *, chunk, chunks, batch_
         rows = sequences(tokens, length, step * batch_size, batch_size, seed)                      # (B, C L)
         return doubled(rows, chunks, tokenizer.pad_token_id, (seed, step) if windows else None)
 
-    controls = [(i + count // 2) % count for i in range(count)]
+    controls = random_controls([{start} for start in starts])
     return Batches(training, doubled(held_out, chunks, tokenizer.pad_token_id), controls, len(tokens) // length,
                    f"{len(tokens) / 1e6:.2f} M tokens", tokens)
 
@@ -287,8 +295,10 @@ def instruction_batches(tokenizer, sources, validation, *, chunk, chunks, batch_
         raise InputError("instruction tuning needs at least 1 unit to train on and 2 documents to validate on, of at "
                          f"most {limit} tokens: found {len(units)} and {len(items)}; give more data, longer --chunks, "
                          "--validation documents, or a lower --eval-sequences, which are held out without them")
-    controls = [(i + len(items) // 2) % len(items) for i in range(len(items))]
+    controls = random_controls([e.documents for e in items])
     about = f"{len(documents)} documents ({dropped} longer than {limit} tokens left out) and {len(tasks)} tasks"
+    if None in controls:
+        about += f", {controls.count(None)} of {len(items)} validation items without a control of other documents"
     return Batches(training, instruction_batch(items, tokenizer.pad_token_id, chunk), controls, len(units), about)
 
 

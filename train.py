@@ -260,7 +260,7 @@ def train(args):
         if (step % args.eval_every == 0 or step == args.steps) and step not in validated and not stop:
             losses = validate(args, model, batches, process, world)
             if process == 0:
-                report_validation(args, step, losses, second_name)
+                report_validation(args, step, losses)
         if step == args.steps or stop:
             break
         t0 = time.time()
@@ -351,21 +351,29 @@ def validate(args, model, batches, process, world):
     return losses.cpu()
 
 
-def report_validation(args, step, losses, second_name):
-    """Append to validation.jsonl and print, with the paired difference to step 0 and its standard error over sequences."""
+def report_validation(args, step, losses):
+    """Append to validation.jsonl (null where an item has no value) and print, with the paired difference to step 0 and its
+    standard error over items; then how much better the own context is than the control."""
     path = os.path.join(args.out, "validation.jsonl")
-    names = (second_name, "completion", second_name + "_shuffled")
+    second = "answer" if args.stage == "instruct" else "reconstruction"
+    names = (second, "completion", second + "_shuffled")
     columns = {name: losses[:, k] for k, name in enumerate(names) if not losses[:, k].isnan().all()}
     with open(path, "a") as file:
         means = {name: values.nanmean().item() for name, values in columns.items()}
-        sequences = {name: [None if v != v else v for v in values.tolist()] for name, values in columns.items()}
-        file.write(json.dumps({"step": step, **means, "sequences": sequences}) + "\n")
+        items = {name: [None if math.isnan(v) else v for v in values.tolist()] for name, values in columns.items()}
+        file.write(json.dumps({"step": step, **means, "sequences": items}) + "\n")
     with open(path) as file:
         start = json.loads(file.readline())["sequences"]
+
+    def difference(a, b):
+        d = (a - b)[~(a - b).isnan()]
+        return f"{d.mean():+.4f} +- {d.std() / len(d) ** 0.5:.4f}" if len(d) > 1 else "unknown"
+
     for name, values in columns.items():
-        change = torch.tensor([v - s for v, s in zip(values.tolist(), start[name]) if s is not None and v == v])
+        change = difference(values, torch.tensor([math.nan if v is None else v for v in start[name]]))
         tqdm.write(f"step {step:6d}  {name:24s} {means[name]:.4f} nats  perplexity {math.exp(means[name]):9.2f}  "
-                   f"since step 0 {change.mean():+.4f} +- {change.std() / len(change) ** 0.5:.4f}")
+                   f"since step 0 {change}")
+    tqdm.write(f"step {step:6d}  {'control - own context':24s} {difference(losses[:, 2], losses[:, 0])} nats")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
