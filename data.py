@@ -1,9 +1,13 @@
-"""Data: text packed once into a token file, the doubled sequence of pretraining, contexts cut into chunks, conversations with questions.
+"""Data: from text to the batches of a training run (§2.3, appendix B).
 
-    python data.py corpus.parquet more.jsonl.gz notes.txt --out tokens.bin        # tokens of the default base; --base for another
+    python data.py corpus.parquet more.jsonl.gz notes.txt --out tokens.bin        # pack text; --base: whose tokenizer
 
-A source is a .parquet, .jsonl(.gz) or .txt(.gz) file with a "text" field (a .txt file is one document), or a hub data set id, with its
-configuration after a colon where it has several ("microsoft/ms_marco:v1.1"). Instruction tuning reads the schemas of Table 3's sets.
+A source is a .parquet, .jsonl(.gz) or .txt(.gz) file with a "text" field (a .txt file is one document), or a hub data
+set id, with its configuration after a colon where it has several ("microsoft/ms_marco:v1.1"). Instruction tuning reads
+the schemas of Table 3's sets (support/instructions.py).
+
+    B  rows of a batch side by side        C  context chunks of a row
+    N  segments of a pass                  L  tokens of a segment
 """
 
 import argparse
@@ -12,125 +16,41 @@ import hashlib
 import itertools
 import json
 import os
+from random import Random
+from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
-from support.files import InputError, count_rows, field, is_file_source, read_rows, run_command
-from support.instructions import demonstration
+from support.files import InputError, count_rows, field, is_file_source, read_rows, run_command, stamps
+from support.instructions import demonstration, load_instructions
 from support.text import apply_template, context_ids, document_marks, tokenize, user_turn
 
 CACHE = os.path.expanduser(os.environ.get("GENERATIVE_ADAPTER_CACHE", "~/.cache/generative-adapter"))
-
 TARGET_TOKENS = 128       # a conversation may be this long even where chunks are shorter
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# the packed token file
-
-
-def tokenizer_facts(tokenizer):
-    """What tells two tokenizers apart: a token file belongs to one."""
-    probe = tokenizer("The quick brown fox, 1234.", add_special_tokens=False)["input_ids"]
-    return {"vocabulary": len(tokenizer), "probe": probe, "marks": list(document_marks(tokenizer))}
-
-
-def pack(sources, tokenizer, path, max_tokens=None):
-    """Tokenise every document of sources into one flat file of uint16 (uint32 for a vocabulary beyond 65,536) and a .json beside it.
-    The token file is written aside and renamed; 512 documents are in memory at a time. Raises InputError when the text holds no token."""
-    if max_tokens is not None and max_tokens < 1:
-        raise InputError("--max-tokens must be at least 1")
-    before, after = document_marks(tokenizer)
-    dtype = np.uint16 if len(tokenizer) <= 65_536 else np.uint32
-    counts = [count_rows(source) for source in sources]
-    total = max_tokens or (sum(counts) if None not in counts else None)
-    tokens = documents = 0
-    texts = (field(row, "text", str, where) for source in sources for where, row in read_rows(source))
-    part = f"{path}.{os.getpid()}.part"
-    try:
-        with open(part, "wb") as file, tqdm(total=total, unit="token" if max_tokens else "doc", unit_scale=True, desc="packing") as bar:
-            while tokens != max_tokens and (batch := list(itertools.islice(texts, 512))):
-                flat = [t for ids in tokenize(tokenizer, batch) for t in (*before, *ids, *after)]
-                flat = flat[:max_tokens - tokens] if max_tokens else flat
-                np.asarray(flat, dtype=dtype).tofile(file)
-                tokens, documents = tokens + len(flat), documents + len(batch)
-                bar.update(len(flat) if max_tokens else len(batch))
-                bar.set_postfix(tokens=f"{tokens / 1e6:.1f}M")
-        if tokens <= documents * (len(before) + len(after)):
-            raise InputError(f"{', '.join(sources)}: no text to pack")
-        with open(path + ".json", "w") as file:
-            json.dump({"dtype": np.dtype(dtype).name, "tokens": tokens, "documents": documents, "sources": sources, **tokenizer_facts(tokenizer)}, file)
-        os.replace(part, path)
-    finally:
-        if os.path.exists(part):
-            os.remove(part)
-
-
-def load_tokens(path, tokenizer):
-    """The token file as a read-only memory map (tokens,). Raises InputError when it is missing, cut short or of another tokenizer."""
-    try:
-        with open(path + ".json") as file:
-            meta = json.load(file)
-        if meta["dtype"] not in ("uint16", "uint32"):
-            raise ValueError(f"dtype {meta['dtype']!r}")
-        tokens = np.memmap(path, dtype=meta["dtype"], mode="r")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise InputError(f"{path} is not a packed token file: {error}") from None
-    if len(tokens) != meta.get("tokens") or any(meta.get(key) != value for key, value in tokenizer_facts(tokenizer).items()):
-        raise InputError(f"{path}: the token file is cut short or was packed with another tokenizer; pack the text again")
-    return tokens
-
-
-def open_tokens(sources, tokenizer, max_tokens=None):
-    """Memory-mapped tokens of sources: a .bin file as it is, anything else packed once into the cache (GENERATIVE_ADAPTER_CACHE)."""
-    if len(sources) == 1 and sources[0].endswith(".bin"):
-        if max_tokens is not None:
-            raise InputError(f"--max-tokens is for packing: {sources[0]} is packed already, so leave the flag out")
-        return load_tokens(sources[0], tokenizer)
-    for source in sources:
-        if is_file_source(source) and not os.path.isfile(source):
-            raise InputError(f"{source}: no such file")
-    stamps = [(os.path.abspath(s), os.path.getsize(s), os.path.getmtime(s)) if os.path.isfile(s) else s for s in sources]
-    key = hashlib.sha256(json.dumps([stamps, tokenizer_facts(tokenizer), max_tokens]).encode()).hexdigest()[:16]
-    path = os.path.join(CACHE, key + ".bin")
-    if not os.path.isfile(path):
-        os.makedirs(CACHE, exist_ok=True)
-        pack(sources, tokenizer, path, max_tokens)
-    return load_tokens(path, tokenizer)
-
-
-@functools.lru_cache(maxsize=2)
-def epoch_order(n_tokens, length, seed, epoch):
-    """Starts of the sequences of one epoch, shuffled; each epoch cuts the tokens at a fresh offset. Depends on nothing but its arguments."""
-    random = np.random.default_rng((seed, epoch))
-    offset = int(random.integers(length))
-    return offset + length * random.permutation((n_tokens - length + 1) // length)
-
-
-def sequences(tokens, length, first, count, seed):
-    """Training sequences first .. first+count-1 of the endless stream of epochs: (count, length) long.
-    Sequence i is the same for any number of processes, so the data position is one integer."""
-    per_epoch = (len(tokens) - length + 1) // length
-    if per_epoch < 1:
-        raise InputError(f"the training text has {len(tokens)} tokens, fewer than two sequences of {length}: give more text, a shorter --chunk or fewer --chunks (without --validation, --eval-sequences are held out of it)")
-    rows = []
-    for i in range(first, first + count):
-        start = epoch_order(len(tokens), length, seed, i // per_epoch)[i % per_epoch]
-        rows.append(np.asarray(tokens[start:start + length], dtype=np.int64))
-    return torch.from_numpy(np.stack(rows))
+class Batch(NamedTuple):
+    """One pass over all segments: segment j is adapted by the first visible[j] segments."""
+    segments: torch.Tensor     # (B, N, L) token ids, right-padded
+    mask: torch.Tensor         # (B, N, L) 1 for real tokens, 0 for padding
+    visible: torch.Tensor      # (N,)
+    labels: torch.Tensor       # (B, N, L) targets, -100 where there is none
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# segments
+# pretraining: the doubled sequence
 
 
 def doubled(tokens, C, pad, windows_seed=None):
-    """The doubled sequence, both tasks of §2.3 in one pass: tokens (B, C L) -> segments (B, 2C, L), mask (B, 2C, L), visible (2C,).
+    """The doubled sequence, both tasks of §2.3 in one pass: tokens (B, C L) -> Batch of N = 2C segments.
 
-    Chunk j is read under the adapter of the chunks before it (completion), then again under one that has seen it too (reconstruction):
-    visible = 0, 1, .., C-1, 1, 2, .., C. The second half is a copy (the authors' README); with windows_seed, segment C+j is instead a random window of
-    the first (j+1) L tokens, right-padded, as in the released code, which draws them once while these are drawn afresh from the seed.
+    Chunk j is read under the adapter of the chunks before it (completion), then again under one that has seen it too
+    (reconstruction): visible = 0, 1, .., C-1, 1, 2, .., C. The second half is a copy (the authors' README); with
+    windows_seed, segment C+j is instead a random window of the first (j+1) L tokens, right-padded, as in the released
+    code, which draws them once while these are drawn afresh from the seed.
     """
     B, L = len(tokens), tokens.shape[1] // C
     chunks = tokens.view(B, C, L)                                              # (B, C, L)
@@ -145,40 +65,64 @@ def doubled(tokens, C, pad, windows_seed=None):
                 window = tokens[b, start:min(start + L, (j + 1) * L)]
                 second[b, j, :len(window)] = window
                 mask[b, C + j, len(window):] = 0
-    return torch.cat([chunks, second], 1), mask, torch.tensor([*range(C), *range(1, C + 1)])
+    segments = torch.cat([chunks, second], 1)                                  # (B, 2C, L)
+    visible = torch.tensor([*range(C), *range(1, C + 1)])                      # (2C,)
+    return Batch(segments, mask, visible, segments.masked_fill(mask == 0, -100))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# contexts cut into chunks
 
 
 def split_into_chunks(contexts, pad, chunk=1024):
-    """Contexts (lists of ids) side by side, each split evenly: ceil(n / chunk) chunks of ceil(n / chunks) tokens -> (B, N, L), mask (B, N, L).
-    The last chunk is right-padded, and so are shorter contexts; a chunk of padding adds nothing to S. Raises InputError for an empty context."""
-    pieces = []
+    """Contexts (lists of ids), each split evenly into C = ceil(n / chunk) chunks of L = ceil(n / C) tokens
+    -> ids (B, C, L), mask (B, C, L). The last chunk is right-padded, and so are shorter contexts; a chunk of padding
+    adds nothing to S. Raises InputError for an empty context."""
+    rows = []
     for ids in contexts:
         if len(ids) == 0:
             raise InputError("the context is empty: it needs at least 1 token")
-        n = -(-len(ids) // chunk)
-        length = -(-len(ids) // n)
-        pieces.append([ids[i:i + length] for i in range(0, len(ids), length)])
-    N, L = max(map(len, pieces)), max(len(p) for chunks in pieces for p in chunks)
-    out = torch.full((len(contexts), N, L), pad)
-    mask = torch.zeros(len(contexts), N, L, dtype=torch.long)
-    for b, chunks in enumerate(pieces):
-        for j, piece in enumerate(chunks):
-            out[b, j, :len(piece)] = torch.as_tensor(piece)
-            mask[b, j, :len(piece)] = 1
-    return out, mask
+        length = -(-len(ids) // -(-len(ids) // chunk))
+        rows.append([ids[at:at + length] for at in range(0, len(ids), length)])
+    B, C, L = len(rows), max(map(len, rows)), max(len(piece) for row in rows for piece in row)
+    ids, mask = torch.full((B, C, L), pad), torch.zeros(B, C, L, dtype=torch.long)
+    for b, row in enumerate(rows):
+        for j, piece in enumerate(row):
+            ids[b, j, :len(piece)], mask[b, j, :len(piece)] = torch.as_tensor(piece), 1
+    return ids, mask
+
+
+def trim(mask, visible, *tensors):
+    """Drop the segments and the columns that are padding in every row: mask (B, N, L), visible (N,) and tensors (B, N)
+    or (B, N, L) -> [mask, *tensors], visible."""
+    kept = mask.any(-1).any(0)                                                 # (N,)
+    seen = torch.cat([torch.zeros(1, dtype=torch.long), kept.cumsum(0)])       # (N+1,) kept segments among the first v
+    L = int(mask.any(0).any(0).nonzero().max()) + 1
+    return [t[:, kept] if t.dim() == 2 else t[:, kept, :L] for t in (mask, *tensors)], seen[visible][kept]
 
 
 def left_pad(prompts, pad):
-    """Prompts (lists of ids) as generate wants them: (B, L) left-padded, attention mask (B, L)."""
+    """Prompts (lists of ids) as generate wants them: ids (B, L) left-padded, attention mask (B, L)."""
     L = max(map(len, prompts))
     ids = torch.tensor([[pad] * (L - len(p)) + list(p) for p in prompts])
     return ids, torch.tensor([[0] * (L - len(p)) + [1] * len(p) for p in prompts])
 
 
+# --------------------------------------------------------------------------------------------------------------------
+# instruction tuning: a context and a conversation about it
+
+
+class Example(NamedTuple):
+    context: list              # ids of the context
+    ids: list                  # ids of questions and answers in the chat template
+    labels: list               # ids of the answers, -100 elsewhere
+    documents: frozenset       # texts of the documents in the context
+
+
 def conversation(tokenizer, pairs, limit):
-    """Those questions and answers that fit into limit tokens, in the base's chat template: (ids, labels), labels -100 but for the answers and the token
-    that ends each. The first question stands there exactly as user_turn shows it at test time. Where not one fits, the last is cut.
-    A base without a template gets one question."""
+    """(ids, labels) of those questions and answers that fit into limit tokens, in the base's chat template. Labels are
+    -100 but for the answers and the token that ends each. The first question stands there exactly as user_turn shows it
+    at test time. If no pair fits, the last is truncated. A base without a template gets one question."""
     messages, ids, labels = [], [], []
     ends = {tokenizer.eos_token_id, *document_marks(tokenizer)[1]}
     for question, answer in pairs:
@@ -189,85 +133,288 @@ def conversation(tokenizer, pairs, limit):
         else:
             prompt = apply_template(tokenizer, messages + turn[:1], add_generation_prompt=True)
             full = apply_template(tokenizer, messages + turn)
-        if full[:len(ids)] != ids:                               # the template writes earlier turns differently: keep what stands
+        if full[:len(ids)] != ids:             # the template writes earlier turns differently: keep what stands
             break
         if len(full) > limit and (ids or (question, answer) != pairs[-1]):
             continue
         stop = next((i + 1 for i in range(len(prompt), len(full)) if full[i] in ends), len(full))
-        labels = labels + [-100] * (len(prompt) - len(labels)) + full[len(prompt):stop] + [-100] * (len(full) - stop)
+        labels += [-100] * (len(prompt) - len(labels)) + full[len(prompt):stop] + [-100] * (len(full) - stop)
         ids, messages = full, messages + turn
         if tokenizer.chat_template is None:
             break
     return ids[:limit], labels[:limit]
 
 
+def document_context(tokenizer, documents, index, room, random):
+    """(texts, pairs) of a document among others of its source, in random order, until the next would exceed room
+    tokens: distractors, whose questions may be asked too."""
+    source, text, pairs = documents[index]
+    texts, used = [text], len(tokenize(tokenizer, [text])[0])
+    others = [k for k, document in enumerate(documents) if document[0] == source and k != index]
+    for k in random.permutation(others):
+        _, text, more = documents[k]
+        used += len(tokenize(tokenizer, [text])[0]) + 2                        # and the blank line before it
+        if used > room:
+            break
+        texts, pairs = texts + [text], pairs + more
+    random.shuffle(texts)
+    return texts, [pairs[k] for k in random.permutation(len(pairs))]
+
+
+def task_context(tokenizer, definition, items, room, random):
+    """(texts, pairs) of a task: definition and demonstrations of at most room tokens, but one text; four queries."""
+    order = [items[k] for k in random.permutation(len(items))[:68]]
+    queries, shown = order[:min(4, len(order) - 1)], order[min(4, len(order) - 1):]
+    texts = [definition] if definition else []
+    texts += [demonstration(text, outputs[0]) for text, outputs in shown]
+    used = np.cumsum([len(ids) + 2 for ids in tokenize(tokenizer, texts)])
+    return texts[:max(1, int((used <= room).sum()))], [(demonstration(text, ""), outputs) for text, outputs in queries]
+
+
 def instruction_units(documents, tasks):
-    """What an epoch goes through once: every document, and a task once for each 20 of its items."""
-    return [*range(len(documents)), *(task for task, (_, items) in tasks.items() for _ in range(-(-len(items) // 20)) if len(items) > 1)]
+    """The units of an epoch: the index of every document, and the name of a task once for each 20 of its items."""
+    return [*range(len(documents)), *(task for task, (_, items) in tasks.items() if len(items) > 1
+                                      for _ in range(-(-len(items) // 20)))]
 
 
 def instruction_example(tokenizer, documents, tasks, unit, chunk, chunks, random):
-    """(context ids, conversation ids, labels) of a unit. A document is set among others of its source, in random order, until a random length of
-    up to chunks x chunk tokens is reached: distractors, whose questions may be asked too. A task gives demonstrations up to that length
-    and four queries. Contexts are joined by blank lines and raw, as in evaluation."""
-    room, limit = int(random.integers(chunk // 2, chunk * chunks + 1)), max(chunk, TARGET_TOKENS)
-
-    def length(text):
-        return len(tokenize(tokenizer, [text])[0])
-
+    """Example of a unit, with a context of random length up to chunks x chunk tokens. Its texts are joined by blank
+    lines and raw, as in evaluation."""
+    room = int(random.integers(chunk // 2, chunk * chunks + 1))
     if isinstance(unit, str):
-        definition, items = tasks[unit]
-        order = [items[k] for k in random.permutation(len(items))[:68]]
-        queries, demonstrations = order[:min(4, len(order) - 1)], order[min(4, len(order) - 1):]
-        pieces = [definition] if definition else []
-        pieces += [demonstration(text, outputs[0]) for text, outputs in demonstrations]
-        pairs = [(demonstration(text, ""), outputs) for text, outputs in queries]
-        used, kept = 0, []
-        for piece in pieces:
-            used += length(piece) + 2
-            if used > room and kept:
-                break
-            kept.append(piece)
+        texts, pairs = task_context(tokenizer, *tasks[unit], room, random)
     else:
-        source, context, pairs = documents[unit]
-        kept, used = [context], length(context)
-        for other in random.integers(len(documents), size=64):
-            other_source, other_context, other_pairs = documents[other]
-            if other_source != source or other_context in kept:
-                continue
-            used += length(other_context) + 2
-            if used > room:
-                break
-            kept.append(other_context)
-            pairs = pairs + other_pairs
-        random.shuffle(kept)
-        pairs = [pairs[k] for k in random.permutation(len(pairs))]
+        texts, pairs = document_context(tokenizer, documents, unit, room, random)
+    context = context_ids(tokenizer, "\n\n".join(texts))[:chunk * chunks]
     pairs = [(question, answers[int(random.integers(len(answers)))]) for question, answers in pairs]
-    return context_ids(tokenizer, "\n\n".join(kept))[:chunk * chunks], *conversation(tokenizer, pairs, limit)
+    return Example(context, *conversation(tokenizer, pairs, max(chunk, TARGET_TOKENS)), frozenset(texts))
 
 
 def instruction_batch(examples, pad, chunk):
-    """Examples (context ids, conversation ids, labels) -> segments (B, C+1, L), mask, visible (C+1,), labels (B, C+1, L): C context chunks, padded, then
-    the conversation under the adapter of all of them: visible = 0, 1, .., C-1, C."""
-    segments, mask = split_into_chunks([context for context, _, _ in examples], pad, chunk)      # (B, C, L)
-    C, L = segments.shape[1], max(segments.shape[2], *(len(ids) for _, ids, _ in examples))
-    segments = torch.nn.functional.pad(segments, (0, L - segments.shape[2], 0, 1), value=pad)     # (B, C+1, L)
-    mask = torch.nn.functional.pad(mask, (0, L - mask.shape[2], 0, 1))
-    labels = torch.full_like(segments, -100)
-    for b, (_, ids, targets) in enumerate(examples):
-        segments[b, C, :len(ids)], mask[b, C, :len(ids)], labels[b, C, :len(ids)] = torch.tensor(ids), 1, torch.tensor(targets)
-    return segments, mask, torch.arange(C + 1), labels
+    """Batch of N = C+1 segments: C context chunks, then the conversation under the adapter of all of them,
+    visible = 0, 1, .., C-1, C."""
+    segments, mask = split_into_chunks([example.context for example in examples], pad, chunk)      # (B, C, L)
+    C, L = segments.shape[1], max(segments.shape[2], *(len(example.ids) for example in examples))
+    segments = F.pad(segments, (0, L - segments.shape[2], 0, 1), value=pad)                        # (B, C+1, L)
+    mask = F.pad(mask, (0, L - mask.shape[2], 0, 1))                                               # (B, C+1, L)
+    labels = torch.full_like(segments, -100)                                                       # (B, C+1, L)
+    for b, example in enumerate(examples):
+        n = len(example.ids)
+        segments[b, C, :n], mask[b, C, :n] = torch.tensor(example.ids), 1
+        labels[b, C, :n] = torch.tensor(example.labels)
+    return Batch(segments, mask, torch.arange(C + 1), labels)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# the batches of a run: whole global batches, the same on every process
+
+
+class Batches(NamedTuple):
+    training: Callable         # step -> Batch
+    validation: Batch          # fixed
+    controls: list             # for each validation item, the item whose context is its random control context, or None
+    epoch: int                 # rows of an epoch
+    about: str                 # what they hold, in words
+    text: np.ndarray = None    # pretraining: the packed tokens
+
+
+def random_controls(documents):
+    """For each item the index of another whose context shares no document with its own, None where each shares one.
+    documents: the documents of each item's context, as sets. The search begins half the set away."""
+    n = len(documents)
+    return [next((j % n for j in range(i + n // 2, i + n // 2 + n) if not documents[i] & documents[j % n]), None)
+            for i in range(n)]
+
+
+def pretraining_batches(tokenizer, sources, validation, *, chunk, chunks, batch_size, seed, eval_sequences,
+                        max_tokens=None, windows=False):
+    """Batches of doubled sequences of chunks x chunk tokens over packed text. validation: sources, or None to hold the
+    last eval_sequences sequences out of training. windows: see doubled."""
+    length = chunks * chunk
+    tokens = open_tokens(sources, tokenizer, max_tokens)
+    if validation:
+        held_out = open_tokens(validation, tokenizer)
+    else:
+        end = max(len(tokens) - eval_sequences * length, 0)
+        tokens, held_out = tokens[:end], tokens[end:]
+    sequences(tokens, length, 0, 1, seed)               # too little text: say so before anything is computed or written
+    count = min(eval_sequences, len(held_out) // length)
+    if count < 2:
+        raise InputError(f"validation needs at least 2 sequences of {length} tokens, the text gives {count}: "
+                         "give more text or shorter --chunks")
+    starts = np.linspace(0, len(held_out) - length, count).astype(int)       # fixed, and spread over the text
+    held_out = torch.from_numpy(np.stack([np.asarray(held_out[s:s + length], dtype=np.int64) for s in starts]))
+
+    def training(step):
+        rows = sequences(tokens, length, step * batch_size, batch_size, seed)                      # (B, C L)
+        return doubled(rows, chunks, tokenizer.pad_token_id, (seed, step) if windows else None)
+
+    controls = random_controls([{start} for start in starts])
+    return Batches(training, doubled(held_out, chunks, tokenizer.pad_token_id), controls, len(tokens) // length,
+                   f"{len(tokens) / 1e6:.2f} M tokens", tokens)
+
+
+def instruction_batches(tokenizer, sources, validation, *, chunk, chunks, batch_size, seed, eval_sequences):
+    """Batches of instruction data: contexts of up to chunks x chunk tokens, then a conversation about each. validation:
+    sources, or None to hold eval_sequences documents out of training."""
+    limit = chunk * chunks
+    everything, tasks = load_instructions(sources)
+
+    def short_enough(documents):                        # the end of a longer one is truncated, and some answers with it
+        encoded = tokenize(tokenizer, [context for _, context, _ in documents])
+        return [document for document, ids in zip(documents, encoded) if len(ids) <= limit]
+
+    documents = short_enough(everything)
+    dropped = len(everything) - len(documents)
+    Random(seed).shuffle(documents)
+    if validation:
+        held_out = short_enough(load_instructions(validation)[0])[:eval_sequences]
+    else:
+        held_out, documents = documents[:eval_sequences], documents[eval_sequences:]
+    units = instruction_units(documents, tasks)
+
+    @functools.lru_cache(maxsize=2)
+    def order(epoch):
+        return np.random.default_rng((seed, epoch)).permutation(len(units))
+
+    def example(documents, unit, *number):
+        random = np.random.default_rng((seed, *number))
+        return instruction_example(tokenizer, documents, tasks, unit, chunk, chunks, random)
+
+    def training(step):
+        examples = []
+        for i in range(step * batch_size, (step + 1) * batch_size):
+            epoch, k = divmod(i, len(units))
+            examples.append(example(documents, units[order(epoch)[k]], 1, i))
+        examples.sort(key=lambda e: len(e.context))     # neighbours share a micro-batch: little padding
+        return instruction_batch(examples, tokenizer.pad_token_id, chunk)
+
+    items = [example(held_out, k, 2, k) for k in range(len(held_out))]
+    items = [e for e in items if any(label != -100 for label in e.labels[1:])]    # else the question fills the segment
+    if len(items) < 2 or len(units) < 1:
+        raise InputError("instruction tuning needs at least 1 unit to train on and 2 documents to validate on, of at "
+                         f"most {limit} tokens: found {len(units)} and {len(items)}; give more data, longer --chunks, "
+                         "--validation documents, or a lower --eval-sequences, which are held out without them")
+    controls = random_controls([e.documents for e in items])
+    about = f"{len(documents)} documents ({dropped} longer than {limit} tokens left out) and {len(tasks)} tasks"
+    if None in controls:
+        about += f", {controls.count(None)} of {len(items)} validation items without a control of other documents"
+    return Batches(training, instruction_batch(items, tokenizer.pad_token_id, chunk), controls, len(units), about)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# packing: text -> one memory-mapped token file, and sequences out of it
+
+
+def tokenizer_facts(tokenizer):
+    """What tells two tokenizers apart: a token file belongs to one."""
+    probe = tokenizer("The quick brown fox, 1234.", add_special_tokens=False)["input_ids"]
+    return {"vocabulary": len(tokenizer), "probe": probe, "marks": list(document_marks(tokenizer))}
+
+
+def pack(sources, tokenizer, path, max_tokens=None):
+    """Tokenise every document of sources into one flat file of uint16 (uint32 for a vocabulary beyond 65,536) and a
+    .json beside it. The token file is written aside and renamed; 512 documents are in memory at a time. Raises
+    InputError when the text holds no token."""
+    if max_tokens is not None and max_tokens < 1:
+        raise InputError("--max-tokens must be at least 1")
+    before, after = document_marks(tokenizer)
+    dtype = np.uint16 if len(tokenizer) <= 65_536 else np.uint32
+    counts = [count_rows(source) for source in sources]
+    total, unit = (max_tokens, "token") if max_tokens else (None if None in counts else sum(counts), "doc")
+    tokens = documents = 0
+    texts = (field(row, "text", str, where) for source in sources for where, row in read_rows(source))
+    part = f"{path}.{os.getpid()}.part"
+    try:
+        with open(part, "wb") as file, tqdm(total=total, unit=unit, unit_scale=True, desc="packing") as bar:
+            while tokens != max_tokens and (some := list(itertools.islice(texts, 512))):
+                flat = [t for ids in tokenize(tokenizer, some) for t in (*before, *ids, *after)]
+                flat = flat[:max_tokens - tokens] if max_tokens else flat
+                np.asarray(flat, dtype=dtype).tofile(file)
+                tokens, documents = tokens + len(flat), documents + len(some)
+                bar.update(len(flat) if max_tokens else len(some))
+                bar.set_postfix(tokens=f"{tokens / 1e6:.1f}M")
+        if tokens <= documents * (len(before) + len(after)):
+            raise InputError(f"{', '.join(sources)}: no text to pack")
+        with open(path + ".json", "w") as file:
+            json.dump({"dtype": np.dtype(dtype).name, "tokens": tokens, "documents": documents, "sources": sources,
+                       **tokenizer_facts(tokenizer)}, file)
+        os.replace(part, path)
+    finally:
+        if os.path.exists(part):
+            os.remove(part)
+
+
+def load_tokens(path, tokenizer):
+    """The token file as a read-only memory map (tokens,). Raises InputError when it is missing, cut short or of another
+    tokenizer."""
+    try:
+        with open(path + ".json") as file:
+            meta = json.load(file)
+        if meta["dtype"] not in ("uint16", "uint32"):
+            raise ValueError(f"dtype {meta['dtype']!r}")
+        tokens = np.memmap(path, dtype=meta["dtype"], mode="r")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InputError(f"{path} is not a packed token file: {error}") from None
+    facts = {"tokens": len(tokens), **tokenizer_facts(tokenizer)}
+    if any(meta.get(key) != value for key, value in facts.items()):
+        raise InputError(f"{path}: the token file is cut short or was packed with another tokenizer; pack it again")
+    return tokens
+
+
+def open_tokens(sources, tokenizer, max_tokens=None):
+    """Memory-mapped tokens of sources: a .bin file as it is, anything else packed once into the cache
+    (GENERATIVE_ADAPTER_CACHE)."""
+    if len(sources) == 1 and sources[0].endswith(".bin"):
+        if max_tokens is not None:
+            raise InputError(f"--max-tokens is for packing: {sources[0]} is packed already, so leave the flag out")
+        return load_tokens(sources[0], tokenizer)
+    for source in sources:
+        if is_file_source(source) and not os.path.isfile(source):
+            raise InputError(f"{source}: no such file")
+    files = [stamps(source)[0] if os.path.isfile(source) else source for source in sources]
+    key = hashlib.sha256(json.dumps([files, tokenizer_facts(tokenizer), max_tokens]).encode()).hexdigest()[:16]
+    path = os.path.join(CACHE, key + ".bin")
+    if not os.path.isfile(path):
+        os.makedirs(CACHE, exist_ok=True)
+        pack(sources, tokenizer, path, max_tokens)
+    return load_tokens(path, tokenizer)
+
+
+@functools.lru_cache(maxsize=2)
+def epoch_order(n_tokens, length, seed, epoch):
+    """Starts of the sequences of one epoch, shuffled; each epoch cuts the tokens at a fresh offset. Depends on nothing
+    but its arguments."""
+    random = np.random.default_rng((seed, epoch))
+    offset = int(random.integers(length))
+    return offset + length * random.permutation((n_tokens - length + 1) // length)
+
+
+def sequences(tokens, length, first, count, seed):
+    """Training sequences first .. first+count-1 of the endless stream of epochs: (count, length) long.
+    Sequence i is the same for any number of processes, so the data position is one integer."""
+    per_epoch = (len(tokens) - length + 1) // length
+    if per_epoch < 1:
+        raise InputError(f"the training text has {len(tokens)} tokens, fewer than two sequences of {length}: give more "
+                         "text, a shorter --chunk or fewer --chunks (without --validation, --eval-sequences are held "
+                         "out of it)")
+    rows = []
+    for i in range(first, first + count):
+        start = epoch_order(len(tokens), length, seed, i // per_epoch)[i % per_epoch]
+        rows.append(np.asarray(tokens[start:start + length], dtype=np.int64))
+    return torch.from_numpy(np.stack(rows))                                    # (count, length)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sources", nargs="+")
-    parser.add_argument("--out", required=True, help="token file to write, ending in .bin; a .json with its facts goes beside it")
-    parser.add_argument("--base", default=None, help="base model whose tokenizer is used")
-    parser.add_argument("--max-tokens", type=int, default=None, help="stop after this many tokens")
+    parser.add_argument("--out", required=True, help="token file to write, ending in .bin; a .json goes beside it")
+    parser.add_argument("--base", help="base model whose tokenizer is used")
+    parser.add_argument("--max-tokens", type=int, help="stop after this many tokens")
     args = parser.parse_args()
     from model import DEFAULT_BASE, load_tokenizer
-    if not args.out.endswith(".bin") or not os.path.isdir(os.path.dirname(args.out) or ".") or os.path.exists(args.out) or os.path.exists(args.out + ".json"):
+    written = os.path.exists(args.out) or os.path.exists(args.out + ".json")
+    if written or not args.out.endswith(".bin") or not os.path.isdir(os.path.dirname(args.out) or "."):
         raise InputError(f"--out {args.out}: name a new file ending in .bin, in a directory that exists")
     pack(args.sources, load_tokenizer(args.base or DEFAULT_BASE), args.out, args.max_tokens)
 

@@ -16,6 +16,7 @@ import json
 import os
 import re
 import sys
+import threading
 import warnings
 from dataclasses import asdict
 from functools import partial
@@ -27,7 +28,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint
 
-from generator import AdapterGenerator, GeneratorConfig, Memory
+from generator import AdapterGenerator, GeneratorConfig, Memory, config_from_dict, rms_norm
 from support.bases import (DEFAULT_BASE, DEFAULT_BASE_HUB_ID, default_dtype, find_device, locate_base, model_at,
                            tokenizer_at)
 from support.files import InputError, hub_reachable, make_directory, read_json, read_safetensors
@@ -115,6 +116,7 @@ class AdaptedLM(nn.Module):
         d_h = c.hidden_size
         self.generator = AdapterGenerator(config, d_h, shapes, device=base_model.device)
 
+        self.blocks, self._lock = list(blocks), threading.RLock()
         self._adapters = None       # while a pass is under way: a function (l, H) -> {module name: (lora_A, lora_B)}
         self._active = {}           # while a block is computed: what that function gave for it
         for l, block in enumerate(blocks):
@@ -131,11 +133,12 @@ class AdaptedLM(nn.Module):
             return block_forward(H, *args, **kwargs)
 
         def run(H):
-            self._active = adapters(l, H)
-            try:
-                return block_forward(H, *args, **kwargs)
-            finally:
-                self._active = {}
+            with self._lock:                                           # a recomputation in the backward pass may meet another thread's pass
+                self._active = adapters(l, H)
+                try:
+                    return block_forward(H, *args, **kwargs)
+                finally:
+                    self._active = {}
 
         # our own checkpoint, not the base's: it recomputes the generator with the block, in every transformers version and in eval mode
         return checkpoint(run, H, use_reentrant=False) if self.checkpointing and torch.is_grad_enabled() else run(H)
@@ -151,11 +154,12 @@ class AdaptedLM(nn.Module):
 
     @contextlib.contextmanager
     def _adapting(self, adapters):
-        self._adapters = adapters
-        try:
-            yield
-        finally:
-            self._adapters = None
+        with self._lock:                                                # one pass at a time: threads share the base's hooks
+            self._adapters = adapters
+            try:
+                yield
+            finally:
+                self._adapters = None
 
     # ---- training: all segments in one pass (appendix B)
 
@@ -163,31 +167,54 @@ class AdaptedLM(nn.Module):
         """Final hidden states (B, N, L, d_h) of segments (B, N, L): segment j adapted by the first visible[j] segments.
 
         Block l needs only block l-1's output of every segment, so all go through the base side by side and the chunks meet only in S:
-        a cumulative sum over chunks gives S_1 .. S_C at once, equal to streaming them. Each S_t in use is normed once and shared.
+        a cumulative sum over chunks gives S_1 .. S_C at once, equal to streaming them. Segments without an adapter train nothing: they take a
+        pass without gradient, first, which keeps the input of every block. Each pass is as long as its longest segment.
         """
         (B, N, L), visible = segments.shape, [int(v) for v in visible]
         if len(visible) != N or not all(0 <= v <= N for v in visible):
             raise ValueError(f"visible needs one number from 0 to {N} for each of the {N} segments, got {visible}")
-        C = max(visible)                                                # segments C and later never enter S
-        used = sorted(set(visible) - {0})
-        prefixes = torch.tensor([v - 1 for v in used], device=segments.device, dtype=torch.long)                    # (len(used),)
-        rows = torch.tensor([used.index(v) + 1 if v else 0 for v in visible], device=segments.device)                # (N,)
-        mask = None if mask is None else mask[:, :C]
+        C, recorded = max(visible), {}                                  # segments C and later never enter S
+        bare, adapted = [j for j in range(N) if not visible[j]], [j for j in range(N) if visible[j]]
+
+        def chunks_of(among, H):
+            """(numbers of the chunks among these segments, their rows h for eq. 1, their mask)."""
+            chunks = [j for j in among if j < C]
+            h = rms_norm(H.view(B, len(among), -1, H.shape[-1])[:, :len(chunks)])                   # (B, chunks, L', d_h)
+            return chunks, h, mask if mask is None else mask[:, chunks, :h.shape[2]]
+
+        def record(l, H):
+            recorded[l] = [chunks_of(bare, H)]
+            return {}
 
         def adapters(l, H):
-            H = H.view(B, N, L, -1)[:, :C]                              # (B, C, L, d_h)
-            pairs = {}
+            parts, pairs = recorded.get(l, []) + [chunks_of(adapted, H)], {}
             for name in self.block_targets[l]:
-                S = self.generator[name].update(H, mask).cumsum(1)      # (B, C, d_r, d_r): S_1 .. S_C, eq. 3
-                pair = self.generator[name].adapter(S.index_select(1, prefixes))   # (B, len(used), r, d_in), (B, len(used), d_out, r)
-                # row 0 is "no adapter": W_Delta = 0
-                pairs[name] = tuple(F.pad(m.to(H.dtype), (0, 0, 0, 0, 1, 0)).index_select(1, rows).flatten(0, 1) for m in pair)   # (B N, ...)
+                generator = self.generator[name]
+                added = {j: A for chunks, h, m in parts if chunks for j, A in zip(chunks, generator.update(h, m).unbind(1))}    # (B, d_r, d_r) each
+                S = torch.stack([added[j] for j in range(C)], 1).cumsum(1)                          # (B, C, d_r, d_r): S_1 .. S_C, eq. 3
+                pair = generator.adapter(S, tokens=C * L)               # (B, C, r, d_in), (B, C, d_out, r)
+                # segment j takes row visible[j] - 1, by unbind and stack: the backward pass of an index is many times slower on a CPU
+                rows = [m.to(H.dtype).unbind(1) for m in pair]
+                pairs[name] = tuple(torch.stack([row[visible[j] - 1] for j in adapted], 1).flatten(0, 1) for row in rows)   # (B len(adapted), ...)
             return pairs
 
-        # no attention mask: chunks are right-padded and attention is causal, so padding can only reach S, where mask keeps it out
-        with self._adapting(adapters if C else None):
-            hidden = self.base.get_decoder()(input_ids=segments.flatten(0, 1), use_cache=False).last_hidden_state   # (B N, L, d_h)
-        return hidden.view(B, N, L, -1)
+        def run(among):
+            ids = segments[:, among]                                    # (B, len(among), L)
+            if mask is not None and mask[:, among].any():
+                ids = ids[:, :, :int(mask[:, among].any(0).any(0).nonzero().max()) + 1]             # (B, len(among), L')
+            # no attention mask: chunks are right-padded and attention is causal, so padding can only reach S, where mask keeps it out
+            hidden = self.base.get_decoder()(input_ids=ids.flatten(0, 1), use_cache=False).last_hidden_state
+            hidden = hidden.view(*ids.shape, -1)                        # (B, len(among), L', d_h)
+            return F.pad(hidden, (0, 0, 0, L - hidden.shape[2]))        # (B, len(among), L, d_h)
+
+        hidden = {}
+        if bare:
+            with torch.no_grad(), self._adapting(record if adapted else None):
+                hidden |= zip(bare, run(bare).unbind(1))
+        if adapted:
+            with self._adapting(adapters):
+                hidden |= zip(adapted, run(adapted).unbind(1))
+        return torch.stack([hidden[j] for j in range(N)], 1)            # (B, N, L, d_h)
 
     def forward_segments(self, segments, mask, visible):
         """Logits (B, N, L, V) of segments (B, N, L) in one pass; segment j is adapted by the first visible[j] segments (LongTensor or list of N).
@@ -222,8 +249,9 @@ class AdaptedLM(nn.Module):
         fixed, states = self._pairs(memory, len(input_ids)), {}
 
         def adapters(l, H):
+            h = rms_norm(H)
             for name in self.block_targets[l]:
-                states[name] = self.generator[name].update(H, mask)
+                states[name] = self.generator[name].update(h, mask)
                 if memory is not None:
                     states[name] = states[name] + memory.states[name].to(H.device)
             return fixed or {}
@@ -286,7 +314,7 @@ class AdaptedLM(nn.Module):
             print(f"checkpoint {directory} is in the authors' format: base {checkpoint_base(directory)}, d_r {config.d_r}, rank {config.rank}, norm {config.norm}, "
                   f"scale {config.scale} (their alpha / r), damping 0, targets {', '.join(config.targets)}")
         else:
-            config = GeneratorConfig.from_dict(read_json(os.path.join(directory, "generator_config.json")))
+            config = config_from_dict(read_json(os.path.join(directory, "generator_config.json")))
             tensors, _ = read_safetensors(os.path.join(directory, "generator.safetensors"))
         for name, tensor in tensors.items():                           # before the config's sizes are allocated
             if not tensor.is_floating_point() or name.endswith(".A2") and tensor.shape[:1] != (config.d_r,):

@@ -29,7 +29,7 @@ from data import doubled
 from generator import GeneratorConfig, SpectralNorm, svd_norm
 from model import AdaptedLM, HeadLoss
 from support.costs import base_flops, generator_flops
-from train import keep_freed_memory, peak_memory
+from support.machine import keep_freed_memory, peak_memory
 
 # base, its config, generator, chunks of a training sequence, tokens of a chunk, tokens of each of two contexts
 SHAPES = {
@@ -209,7 +209,7 @@ def step(args, device, kind):
     else:
         torch.set_float32_matmul_precision("high")
     _, config, _, C, L, _ = SHAPES[args.shape]
-    segments, _, visible = doubled(torch.randint(config.vocab_size, (args.batch, C * L)), C, pad=0)       # (B, 2C, L)
+    segments, _, visible, _ = doubled(torch.randint(config.vocab_size, (args.batch, C * L)), C, pad=0)       # (B, 2C, L)
     segments = segments.to(device)
     if kind == "bare":
         base = make(args, device, adapted=False)

@@ -5,14 +5,16 @@ import json
 import os
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
 import torch
 
 import data
-from data import doubled, load_tokens, open_tokens, pack, sequences, split_into_chunks
-from conftest import ROOT
+from data import doubled, instruction_batches, load_tokens, open_tokens, pack, sequences, split_into_chunks
+import train
+from conftest import ROOT, make_model
 from support.benchmarks import load_msc
 from support.files import InputError, read_rows, run_command
 from support.text import document_marks
@@ -96,9 +98,9 @@ def test_sequences_are_an_endless_shuffled_stream():
 
 def test_doubled_copy():
     tokens = torch.arange(24).view(2, 12)
-    segments, mask, visible = doubled(tokens, 3, pad=99)
+    segments, mask, visible, labels = doubled(tokens, 3, pad=99)
     assert segments.tolist() == [[[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]] * 2, [[12, 13, 14, 15], [16, 17, 18, 19], [20, 21, 22, 23]] * 2]
-    assert visible.tolist() == [0, 1, 2, 1, 2, 3] and mask.all()
+    assert visible.tolist() == [0, 1, 2, 1, 2, 3] and mask.all() and torch.equal(labels, segments)
 
 
 def test_doubled_windows():
@@ -107,7 +109,7 @@ def test_doubled_windows():
     tokens = torch.arange(2 * C * L).view(2, -1)
     starts = set()
     for seed in range(200):
-        segments, mask, _ = doubled(tokens, C, pad=99, windows_seed=(seed, 3))
+        segments, mask, *_ = doubled(tokens, C, pad=99, windows_seed=(seed, 3))
         assert torch.equal(segments[:, :C].reshape(2, -1), tokens)
         for b in range(2):
             for j in range(C):
@@ -203,6 +205,52 @@ def test_bad_files(tmp_path, tokenizer, monkeypatch):
         open_tokens([str(tmp_path / "t.bin")], tokenizer)
     with pytest.raises(InputError, match="fewer than two sequences"):
         sequences(np.zeros(5, dtype=np.uint16), 10, 0, 1, 0)
+
+
+def write_villages(path, count):
+    """Documents of some 60 bytes, one question each; the village names its document."""
+    rows = [{"context": f"In village{k:02d} the baker is called Name{k:02d}. It rained all day.",
+             "qas": [{"question": f"Who bakes in village{k:02d}?", "answers": [f"Name{k:02d}"]}]} for k in range(count)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return [str(path)]
+
+
+def villages(tokenizer, batch, item):
+    """The documents in the context of an item, read back from its tokens."""
+    words = tokenizer.decode(batch.segments[item, :-1][batch.mask[item, :-1].bool()]).split()
+    return {word for word in words if word.startswith("village")}
+
+
+@pytest.mark.parametrize("chunks", [2, 10])
+def test_the_control_shares_no_document(tmp_path, tokenizer, chunks):
+    """Contexts of up to 10 of 50 documents: the context half the set away often holds the right document, the control never."""
+    sources = write_villages(tmp_path / "qa.jsonl", 100)
+    batches = instruction_batches(tokenizer, sources, None, chunk=64, chunks=chunks, batch_size=2, seed=0, eval_sequences=50)
+    held = [villages(tokenizer, batches.validation, i) for i in range(50)]
+    assert sum(control is not None for control in batches.controls) >= 45
+    for i, control in enumerate(batches.controls):
+        assert held[i] and not held[i] & (held[control] if control is not None else set())
+        if control is None:
+            assert all(held[i] & other for other in held)
+    if chunks == 10:
+        assert sum(bool(held[i] & held[(i + 25) % 50]) for i in range(50)) > 5 and max(map(len, held)) >= 9
+
+
+def test_items_without_a_control_are_counted(tmp_path, tokenizer):
+    """Two documents that are in every context; and no control leaves an empty column, not a wrong one."""
+    sources = write_villages(tmp_path / "qa.jsonl", 4)
+    batches = instruction_batches(tokenizer, sources[:1], sources, chunk=500, chunks=2, batch_size=2, seed=0, eval_sequences=4)
+    contexts = [villages(tokenizer, batches.validation, i) for i in range(4)]
+    lone = [i for i in range(4) if all(contexts[i] & other for other in contexts)]
+    assert lone and [i for i in range(4) if batches.controls[i] is None] == lone
+    assert f"{len(lone)} of 4 validation items without a control" in batches.about
+    args = types.SimpleNamespace(out=str(tmp_path), stage="instruct", micro_batch=3)
+    losses = train.validate(args, make_model(), batches, 0, 1)
+    assert [i for i in range(4) if losses[i, 2].isnan()] == lone and not losses[:, 0].isnan().any()
+    for step in (0, 5):
+        train.report_validation(args, step, losses)
+    for row in map(json.loads, open(tmp_path / "validation.jsonl")):
+        assert [i for i in range(4) if row["sequences"].get("answer_shuffled", [None] * 4)[i] is None] == lone
 
 
 def test_bad_input_is_told_once_a_machine(monkeypatch, capsys):

@@ -135,8 +135,8 @@ def test_loss_is_eq_5():
     """Two token means over the whole batch, segment 0 left out; the ablations drop one of them."""
     C, L = 3, 8
     tokens = torch.randint(0, 256, (2, C * L), generator=torch.Generator().manual_seed(0))
-    segments, mask, visible = doubled(tokens, C, pad=259, windows_seed=1)
-    labels = segments.masked_fill(mask == 0, -100)
+    segments, mask, visible, labels = doubled(tokens, C, pad=259, windows_seed=1)
+    assert torch.equal(labels, segments.masked_fill(mask == 0, -100))
     nats, count = make_model().segment_losses(segments, mask, visible, labels)
     reconstruction = nats[:, C:].sum() / count[:, C:].sum()
     completion = nats[:, 1:C].sum() / count[:, 1:C].sum()
@@ -267,14 +267,14 @@ def test_instruction_loss_against_streaming(qa_file, tokenizer):
     units = instruction_units(documents, tasks)
     assert units == [*range(12), "upper"]
     examples = [instruction_example(tokenizer, documents, tasks, unit, 24, 6, np.random.default_rng(unit if unit != "upper" else 99)) for unit in (0, 5, 7, "upper")]
-    assert len({-(-len(context) // 24) for context, _, _ in examples}) > 1
+    assert len({-(-len(context) // 24) for context, *_ in examples}) > 1
     assert "Input: " in tokenizer.decode(examples[3][0]) and "\n\nInput: " in tokenizer.decode(examples[3][0])
     segments, mask, visible, labels = instruction_batch(examples, tokenizer.pad_token_id, 24)
     for rows in ([0, 1, 2, 3], [2], [1, 3]):
         (m, s, l), v = train.trim(mask[rows], visible, segments[rows], labels[rows])
         nats, count = model.segment_losses(s, m, v, l)
         for k, b in enumerate(rows):
-            context, ids, targets = examples[b]
+            context, ids, targets, _ = examples[b]
             memory, n = None, -(-len(context) // 24)
             size = -(-len(context) // n)
             for at in range(0, len(context), size):
