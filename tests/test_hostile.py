@@ -19,9 +19,10 @@ from transformers import AddedToken
 import data
 from conftest import ROOT, make_base, make_model, make_tokenizer
 from generator import config_from_dict, GeneratorConfig, Memory
-from model import AdaptedLM, checkpoint_base, load_base
+from model import AdaptedLM, load_base
 from support.benchmarks import load_msc
 from support.files import InputError, read_json, read_safetensors, without_surrogates
+from support.formats import checkpoint_base
 from support.instructions import load_instructions, load_texts
 from support.text import context_ids, user_turn
 
