@@ -23,7 +23,7 @@ from tqdm import tqdm
 from generator import rms_norm
 
 RIDGE = 1e-2             # of the mean eigenvalue
-QUERY_SCALE = 3.0        # root mean square of B2 z over that of the random start
+QUERY_SCALE = 9.0        # root mean square of B2 z over that of the random start
 MEMORY = 4e9             # bytes of second moments held at once; blocks beyond take another pass over the text
 
 
