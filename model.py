@@ -337,7 +337,7 @@ def load_base(name=DEFAULT_BASE, dtype=None, device=None):
     device: default CUDA where there is one; dtype: default bf16 where the device computes in it, else fp32."""
     device = find_device(device)
     if device.type == "cpu" and dtype == torch.bfloat16 != default_dtype(device):
-        print("this CPU emulates bfloat16, many times slower than float32: choose --dtype float32", file=sys.stderr)
+        print("this CPU only emulates bfloat16, many times slower than float32: use --dtype float32", file=sys.stderr)
     path, options = locate_base(name)
     tokenizer = tokenizer_at(name, path, **options)
     model = model_at(name, path, device, dtype or default_dtype(device), **options)

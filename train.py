@@ -1,10 +1,10 @@
 """Training: a flat loop for one process or many, in three stages.
 
-    python train.py --data corpus.parquet --out out/run                      # pretrain the generator (§2.3), CPU or GPU
+    python train.py --data corpus.parquet --out out/run                     # pretrain the generator (§2.3), CPU or GPU
     torchrun --standalone --nproc_per_node=8 train.py --data corpus.parquet --checkpointing --out out/mistral \\
-        --base mistralai/Mistral-7B-Instruct-v0.2                            # the paper's setting: its recipe by default
+        --base mistralai/Mistral-7B-Instruct-v0.2                           # the paper's setting: its recipe by default
     python train.py --stage instruct --checkpoint out/run/step-000300 --data qa.parquet --out out/instruct     # Table 3
-    python train.py --stage finetune --data qa.parquet --documents docs.parquet --out out/sft    # baselines: SFT and CPT
+    python train.py --stage finetune --data qa.parquet --documents docs.parquet --out out/sft   # baselines: SFT, CPT
 
 The global batch is --batch for any number of processes. Every out/run/step-* is a checkpoint that evaluate.py reads;
 --resume continues from the newest one, on a CPU to weights bit-identical to an unbroken run.
@@ -49,8 +49,8 @@ def arguments(argv=None):
     add("--data", nargs="+", help=".parquet, .jsonl(.gz), .txt(.gz) files, a hub data set id, or one packed .bin file; "
         "instruct: default the hub sets of Table 3")
     add("--documents", nargs="+", help="finetune: learn these texts first, by log-likelihood (CPT)")
-    add("--validation", nargs="+", help="files of the same kinds; default: the last --eval-sequences sequences of --data, "
-        "which then stay out of training")
+    add("--validation", nargs="+", help="files of the same kinds; default: the last --eval-sequences sequences of "
+        "--data, which then stay out of training")
     add("--max-tokens", type=int, help="pack at most this many tokens of --data")
     add("--out", required=True, help="directory for checkpoints, log.jsonl and validation.jsonl")
     add("--resume", action="store_true", help="continue from the newest checkpoint in --out, or start if there is none")
@@ -77,8 +77,8 @@ def arguments(argv=None):
     add("--norm", choices=NORMS)
     add("--damping", type=float)
     add("--targets", nargs="+")
-    add("--dtype", choices=["float32", "bfloat16"], help="of the base; generator and S stay fp32. Default bfloat16 where "
-        "the hardware has it; finetune float32, where steps of 1e-5 do not round away")
+    add("--dtype", choices=["float32", "bfloat16"], help="of the base; generator and S stay fp32. Default bfloat16 "
+        "where the hardware has it; finetune float32, where steps of 1e-5 do not round away")
     add("--device", help="default: CUDA where there is one")
     add("--checkpointing", action="store_true", help="recompute activations in the backward pass")
     add("--eval-every", type=int, default=200)
@@ -91,8 +91,8 @@ def arguments(argv=None):
 
 
 def recipe(args, base):
-    """Fill what the command line left open. A base of width 2,048 or more gets the paper's recipe (appendix B; model_type
-    llama stands for Llama2); a smaller one what shows memory within minutes on a CPU (docs/training.md)."""
+    """Fill what the command line left open. A base of width 2,048 or more gets the paper's recipe (appendix B;
+    model_type llama stands for Llama2); a smaller one what shows memory within minutes on a CPU."""
     llama, instruct = base.config.model_type == "llama", args.stage == "instruct"
     if base.config.get_text_config().hidden_size >= 2048:
         defaults = {"d_r": 1024, "rank": 128, "scale": 1 / 8 if llama else 1 / 16, "targets": ["o_proj"], "chunk": 1024,
@@ -102,7 +102,8 @@ def recipe(args, base):
     else:
         defaults = {"d_r": 192, "rank": 64, "scale": 1.0, "targets": ["down_proj"], "chunk": 16, "chunks": 1,
                     "batch": 32, "micro_batch": 32, "warmup": 15, "beta2": 0.98}
-        defaults |= {"lr": 1e-3, "chunk": 1024, "batch": 8, "micro_batch": 4} if instruct else {"lr": 3e-3, "steps": 150}
+        defaults |= {"lr": 6e-3, "steps": 100} if not instruct else {
+            "lr": 1e-3, "chunk": 1024, "batch": 8, "micro_batch": 4}
     for name, value in {**defaults, "norm": "svd", "damping": 1e-2}.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -130,8 +131,8 @@ def adapted_model(args, base):
     for name in SHAPE:
         given, trained = getattr(args, name), getattr(model.config, name)
         if given not in (None, trained):
-            raise InputError(f"--{name.replace('_', '-')} {given} is not what --checkpoint {args.checkpoint} was trained "
-                             f"with ({trained}); leave the flag out")
+            raise InputError(f"--{name.replace('_', '-')} {given} is not what --checkpoint {args.checkpoint} was "
+                             f"trained with ({trained}); leave the flag out")
         setattr(args, name, trained)
     recipe(args, base)
     model.config.chunk = args.chunk                     # evaluate.py reads contexts in chunks of this length
@@ -140,8 +141,8 @@ def adapted_model(args, base):
 
 def loss_weights(labels, C, objective):
     """Weight of a nat in each segment, (B, N): eq. 5 as the sum of two token means over the whole global batch, or the
-    one token mean over answers. Segment 0 has no adapter and trains nothing, so it is left out. (The released code takes
-    one token mean over all 2C segments.)"""
+    one token mean over answers. Segment 0 has no adapter and trains nothing, so it is left out. (The released code
+    takes one token mean over all 2C segments.)"""
     targets = (labels[:, :, 1:] != -100).sum(-1)                            # (B, N)
     weights = torch.zeros(targets.shape)
     if objective != "completion":
@@ -209,7 +210,7 @@ def train(args):
         p.grad = grad.view_as(p)
     totals = flat[-5:]
 
-    if world > 1 and local > 0:                         # the first process of a machine packs, the others find the files
+    if world > 1 and local > 0:                         # the first process of a machine packs, the others find the file
         dist.barrier(packing)
     common = {"chunk": args.chunk, "chunks": args.chunks, "batch_size": args.batch, "seed": args.seed,
               "eval_sequences": args.eval_sequences}
@@ -231,17 +232,20 @@ def train(args):
             aligned_start(model, sequences(batches.text, 128, 0, 160, args.seed).split(16))
         trim_log(os.path.join(args.out, "log.jsonl"), step if resumed else None)
         validated = trim_log(os.path.join(args.out, "validation.jsonl"), step if resumed else None)
-        print(f"generator of {sum(p.numel() for p in parameters) / 1e6:.1f} M parameters on {args.base} in {args.dtype}; "
-              f"{batches.about}; {args.batch} x {args.chunks} chunks of {args.chunk} tokens a step; {args.steps} steps "
-              f"from step {step}; {world} process{'es' if world > 1 else ''} on {device}")
+        print(f"generator of {sum(p.numel() for p in parameters) / 1e6:.1f} M parameters on {args.base}, {args.dtype}, "
+              f"{device}; {batches.about}; {args.batch} x {args.chunks} chunks of {args.chunk} tokens a step; "
+              f"{args.steps} steps from step {step}; {world} process{'es' if world > 1 else ''}")
     step, tokens, validated = share((step, tokens, validated))
     share_state(parameters, optimizer, step > 0)
 
+    instruct = args.stage == "instruct"
+    second_name, objective = ("answer", "reconstruction") if instruct else ("reconstruction", args.objective)
+
     def prepare(step):
-        """The micro-batches of this process, as (segments, mask, labels, weights), visible. Every process cuts the whole
-        global batch, so that the token counts need no communication, and keeps its own rows."""
+        """The micro-batches of this process, as (segments, mask, labels, weights), visible. Every process cuts the
+        whole global batch, so that the token counts need no communication, and keeps its own rows."""
         segments, mask, visible, labels = batches.training(step)
-        weights = loss_weights(labels, int(visible.max()), "reconstruction" if args.stage == "instruct" else args.objective)
+        weights = loss_weights(labels, int(visible.max()), objective)
         labels = labels.masked_fill((weights == 0)[:, :, None], -100)      # no lm_head for what has no weight
         parts = []
         for rows in torch.arange(process, args.batch, world).split(args.micro_batch):
@@ -252,7 +256,6 @@ def train(args):
 
     stopping, stop, began, skipped = [], False, time.time(), 0
     signal.signal(signal.SIGTERM, lambda *_: stopping.append("SIGTERM"))
-    second_name = "answer" if args.stage == "instruct" else "reconstruction"
     bar = tqdm(total=args.steps, initial=step, desc="training", unit="step", disable=process != 0)
     loader = ThreadPoolExecutor(1)                      # cuts and pins the next batch while this one is computed
     coming = loader.submit(prepare, step)
@@ -297,16 +300,16 @@ def train(args):
         step, tokens = step + 1, tokens + int(read)
 
         if process == 0:
-            nats = {second_name: second} if args.stage == "instruct" else {second_name: second, "completion": completion}
-            row = {"step": step, "loss": second + completion, **nats, "lr": lr, "grad_norm": norm, "skipped": not finite,
-                   "tokens": tokens, "tokens_per_s": read / (time.time() - t0), "memory_gb": peak_memory(device)}
+            nats = {second_name: second} | ({} if instruct else {"completion": completion})
+            row = {"step": step, "loss": second + completion, **nats, "lr": lr, "grad_norm": norm, "tokens": tokens,
+                   "skipped": not finite, "tokens_per_s": read / (time.time() - t0), "memory_gb": peak_memory(device)}
             with open(os.path.join(args.out, "log.jsonl"), "a") as file:
                 file.write(json.dumps(row) + "\n")
             bar.update()
-            bar.set_postfix(**{name: f"{value:.3f}" for name, value in nats.items()}, tokens_s=f"{row['tokens_per_s']:.0f}")
+            bar.set_postfix(loss=f"{second + completion:.3f}", tokens_s=f"{row['tokens_per_s']:.0f}")
         if skipped == MAX_SKIPPED:
-            raise InputError(f"the loss or its gradient was not finite {MAX_SKIPPED} steps in a row (step {step}): lower "
-                             "--lr or raise --damping; checkpoints already written are good")
+            raise InputError(f"the loss or its gradient was not finite {MAX_SKIPPED} steps in a row (step {step}): "
+                             "lower --lr or raise --damping; checkpoints already written are good")
         if process == 0 and (step % args.save_every == 0 or step == args.steps or stop):
             save_checkpoint(args, step, tokens, model, optimizer)
     bar.close()
@@ -324,9 +327,9 @@ def train(args):
 
 @torch.no_grad()
 def validate(args, model, batches, process, world):
-    """Token-mean nats of each fixed validation item, (n, 3): second half (reconstruction, or the answers); completion, NaN
-    where there is none; the second half under the adapter of a random control context, which tells memory from a mere
-    change of style, NaN where an item has none."""
+    """Token-mean nats of each fixed validation item, (n, 3): second half (reconstruction, or the answers); completion,
+    NaN where there is none; the second half under the adapter of a random control context, which tells memory from a
+    mere change of style, NaN where an item has none."""
     segments, mask, visible, labels = batches.validation
     C, n, device = int(visible.max()), len(segments), model.base.device
     losses = torch.zeros(n, 3, dtype=torch.float64)
@@ -352,8 +355,8 @@ def validate(args, model, batches, process, world):
 
 
 def report_validation(args, step, losses):
-    """Append to validation.jsonl (null where an item has no value) and print, with the paired difference to step 0 and its
-    standard error over items; then how much better the own context is than the control."""
+    """Append to validation.jsonl (null where an item has no value) and print, with the paired difference to step 0 and
+    its standard error over items; then how much better the own context is than the control."""
     path = os.path.join(args.out, "validation.jsonl")
     second = "answer" if args.stage == "instruct" else "reconstruction"
     names = (second, "completion", second + "_shuffled")
@@ -381,7 +384,7 @@ def report_validation(args, step, losses):
 
 
 def save_checkpoint(args, step, tokens, model, optimizer):
-    """out/step-NNNNNN, written aside, flushed to disk and renamed: a kill at any moment leaves the last complete one."""
+    """out/step-NNNNNN, written aside, flushed to disk and renamed: a kill at any moment leaves the last complete."""
     final, part = os.path.join(args.out, f"step-{step:06d}"), os.path.join(args.out, "checkpoint.part")
     shutil.rmtree(part, ignore_errors=True)
     model.save_pretrained(part)
@@ -389,7 +392,7 @@ def save_checkpoint(args, step, tokens, model, optimizer):
              for key, value in optimizer.state[p].items()}
     save_file(state, os.path.join(part, "optimizer.safetensors"))
     with open(os.path.join(part, "trainer.json"), "w") as file:
-        json.dump({"step": step, "tokens": tokens, "sequences_seen": step * args.batch, "args": vars(args)}, file, indent=1)
+        json.dump({"step": step, "tokens": tokens, "args": vars(args)}, file, indent=1)
     for name in os.listdir(part):
         with open(os.path.join(part, name), "rb+") as file:
             os.fsync(file.fileno())
@@ -411,13 +414,13 @@ def resume_point(args):
 
 
 def load_checkpoint(args, path, model, optimizer):
-    """Restore generator and optimiser; returns step and tokens. InputError where the run was started with other flags."""
+    """Restore generator and optimiser; returns step and tokens. The run must have been started with the same flags."""
     trainer = read_json(os.path.join(path, "trainer.json"))
-    free = {"out", "resume", "micro_batch", "device", "checkpointing", "eval_every", "save_every", "keep", "max_minutes"}
+    free = "out resume micro_batch device checkpointing eval_every save_every keep max_minutes".split()
     for name, value in vars(args).items():              # those free change no result but rounding
         if name not in free and trainer["args"].get(name) != value:
-            raise InputError(f"--resume: {path} was trained with --{name.replace('_', '-')} {trainer['args'].get(name)}, "
-                             f"not {value}; repeat its flags or choose another --out")
+            raise InputError(f"--resume: {path} was trained with --{name.replace('_', '-')} "
+                             f"{trainer['args'].get(name)}, not {value}; repeat its flags or choose another --out")
     model.generator.load_tensors(read_safetensors(os.path.join(path, "generator.safetensors"))[0], path)
     state, _ = read_safetensors(os.path.join(path, "optimizer.safetensors"))
     for name, p in model.generator.tensors().items() if state else ():        # no state: every step so far was skipped
@@ -454,7 +457,8 @@ def trim_log(path, step):
     rows = []
     if os.path.exists(path):
         with open(path) as file:
-            kept = [line for line in file if step is not None and line.endswith("\n") and json.loads(line)["step"] <= step]
+            lines = [line for line in file if step is not None and line.endswith("\n")]
+        kept = [line for line in lines if json.loads(line)["step"] <= step]
         with open(path + ".part", "w") as file:
             file.writelines(kept)
         os.replace(path + ".part", path)
