@@ -202,6 +202,7 @@ class Batches(NamedTuple):
     controls: list             # for each validation item, the item whose context is its random control context, or None
     epoch: int                 # rows of an epoch
     about: str                 # what they hold, in words
+    text: np.ndarray = None    # pretraining: the packed tokens
 
 
 def random_controls(documents):
@@ -235,7 +236,7 @@ def pretraining_batches(tokenizer, sources, validation, *, chunk, chunks, batch_
 
     controls = random_controls([{start} for start in starts])
     return Batches(training, doubled(held_out, chunks, tokenizer.pad_token_id), controls, len(tokens) // length,
-                   f"{len(tokens) / 1e6:.2f} M tokens")
+                   f"{len(tokens) / 1e6:.2f} M tokens", tokens)
 
 
 def instruction_batches(tokenizer, sources, validation, *, chunk, chunks, batch_size, seed, eval_sequences,
@@ -381,17 +382,18 @@ def sequences(tokens, length, first, count, seed):
 
 
 def main():
+    from support.bases import DEFAULT_BASE, locate_base, tokenizer_at
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sources", nargs="+")
     parser.add_argument("--out", required=True, help="token file to write, ending in .bin; a .json goes beside it")
-    parser.add_argument("--base", help="base model whose tokenizer is used")
+    parser.add_argument("--base", default=DEFAULT_BASE, help="base model whose tokenizer is used")
     parser.add_argument("--max-tokens", type=int, help="stop after this many tokens")
     args = parser.parse_args()
-    from model import DEFAULT_BASE, load_tokenizer
     written = os.path.exists(args.out) or os.path.exists(args.out + ".json")
     if written or not args.out.endswith(".bin") or not os.path.isdir(os.path.dirname(args.out) or "."):
         raise InputError(f"--out {args.out}: name a new file ending in .bin, in a directory that exists")
-    pack(args.sources, load_tokenizer(args.base or DEFAULT_BASE), args.out, args.max_tokens)
+    path, options = locate_base(args.base)
+    pack(args.sources, tokenizer_at(args.base, path, **options), args.out, args.max_tokens)
 
 
 if __name__ == "__main__":

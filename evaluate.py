@@ -34,14 +34,16 @@ from tqdm import tqdm
 
 from data import conversation
 from generator import GeneratorConfig
-from model import DEFAULT_BASE, AdaptedLM, checkpoint_base, load_base, locate_checkpoint
+from model import AdaptedLM, load_base
 from support.answers import answer, encode
 from support.ask import ask, check_flags
+from support.bases import DEFAULT_BASE
 from support.benchmarks import (IN_CONTEXT_PROMPT, METAICL_CLASSIFICATION, METAICL_OTHER, METAICL_PROMPT, METAICL_SEEDS,
                                 MSC_HUB_ID, MSC_SAMPLE, first_ids, in_context_prompts, load_metaicl, load_msc, load_qa)
 from support.costs import adapter_floats, base_flops, context_flops, kv_cache_floats
 from support.files import InputError, hub_reachable, open_predictions, read_rows, run_command, stamps
 from support.finetune import fit_base
+from support.formats import checkpoint_base, locate_checkpoint
 from support.instructions import demonstration
 from support.plots import COSTS, plot
 from support.text import context_ids, tokenize, user_turn

@@ -2,20 +2,18 @@
 
 Symbols, in the order a reader of the paper meets them (§2.2, §2.4):
 
-    Sigma(t)  the context read so far: chunks C_1 .. C_t                  B    batch: contexts side by side
-    H_t       hidden states of chunk t at the INPUT of decoder block l    L    tokens of a chunk (M_t in the paper, whose L counts blocks)
-    h         one row of H_t                                              N, C segments of a pass; its context chunks, C <= N
-    d_h       width of the residual stream                                V    vocabulary
-    W         a frozen linear layer of that block, (d_out, d_in)          d_r  width of the memory S
-    A1, A2    (d_out, d_r), (d_r, d_h)   trained, one set for each W      r    rank of the adapter, r <= d_r
-    B1, B2    (d_h, d_r),  (d_r, d_in)   trained, one set for each W      s    scale: 1/16 Mistral, 1/8 Llama2 (appendix B)
-    g         (d_h,) gain of an RMSNorm on h                              Omega  (d_r, r) fixed random sketch
-    S_t       (d_r, d_r) the memory: S_t = S_{t-1} + A2 H_t^T H_t B1      (eq. 3), S_0 = 0, rows A2, columns B1
-    norm      S = U Sigma V^T  ->  U_r f V_r^T, f = 1 at damping 0        (eq. 6, 7)
-    W_Delta   s A1 norm(S_t) B2 = (s A1 U) (V^T B2) = lora_B lora_A       (eq. 8, 9)
+    Sigma(t)  the context read so far: chunks C_1 .. C_t          B     batch: contexts side by side
+    H_t       hidden states of chunk t, INPUT of block l          L     tokens of a chunk (M_t in the paper)
+    h         one row of H_t, at root mean square 1 (*)           d_h   width of the residual stream
+    W         a frozen linear layer of block l, (d_out, d_in)     d_r   width of the memory S
+    A1, A2    (d_out, d_r), (d_r, d_h)   trained for each W       r     rank of the adapter, r <= d_r
+    B1, B2    (d_h, d_r), (d_r, d_in)    trained for each W       s     scale: 1/16 Mistral, 1/8 Llama2 (appendix B)
+    g         (d_h,) gain of h, trained for each W                Omega (d_r, r) fixed random sketch
+    S_t       S_{t-1} + A2 H_t^T H_t B1 (eq. 3), S_0 = 0: the memory (d_r, d_r), all that is kept, at any length
+    norm      S = U Sigma V^T  ->  U_r V_r^T (eq. 6, 7), damped
+    W_Delta   s A1 norm(S_t) B2 = (s A1 U) (V^T B2) = lora_B lora_A (eq. 8, 9)
 
-Every target W of a block reads the same H. The base model is frozen, S is all that is remembered: constant size, any length.
-Not in the paper but in the released code, and needed: h is RMS-normalised (own eps 1e-6, gain g) before eq. 1.
+(*) Not in the paper but in the released code, and needed: h is RMS-normalised before eq. 1, with an eps of its own.
 """
 
 import hashlib
@@ -38,52 +36,22 @@ NULL_DIRECTION = 1e-6    # a singular value below this share of the largest one 
 
 @dataclass
 class GeneratorConfig:
-    """Shape and normalisation of a generator. Defaults suit the 135M default base; a 7B base wants d_r 1024, rank 128, scale 1/16."""
+    """Shape and normalisation of a generator. Defaults suit the default base; a 7B: d_r 1024, rank 128, scale 1/16."""
     d_r: int = 256
     rank: int = 64
     scale: float = 1.0
     norm: str = "svd"          # svd | svd-exact | frobenius
-    damping: float = 1e-2      # lambda = damping * sigma_1; 0 is eq. 7 to the letter (svd norms only)
+    damping: float = 1e-2      # lambda = damping sigma_1; 0 is eq. 7 to the letter (svd norms only)
     targets: list = field(default_factory=lambda: ["o_proj"])
     chunk: int = 1024          # tokens of a context read at a time: those it was trained with, the paper's 1,024
 
     def __post_init__(self):
-        self.targets = [self.targets] if isinstance(self.targets, str) else list(self.targets)
-        if not all(isinstance(v, int) for v in (self.d_r, self.rank, self.chunk)) or not all(isinstance(v, (int, float)) and abs(v) < 1e9 for v in (self.scale, self.damping)):
-            raise InputError(f"d_r, rank and chunk must be integers, scale and damping finite numbers: {self}")
-        if self.norm not in NORMS:
-            raise InputError(f"norm {self.norm!r} is unknown: choose one of {', '.join(NORMS)}")
-        if not 1 <= self.rank <= self.d_r:
-            raise InputError(f"rank must lie between 1 and d_r = {self.d_r}, not {self.rank}")
-        if self.chunk < 1:
-            raise InputError(f"chunk must be at least 1 token, it is {self.chunk}")
-        if self.damping < 0:
-            raise InputError(f"damping must not be negative, it is {self.damping}")
-        if not self.targets or not all(isinstance(target, str) for target in self.targets):
-            raise InputError("targets must name at least one module, for example o_proj")
+        check_config(self)
 
     @property
     def adapter_rank(self):
-        """Rank of the LoRA pair of a memory: r, but d_r for frobenius, which keeps full rank."""
+        """Rank of a memory's LoRA pair: r, but d_r for frobenius, which keeps full rank."""
         return self.d_r if self.norm == "frobenius" else self.rank
-
-    @classmethod
-    def from_dict(cls, values):
-        """Config from a json object; keys it does not know are ignored, chunk may be left out. Raises InputError when a field is missing or malformed."""
-        try:
-            return cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values or f.name != "chunk"})
-        except (KeyError, TypeError) as error:
-            raise InputError(f"generator config: missing or malformed field ({error})") from None
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# the trained part
-
-
-def rms_norm(H):
-    """Rows of H (..., L, d_h) at root mean square 1, in H's dtype; the gain g follows in each LayerGenerator, so a block's targets share this."""
-    h = H.float()
-    return (h * torch.rsqrt(h.square().mean(-1, keepdim=True) + RMS_EPS)).to(H.dtype)
 
 
 class LayerGenerator(nn.Module):
@@ -91,50 +59,54 @@ class LayerGenerator(nn.Module):
 
     def __init__(self, config, d_h, d_in, d_out, device=None):
         super().__init__()
-        self.config = config
-        d_r = config.d_r
-        self.A1 = nn.Parameter(torch.empty(d_out, d_r, device=device))
+        self.config, d_r = config, config.d_r
+        self.A1 = nn.Parameter(torch.zeros(d_out, d_r, device=device))          # so W_Delta = 0 before training
         self.A2 = nn.Parameter(torch.empty(d_r, d_h, device=device))
         self.B1 = nn.Parameter(torch.empty(d_h, d_r, device=device))
         self.B2 = nn.Parameter(torch.empty(d_r, d_in, device=device))
         self.g = nn.Parameter(torch.ones(d_h, device=device))
-        # kaiming_normal(fan_in, a = sqrt 5) is std sqrt(1/3) / sqrt(fan_in); the fan of A2 and B1 is d_h, that of B2 is d_in
+        # kaiming_normal(fan_in, a = sqrt 5): std sqrt(1/3) / sqrt(fan_in); the fan of A2 and B1 is d_h, that of B2 d_in
         for weight, fan_in in ((self.A2, d_h), (self.B1, d_h), (self.B2, d_in)):
             nn.init.normal_(weight, std=(3 * fan_in) ** -0.5)
-        nn.init.zeros_(self.A1)                                      # W_Delta = 0 before training
 
     def update(self, h, mask=None):
-        """A2 H^T H B1, what a chunk adds to S (eq. 1-3): h (..., L, d_h), rows of H as rms_norm gives them, mask (..., L) of 1 and 0
-        -> (..., d_r, d_r) fp32. The two projections run in h's dtype, the sum over tokens in fp32: rounding S to bf16 moves norm(S) by percents."""
+        """What a chunk adds to S (eq. 1-3), A2 H^T H B1: h (..., L, d_h) as rms_norm gives it, mask (..., L) of 1 and 0
+        -> (..., d_r, d_r) fp32. The projections run in h's dtype, the sum over tokens in fp32: rounding S to bf16
+        moves norm(S) by percents."""
         h = h * self.g.to(h.dtype)
-        left = h @ self.A2.to(h.dtype).mT                            # (..., L, d_r)
-        right = h @ self.B1.to(h.dtype)                              # (..., L, d_r)
+        values = h @ self.A2.to(h.dtype).mT                                     # (..., L, d_r)
+        keys = h @ self.B1.to(h.dtype)                                          # (..., L, d_r)
         if mask is not None:
-            left = left * mask.unsqueeze(-1).to(h.dtype)             # padding adds nothing to S
-        return left.float().mT @ right.float()                       # (..., d_r, d_r)
+            values = values * mask.unsqueeze(-1).to(h.dtype)                    # padding adds nothing to S
+        return values.float().mT @ keys.float()                                 # (..., d_r, d_r)
 
     def adapter(self, S, tokens=None):
-        """W_Delta = lora_B lora_A (eq. 8, 9): S (..., d_r, d_r) fp32 -> lora_A (..., r, d_in), lora_B (..., d_out, r), s folded into lora_B.
-        r is config.adapter_rank; where S is known to hold at most that many tokens, no more than those: rank(S) <= tokens, so W_Delta is the same."""
+        """W_Delta = lora_B lora_A (eq. 4, 8, 9): S (..., d_r, d_r) -> lora_A (..., r, d_in), lora_B (..., d_out, r),
+        s folded into it. An S that holds fewer than r tokens has no higher rank: tokens cuts r to that, exactly."""
         c = self.config
-        if c.norm == "frobenius":
-            lora_A = frobenius_norm(S) @ self.B2                                           # (..., d_r, d_in)
-            return lora_A, (c.scale * self.A1).expand(*S.shape[:-2], -1, -1)               # (..., d_out, d_r)
-        U, fVh = svd_norm(S, min(c.rank, tokens or c.rank), c.damping, exact=c.norm == "svd-exact")
-        return fVh @ self.B2, c.scale * (self.A1 @ U)                                      # (..., r, d_in), (..., d_out, r)
+        if c.norm == "frobenius":                                               # full rank, r = d_r
+            lora_A = frobenius_norm(S) @ self.B2                                # (..., d_r, d_in)
+            return lora_A, (c.scale * self.A1).expand(*S.shape[:-2], -1, -1)    # (..., d_out, d_r)
+        U, V_T = svd_norm(S, min(c.rank, tokens or c.rank), c.damping, exact=c.norm == "svd-exact")
+        return V_T @ self.B2, c.scale * (self.A1 @ U)                           # (..., r, d_in), (..., d_out, r)
+
+
+def rms_norm(H):
+    """Rows of H (..., L, d_h) at root mean square 1, in H's dtype. The gain g follows in update, so that the targets of
+    a block share this."""
+    h = H.float()
+    return (h * torch.rsqrt(h.square().mean(-1, keepdim=True) + RMS_EPS)).to(H.dtype)
 
 
 class AdapterGenerator(nn.Module):
     """The whole generator G: one LayerGenerator for each target layer of the base.
-
-    shapes: {module name: (d_in, d_out)}, in the base's own names, e.g. "model.layers.0.self_attn.o_proj".
-    """
+    shapes: {module name: (d_in, d_out)}, in the base's own names, e.g. "model.layers.0.self_attn.o_proj"."""
 
     def __init__(self, config, d_h, shapes, device=None):
         super().__init__()
         self.config = config
-        self.index = {name: i for i, name in enumerate(shapes)}      # ModuleDict keys may not hold dots
-        self.layers = nn.ModuleList(LayerGenerator(config, d_h, d_in, d_out, device) for d_in, d_out in shapes.values())
+        self.index = {name: i for i, name in enumerate(shapes)}                 # ModuleDict keys may not hold dots
+        self.layers = nn.ModuleList(LayerGenerator(config, d_h, *shape, device) for shape in shapes.values())
         self._fingerprint = (None, None)
 
     def __getitem__(self, name):
@@ -144,22 +116,23 @@ class AdapterGenerator(nn.Module):
         """{"<module name>.<A1|A2|B1|B2|g>": parameter}, the names a checkpoint file uses."""
         return {f"{name}.{key}": p for name in self.index for key, p in self[name].named_parameters()}
 
+    @torch.no_grad()
     def load_tensors(self, tensors, source):
-        """Copy tensors named as in tensors() into the parameters. Raises InputError, naming source, when names or shapes differ."""
+        """Copy tensors named as in tensors() into the parameters; InputError names source where they do not fit."""
         mine = self.tensors()
-        for name in mine.keys() | tensors.keys():
-            if name not in tensors:
-                raise InputError(f"{source}: tensor {name} is missing, so it belongs to another base or other target modules")
-            if name not in mine:
-                raise InputError(f"{source}: tensor {name} has no place in this base, so it belongs to another base or other target modules")
-            if tensors[name].shape != mine[name].shape:
-                raise InputError(f"{source}: {name} has shape {tuple(tensors[name].shape)} where this base and config need {tuple(mine[name].shape)}")
-        with torch.no_grad():
-            for name, p in mine.items():
-                p.copy_(tensors[name])
+        if odd := sorted(mine.keys() ^ tensors.keys()):
+            how = "is missing" if odd[0] in mine else "has no place in this base"
+            raise InputError(f"{source}: tensor {odd[0]} {how}, so it belongs to another base or other target modules")
+        for name, p in mine.items():
+            if tensors[name].shape != p.shape:
+                raise InputError(f"{source}: {name} has shape {tuple(tensors[name].shape)} where this base and config "
+                                 f"need {tuple(p.shape)}")
+        for name, p in mine.items():
+            p.copy_(tensors[name])
 
     def fingerprint(self):
-        """Hash of config and weights: a memory belongs to the generator that wrote it. Recomputed only after an operation has changed a weight (edits through .data go unseen)."""
+        """Hash of config and weights: a memory belongs to the generator that wrote it. Computed again only after an
+        operation has changed a weight (edits through .data go unseen)."""
         state = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in self.parameters()]
         if self._fingerprint[0] != state:
             digest = hashlib.sha256(json.dumps(asdict(self.config), sort_keys=True).encode())
@@ -170,27 +143,24 @@ class AdapterGenerator(nn.Module):
         return self._fingerprint[1]
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# the memory
-
-
 @dataclass
 class Memory:
-    """All that is kept of a context: S_t of every target layer, (B, d_r, d_r) fp32, whatever its length.
+    """All that is kept of a context: S_t of every target layer, whatever its length.
 
-    states: {module name: S}, rows A2, columns B1; tokens: (B,) real tokens read; fingerprint: of the generator that wrote it.
-    a + b knows both contexts; Memory.stack([a, b]) serves them in one batch. Both raise InputError for memories of different generators.
+    states: {module name: S (B, d_r, d_r) fp32}, rows A2, columns B1; tokens: (B,) real tokens read; fingerprint: of the
+    generator that wrote it. Memories of different generators cannot be put together.
     """
     states: dict
     tokens: torch.Tensor
     fingerprint: str = None
 
     def __add__(self, other):
-        """The memory of contexts read apart, neither under the adapter of the other: S is a sum over tokens (eq. 3). Row b is added to row b, a batch
-        of 1 to every row."""
+        """The memory of contexts read apart, neither under the adapter of the other: S is a sum over tokens (eq. 3).
+        Row b is added to row b, a batch of 1 to every row."""
         one_generator([self, other])
         if len(self.tokens) != len(other.tokens) and 1 not in (len(self.tokens), len(other.tokens)):
-            raise InputError(f"memories of batch {len(self.tokens)} and {len(other.tokens)} cannot be added: the batches must be equal, or one of them 1")
+            raise InputError(f"memories of batch {len(self.tokens)} and {len(other.tokens)} cannot be added: the "
+                             "batches must be equal, or one of them 1")
         states = {name: S + other.states[name].to(S.device) for name, S in self.states.items()}
         return Memory(states, self.tokens + other.tokens, self.fingerprint)
 
@@ -208,30 +178,57 @@ class Memory:
         tensors["tokens"] = self.tokens.detach().cpu().contiguous()
         if os.path.isdir(path) or not os.path.isdir(os.path.dirname(path) or "."):
             raise InputError(f"{path} cannot be written: name a file in a directory that exists")
-        save_file(tensors, f"{path}.part", metadata={"format": "generative-adapter-memory", "fingerprint": self.fingerprint or ""})
+        metadata = {"format": "generative-adapter-memory", "fingerprint": self.fingerprint or ""}
+        save_file(tensors, f"{path}.part", metadata=metadata)
         os.replace(f"{path}.part", path)
 
     @classmethod
     def load(cls, path):
-        """Read a file that save wrote, onto the CPU. Raises InputError when it is missing, corrupt, or not a memory."""
+        """Read a file that save wrote, onto the CPU."""
         tensors, metadata = read_safetensors(path)
         if metadata.get("format") != "generative-adapter-memory":
             raise InputError(f"{path} is a safetensors file but not a saved memory")
-        states = {name[2:]: S for name, S in tensors.items() if name.startswith("S.")}
-        tokens = tensors.get("tokens")
-        if (tokens is None or tokens.dtype != torch.long or tokens.dim() != 1 or not tokens.numel()
-                or any(S.dtype != torch.float32 or S.dim() != 3 or S.shape[:1] != tokens.shape or not S.isfinite().all() for S in states.values())):
+        states, tokens = {name[2:]: S for name, S in tensors.items() if name.startswith("S.")}, tensors.get("tokens")
+        sound = tokens is not None and tokens.dtype == torch.long and tokens.dim() == 1 and tokens.numel() > 0
+        if not sound or not all(S.dtype == torch.float32 and S.dim() == 3 and S.shape[:1] == tokens.shape
+                                and S.isfinite().all() for S in states.values()):
             raise InputError(f"{path}: the saved memory is damaged (sizes disagree or values are not finite)")
         return cls(states, tokens, metadata.get("fingerprint") or None)
 
 
 def one_generator(memories):
-    """Raises InputError unless the memories, one at least, were written by one generator."""
     if not memories:
         raise InputError("there is no memory to put together: give at least one")
     kinds = {(m.fingerprint, *((name, S.shape[1:]) for name, S in sorted(m.states.items()))) for m in memories}
     if len(kinds) > 1:
-        raise InputError("memories of different generators cannot be put together: read the contexts again with one generator")
+        raise InputError("memories of different generators cannot be put together: read the contexts again with one "
+                         "generator")
+
+
+def check_config(c):
+    """Raises InputError for a config that no generator can have."""
+    c.targets = [c.targets] if isinstance(c.targets, str) else list(c.targets)
+    numbers = all(isinstance(v, int) for v in (c.d_r, c.rank, c.chunk))
+    if not numbers or not all(isinstance(v, (int, float)) and abs(v) < 1e9 for v in (c.scale, c.damping)):
+        raise InputError(f"d_r, rank and chunk must be integers, scale and damping finite numbers: {c}")
+    for wrong, words in (
+            (c.norm not in NORMS, f"norm {c.norm!r} is unknown: choose one of {', '.join(NORMS)}"),
+            (not 1 <= c.rank <= c.d_r, f"rank must lie between 1 and d_r = {c.d_r}, not {c.rank}"),
+            (c.chunk < 1, f"chunk must be at least 1 token, it is {c.chunk}"),
+            (c.damping < 0, f"damping must not be negative, it is {c.damping}"),
+            (not c.targets or not all(isinstance(target, str) for target in c.targets),
+             "targets must name at least one module, for example o_proj")):
+        if wrong:
+            raise InputError(words)
+
+
+def config_from_dict(values):
+    """GeneratorConfig from a json object; keys it does not know are ignored, chunk may be left out."""
+    names = [f.name for f in fields(GeneratorConfig) if f.name in values or f.name != "chunk"]
+    try:
+        return GeneratorConfig(**{name: values[name] for name in names})
+    except (KeyError, TypeError) as error:
+        raise InputError(f"generator config: missing or malformed field ({error})") from None
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -1,18 +1,19 @@
-"""The aligned start of a generator, for train.py --start aligned: A2, B1, B2 from the base's own statistics. An addition of this project, not in the paper.
+"""The aligned start of a generator, for train.py: A2, B1, B2 from the base's own statistics. Ours, not in the paper.
 
-S = sum_i a_i b_i^T holds values a_i = A2 h_i under keys b_i = B1^T h_i, and W_Delta z = s A1 norm(S) (B2 z) reads with the query B2 z. The residual
-stream h_{i+1} before a block knows the token before it, and the input z_i of a target linear knows token i, so that the pair (h_{i+1}, z_i) of plain
-text is the pair (key, query) that copying needs, and the token at i+1 is the value. Random A2, B1, B2 have to learn this first.
+S = sum_i a_i b_i^T holds values a_i = A2 h_i under keys b_i = B1^T h_i, and W_Delta z = s A1 norm(S) (B2 z) reads with
+the query B2 z. The residual stream h_{i+1} before a block knows the token before it, and the input z_i of a target
+linear knows token i, so the pair (h_{i+1}, z_i) of plain text is the pair (key, query) that copying needs, and the
+token at i+1 is the value. A random start has to learn this first.
 
-With h RMS-normalised, e the embedding of h's own token, second moments C over positions i >= 1 (the first token is an attention sink) and
-P = I - m m^T / |m|^2 on both sides of each, m the mean (a direction that all keys share would answer every query alike), the canonical correlations
-are the singular values in
+With h RMS-normalised, e the embedding of h's own token, second moments C over positions i >= 1 (the first token is an
+attention sink) and the mean direction m projected out of each, P = I - m m^T / |m|^2 (a direction that all keys share
+would answer every query alike), the canonical correlations rho are the singular values in
 
-    keys and queries   W_h C_hz W_z = U rho V^T       B1 = W_h U rho^(1/2)          B2 = (W_z V rho^(1/2))^T       d_r leading directions
-    values             W_h C_he W_e = U' rho' V'^T    A2 = (W_h U' rho'^(1/2))^T    A1 = 0, g = 1: W_Delta is still 0
+    keys and queries   W_h^T C_hz W_z = U rho V^T       B1 = P W_h U rho^(1/2)         B2 = (P W_z V rho^(1/2))^T
+    values             W_h^T C_he W_e = U' rho' V'^T    A2 = (P W_h U' rho'^(1/2))^T   A1 = 0, g = 1: W_Delta is still 0
 
-where W_h C_hh W_h^T = I and so on: Cholesky factors of C + 1 % of its mean eigenvalue. Each is scaled to the mean energy that the random start has on
-the same data, B2 to QUERY_SCALE times that.
+with the d_r leading directions and W_h^T C_hh W_h = I, from the Cholesky factor of C_hh + RIDGE. A2 and B1 are scaled
+to the energy that the random start has on the same data, B2 to QUERY_SCALE times its root mean square.
 """
 
 from collections import defaultdict
@@ -23,18 +24,20 @@ from tqdm import tqdm
 from generator import rms_norm
 
 RIDGE = 1e-2             # of the mean eigenvalue
-QUERY_SCALE = 3.0        # root mean square of B2 z over that of the random start
+QUERY_SCALE = 9.0        # root mean square of B2 z over that of the random start
 MEMORY = 4e9             # bytes of second moments held at once; blocks beyond take another pass over the text
 
 
 @torch.no_grad()
 def aligned_start(model, batches):
-    """Set A2, B1, B2 of every LayerGenerator of model (an AdaptedLM) in place. batches: a list of token ids (B, L) of plain text, some 40,000 tokens in
-    all; the same text gives the same start. Second moments are summed in float64 over the batches, for as many blocks at a time as MEMORY allows."""
+    """Set A2, B1, B2 of every LayerGenerator of model (an AdaptedLM) in place. batches: a list of token ids (B, L) of
+    plain text, some 20,000 tokens in all; the same text gives the same start. Second moments are summed in float64 over
+    the batches, for as many blocks at a time as MEMORY allows."""
     names, generator = model.block_targets, model.generator
     d_h, widest = len(generator.layers[0].g), max(layer.B2.shape[1] for layer in generator.layers)
     group = max(1, int(MEMORY / (8 * (2 * d_h**2 + len(names[0]) * widest * (widest + d_h)))))
-    bar = tqdm(total=-(-len(names) // group) * len(batches) + len(names), desc="aligned start", unit="pass", leave=False)
+    total = -(-len(names) // group) * len(batches) + len(names)
+    bar = tqdm(total=total, desc="aligned start", unit="pass", leave=False)
     for blocks in torch.arange(len(names)).split(group):
         moments = defaultdict(float)
         for ids in batches:
@@ -48,13 +51,18 @@ def aligned_start(model, batches):
 
 
 def add_moments(moments, model, blocks, ids):
-    """Add the second moments and the means of one forward pass over ids (B, L) to moments, for these blocks and their targets."""
+    """Add the sums of h, z, e and their products over one forward pass of ids (B, L) to moments, for these blocks."""
     inputs, hooks = {}, []
+
+    def watch(key, module):
+        hooks.append(module.register_forward_pre_hook(lambda module, args: inputs.update({key: args[0]})))
+
     for l in blocks:
-        for key, module in ((l, model.blocks[l]), *((name, model.base.get_submodule(name)) for name in model.block_targets[l])):
-            hooks.append(module.register_forward_pre_hook(lambda module, args, key=key: inputs.__setitem__(key, args[0])))
+        watch(l, model.blocks[l])
+        for name in model.block_targets[l]:
+            watch(name, model.base.get_submodule(name))
+    ids = ids.to(model.base.device)
     try:
-        ids = ids.to(model.base.device)
         model.base.get_decoder()(input_ids=ids, use_cache=False)
     finally:
         for hook in hooks:
@@ -85,10 +93,11 @@ def project(C, u, v):
 
 
 def canonical(C_hx, C_hh, C_xx, u, v):
-    """Canonical directions of h and x without their mean directions u and v: K_h (d_h, k) and K_x (d_x, k), each column times rho^(1/2), k = min(d_h, d_x)."""
+    """Canonical directions of h and x without their mean directions u and v, each column times rho^(1/2): K_h (d_h, k)
+    and K_x (d_x, k), k = min(d_h, d_x)."""
     def factor(C, u):
-        C = project(C, u, u)
-        return torch.linalg.cholesky(C + (RIDGE * C.diagonal().mean() + 1e-30) * torch.eye(len(C), dtype=C.dtype, device=C.device))
+        C, eye = project(C, u, u), torch.eye(len(C), dtype=C.dtype, device=C.device)
+        return torch.linalg.cholesky(C + (RIDGE * C.diagonal().mean() + 1e-30) * eye)
 
     L_h, L_x = factor(C_hh, u), factor(C_xx, v)
     M = torch.linalg.solve_triangular(L_h, project(C_hx, u, v), upper=False)
@@ -100,13 +109,15 @@ def canonical(C_hx, C_hh, C_xx, u, v):
 
 
 def set_layer(layer, moments, l, name):
-    """A2, B1, B2 of one LayerGenerator from the moments of block l and target name; rows beyond k directions keep their random start."""
+    """A2, B1, B2 of one LayerGenerator from the moments of block l and target name. Rows beyond k stay random."""
     hh, he, h = (moments[l, key] / moments["T"] for key in ("hh", "he", "h"))
     zz, hz, z = (moments[name, key] / moments["T"] for key in ("zz", "hz", "z"))
     ee, e = moments["ee"] / moments["T"], moments["e"] / moments["T"]
     keys, queries = canonical(hz, hh, zz, unit(h), unit(z))
     values, _ = canonical(he, hh, ee, unit(h), unit(e))
-    for weight, K, C, factor in ((layer.B1.T, keys, hh, 1), (layer.A2, values, hh, 1), (layer.B2, queries, zz, QUERY_SCALE)):
+    for weight, K, C, factor in (
+            (layer.B1.T, keys, hh, 1), (layer.A2, values, hh, 1), (layer.B2, queries, zz, QUERY_SCALE)):
         K = K[:, :len(weight)].T                                                # (k, d)
-        energy, random = ((K @ C) * K).sum(), C.diagonal().sum() * len(K) / (3 * len(C))      # E|K x|^2; the random start has std^2 = 1 / (3 fan_in)
+        energy = ((K @ C) * K).sum()                                            # E|K x|^2
+        random = C.diagonal().sum() * len(K) / (3 * len(C))                     # its start has variance 1 / (3 fan_in)
         weight[:len(K)] = (factor * (random / energy).sqrt() * K).to(weight.dtype)

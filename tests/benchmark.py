@@ -29,7 +29,7 @@ from data import doubled
 from generator import GeneratorConfig, SpectralNorm, svd_norm
 from model import AdaptedLM, HeadLoss
 from support.costs import base_flops, generator_flops
-from train import keep_freed_memory, peak_memory
+from support.machine import keep_freed_memory, peak_memory
 
 # base, its config, generator, chunks of a training sequence, tokens of a chunk, tokens of each of two contexts
 SHAPES = {

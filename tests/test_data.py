@@ -245,7 +245,8 @@ def test_items_without_a_control_are_counted(tmp_path, tokenizer):
     lone = [i for i in range(6) if all(contexts[i] & other for other in contexts)]
     assert lone and [i for i in range(6) if batches.controls[i] is None] == lone
     assert f"{len(lone)} of 6 validation items without a control" in batches.about
-    losses, args = train.validate(make_model(), batches, 0, 1), types.SimpleNamespace(out=str(tmp_path), stage="instruct")
+    args = types.SimpleNamespace(out=str(tmp_path), stage="instruct", micro_batch=3)
+    losses = train.validate(args, make_model(), batches, 0, 1)
     assert [i for i in range(6) if losses[i, 2].isnan()] == lone and not losses[:, 0].isnan().any()
     for step in (0, 5):
         train.report_validation(args, step, losses)

@@ -94,7 +94,7 @@ def test_the_control_reads_another_conversation():
 
 
 def run(tmp_path, base, task, *flags):
-    evaluate.main(["--task", task, "--base", base, "--device", "cpu", "--output", str(tmp_path / "out.json"), "--predictions", str(tmp_path / "out.jsonl"), *flags])
+    evaluate.main(["--task", task, "--base", base, "--device", "cpu", "--dtype", "float32", "--output", str(tmp_path / "out.json"), "--predictions", str(tmp_path / "out.jsonl"), *flags])
     return json.load(open(tmp_path / "out.json")), [json.loads(line) for line in open(tmp_path / "out.jsonl")]
 
 
@@ -118,7 +118,7 @@ def test_msc_untrained_adapter_is_closed_book(tmp_path, base_directory, capsys):
 
 def test_msc_scores_follow_from_the_predictions(tmp_path, base_directory):
     """A trained-looking generator of chunks of 300 tokens; each row of the table recomputed from the JSONL, each answer from the model."""
-    base, tokenizer = load_base(base_directory, device="cpu")
+    base, tokenizer = load_base(base_directory, torch.float32, "cpu")
     make_model(base=base, chunk=300).save_pretrained(tmp_path / "generator")
     result, predictions = run(tmp_path, base_directory, "msc", "--data", MSC_SAMPLE, "--checkpoint", str(tmp_path / "generator"), "--limit", "2", "--method", "adapter",
                               "--method", "adapter-shuffled")
@@ -151,7 +151,7 @@ def test_long_context_loses_its_beginning(tokenizer):
 
 
 def test_ppl_against_plain_cross_entropy(tmp_path, base_directory, text_file):
-    base, tokenizer = load_base(base_directory, device="cpu")
+    base, tokenizer = load_base(base_directory, torch.float32, "cpu")
     model = make_model(base=base)
     model.save_pretrained(tmp_path / "generator")
     texts = [("%d " % i) * 900 for i in range(3)] + ["short text " * 60]                     # the last has no completion
@@ -183,7 +183,7 @@ def test_ppl_against_plain_cross_entropy(tmp_path, base_directory, text_file):
 
 def test_ppl_of_other_lengths_in_the_generators_chunks(tmp_path, base_directory):
     """--context-lengths: the adapter's context of 40 tokens is streamed in the 16-token chunks of its config, evenly split; the completion is the next 40."""
-    base, tokenizer = load_base(base_directory, device="cpu")
+    base, tokenizer = load_base(base_directory, torch.float32, "cpu")
     model = make_model(base=base, chunk=16)
     model.save_pretrained(tmp_path / "generator")
     texts = [("%d rivers " % i) * 60 for i in range(3)]
@@ -310,7 +310,7 @@ def squad_file(tmp_path_factory):
 @pytest.fixture(scope="module")
 def generator_directory(tmp_path_factory, base_directory):
     path = tmp_path_factory.mktemp("generator")
-    make_model(base=load_base(base_directory, device="cpu")[0]).save_pretrained(path)
+    make_model(base=load_base(base_directory, torch.float32, "cpu")[0]).save_pretrained(path)
     return str(path)
 
 
@@ -354,7 +354,7 @@ def test_qa_rows_groups_and_answers(tmp_path, base_directory, squad_file, genera
     for row in result["rows"]:
         assert row["n"] == 6 and all(key in row and key + "_stderr" in row for key in ("f1", "em", "f1_max", "em_max", "recall", "rougeL_recall"))
         assert all(key in row for key in ("inference_tflops", "contextualisation_tflops", "contextualisation_seconds", "storage_mfloats"))
-    model = AdaptedLM.from_pretrained(load_base(base_directory, device="cpu")[0], generator_directory)
+    model = AdaptedLM.from_pretrained(load_base(base_directory, torch.float32, "cpu")[0], generator_directory)
     texts = ["\n\n".join(text for text, _ in SQUAD[:2]), SQUAD[2][0]]
     for method, text in (("adapter", texts[0]), ("adapter-shuffled", texts[1])):
         memory = model.contextualize(torch.tensor([[257] + tokenizer(text)["input_ids"]]))
@@ -459,7 +459,7 @@ def test_metaicl_rows_answers_and_resumption(tmp_path, base_directory, metaicl_d
             assert row["accuracy"] == pytest.approx(sum(table[method, t, k]["accuracy"] for t in own) / len(own))
     assert "glue-rte" in result["note"] and len(predictions) == 3 * 2 * (1 + 4 + 2 + 4 + 4)
     # answers by hand: few-shot and adapter of the same two demonstrations; the base is itself again after fine-tuning
-    model = AdaptedLM.from_pretrained(load_base(base_directory, device="cpu")[0], generator_directory)
+    model = AdaptedLM.from_pretrained(load_base(base_directory, torch.float32, "cpu")[0], generator_directory)
     drawn = random.Random(0).sample(range(16), 16)[:2]
     context = "\n\n".join(f"Input: quarel train 13 {i} é\nOutput: {'yes' if i % 2 else 'no'}" for i in drawn)
     question = "Input: quarel test 100 1 é\nOutput:"
@@ -492,12 +492,12 @@ def test_ppl_compares_checkpoints(tmp_path, base_directory, generator_directory)
 
 def test_ask(tmp_path, base_directory, capsys, monkeypatch):
     """Two calls with a memory file equal one that streams both texts; the answers are those of the model; questions may be typed in."""
-    base, tokenizer = load_base(base_directory, device="cpu")
+    base, tokenizer = load_base(base_directory, torch.float32, "cpu")
     model = make_model(base=base)
     model.save_pretrained(tmp_path / "generator")
     (tmp_path / "a.txt").write_text("Ana keeps bees. " * 90)                     # 1,440 bytes: two chunks
     (tmp_path / "b.txt").write_text("Bo sold twelve jars, à Nîmes.")
-    common = ["--task", "ask", "--base", base_directory, "--device", "cpu", "--checkpoint", str(tmp_path / "generator")]
+    common = ["--task", "ask", "--base", base_directory, "--device", "cpu", "--dtype", "float32", "--checkpoint", str(tmp_path / "generator")]
     memory = str(tmp_path / "ana.safetensors")
     evaluate.main([*common, "--context", str(tmp_path / "a.txt"), "--memory", memory, "--question", "Who?", "--compare"])
     first = capsys.readouterr().out
@@ -523,13 +523,13 @@ def test_ask(tmp_path, base_directory, capsys, monkeypatch):
 
 def test_ask_refusals(tmp_path, base_directory):
     """One sentence each, and the memory stays what it was."""
-    base, _ = load_base(base_directory, device="cpu")
+    base, _ = load_base(base_directory, torch.float32, "cpu")
     for seed in (0, 1):
         make_model(base=base, seed=seed).save_pretrained(tmp_path / f"g{seed}")
     (tmp_path / "empty.txt").write_text(" \n")
     (tmp_path / "latin.txt").write_bytes(b"\xe9t\xe9")
     (tmp_path / "a.txt").write_text("text")
-    memory, start = tmp_path / "m.safetensors", ["--task", "ask", "--base", base_directory, "--device", "cpu", "--question", "q"]
+    memory, start = tmp_path / "m.safetensors", ["--task", "ask", "--base", base_directory, "--device", "cpu", "--dtype", "float32", "--question", "q"]
     evaluate.main([*start, "--checkpoint", str(tmp_path / "g0"), "--context", str(tmp_path / "a.txt"), "--memory", str(memory)])
     before = memory.read_bytes()
     text = ["--context", str(tmp_path / "a.txt")]
@@ -545,7 +545,7 @@ def test_ask_refusals(tmp_path, base_directory):
 def test_the_shipped_generator_remembers():
     """The default generator is the shipped one. Turns of the built-in conversations cost far fewer nats a token under their own adapter than without one,
     and more under the adapter of another turn."""
-    models, tokenizer = evaluate.load_models(evaluate.arguments(["--task", "msc", "--device", "cpu"]))
+    models, tokenizer = evaluate.load_models(evaluate.arguments(["--task", "msc", "--device", "cpu", "--dtype", "float32"]))
     (name, model), = models
     files = os.listdir(name)
     assert name == evaluate.DEFAULT_CHECKPOINT and "README.md" in files and sum(os.path.getsize(os.path.join(name, f)) for f in files) <= 40e6

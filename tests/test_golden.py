@@ -8,9 +8,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, CONFIG_MAPPING, MistralConfig, MistralForCausalLM
 
-import model as model_file
 from generator import InputError
-from model import AdaptedLM, checkpoint_base, locate_checkpoint
+from model import AdaptedLM
+from support import formats
+from support.formats import checkpoint_base, locate_checkpoint
 
 GOLDEN = os.path.join(os.path.dirname(__file__), "golden")
 INDEX = json.load(open(os.path.join(GOLDEN, "index.json")))
@@ -88,8 +89,8 @@ def test_checkpoint_of_the_hub(monkeypatch, capsys):
         asked.append((name, options))
         return os.path.join(GOLDEN, "ckpt_llama_o")
 
-    monkeypatch.setattr(model_file, "hub_reachable", lambda: True)
-    monkeypatch.setattr(model_file.huggingface_hub, "snapshot_download", download)
+    monkeypatch.setattr(formats, "hub_reachable", lambda: True)
+    monkeypatch.setattr(formats.huggingface_hub, "snapshot_download", download)
     config = dict(INDEX["bases"]["llama"])
     base = AutoModelForCausalLM.from_config(CONFIG_MAPPING[config.pop("model_type")](**config), dtype=torch.float32)
     base.name_or_path = "tiny-random-llama"
@@ -100,8 +101,8 @@ def test_checkpoint_of_the_hub(monkeypatch, capsys):
 
 
 def test_checkpoint_of_a_hub_out_of_reach(monkeypatch, tmp_path):
-    monkeypatch.setattr(model_file, "hub_reachable", lambda: False)
-    monkeypatch.setattr(model_file.huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(formats, "hub_reachable", lambda: False)
+    monkeypatch.setattr(formats.huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     for name, words in (("owner/nothing-of-this-name", "not to be had from the hub"), (str(tmp_path / "nothing"), "no such directory"), ("../up/there", "not a hub id"), ("", "no such")):
         with pytest.raises(InputError, match=words) as caught:
             locate_checkpoint(name)
@@ -118,10 +119,10 @@ def test_published_checkpoint_dry_run(monkeypatch):
               for l in range(32) for part, shape in shapes.items()}
     config = {"peft_type": "FASTLORA", "base_model_name_or_path": base.name_or_path, "fastlora_r": 1024, "fastlora_inter_size": None, "fastlora_max_rank": 128, "fastlora_alpha": 64,
               "fastlora_norm": "svd", "fastlora_merge": "pre-norm-sum", "fastlora_param": ["o_proj"], "target_modules": ["o_proj"]}
-    monkeypatch.setattr(model_file, "locate_checkpoint", lambda name: name)
-    monkeypatch.setattr(model_file.os.path, "isfile", lambda path: path.endswith("adapter_config.json"))
-    monkeypatch.setattr(model_file, "read_json", lambda path: config)
-    monkeypatch.setattr(model_file, "read_safetensors", lambda path: (theirs, {}))
+    monkeypatch.setattr("model.locate_checkpoint", lambda name: name)
+    monkeypatch.setattr(formats.os.path, "isfile", lambda path: path.endswith("adapter_config.json"))
+    monkeypatch.setattr(formats, "read_json", lambda path: config)
+    monkeypatch.setattr(formats, "read_safetensors", lambda path: (theirs, {}))
     model = AdaptedLM.from_pretrained(base, "generative-adaptor/Generative-Adapter-Mistral-7B-Instruct-v0.2")
     assert (model.config.d_r, model.config.rank, model.config.scale, model.config.damping, model.config.targets) == (1024, 128, 1 / 16, 0.0, ["o_proj"])
     assert sum(p.numel() for p in model.generator.parameters()) == 32 * (4 * 1024 * 4096 + 4096)

