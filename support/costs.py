@@ -1,6 +1,8 @@
 """Costs from shapes, for Table 1 and Fig. 3: 2 FLOPs a weight and token, and attention over the keys before it.
 evaluate.py and tests/benchmark.py need it."""
 
+import time
+
 import torch
 
 from model import find_blocks
@@ -51,3 +53,10 @@ def adapter_floats(model):
     """Floats of one LoRA adapter, r (d_in + d_out) a target layer: what has to be kept of a context to answer about it.
     To go on streaming, keep S: d_r^2 a target."""
     return sum(model.config.adapter_rank * (layer.B2.shape[1] + len(layer.A1)) for layer in model.generator.layers)
+
+
+def clock(device):
+    """Seconds, once all that was queued on the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.time()

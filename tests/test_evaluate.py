@@ -225,6 +225,108 @@ def test_exit_codes(tmp_path):
         assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr
 
 
+# ---- answer nats, and what an adapter knows of its own context
+
+
+def plain_nats(model, tokenizer, prompt, gold, memory=None):
+    """Token-mean nats of a gold after a prompt (ids), one token at a time, in float64."""
+    ids, nats = list(prompt), []
+    for t in tokenizer(gold)["input_ids"]:
+        nats.append(-model(torch.tensor([ids]), memory=memory)[0, -1].double().log_softmax(-1)[t].item())
+        ids.append(t)
+    return sum(nats) / len(nats)
+
+
+@torch.no_grad()
+def test_answer_nats_one_token_at_a_time(tokenizer):
+    """A batch of prompts and golds of different lengths: bare, under LoRA pairs a row, and after a cached prefix."""
+    model = make_model()
+    model.base.generation_config.pad_token_id = 259
+    questions, golds = ["Who?", "Where does it stand, and why?", "Ö"], ["Ana Maria", "x", " in Nîmes "]
+    prompts = [[257] + tokenizer(q)["input_ids"] for q in questions]
+    memory = model.contextualize(torch.randint(0, 256, (3, 20)))
+    rows = [Memory({name: S[i:i + 1] for name, S in memory.states.items()}, memory.tokens[i:i + 1]) for i in range(3)]
+    for given, each in ((None, [None] * 3), (model.lora(memory), rows)):
+        got = evaluate.answer_nats(model, tokenizer, prompts, golds, given)
+        want = [plain_nats(model, tokenizer, p, g.strip(), m) for p, g, m in zip(prompts, golds, each)]
+        assert got == pytest.approx(want, rel=1e-4)
+    run = types.SimpleNamespace(model=model, tokenizer=tokenizer)
+    prompts, kept, _ = evaluate.in_context(run, "A cold river.", [{"question": q} for q in questions], IN_CONTEXT_PROMPT)
+    before = kept["cache"].layers[0].keys.clone()
+    for golds in (golds, golds[::-1]):
+        want = [plain_nats(model, tokenizer, p, g.strip()) for p, g in zip(prompts, golds)]
+        assert evaluate.answer_nats(model, tokenizer, prompts, golds, **kept) == pytest.approx(want, rel=1e-4)
+    assert torch.equal(before, kept["cache"].layers[0].keys)
+    assert evaluate.answer_nats(model, tokenizer, prompts[:2], ["x", " "])[1] is None
+
+
+def test_clustered_error_is_that_of_the_clusters():
+    """Copies of a value tell nothing new; unequal clusters against the sum of their deviations."""
+    once, labels = [0.5, 2.0, -1.0, 0.25], [0, 1, 2, 3]
+    thrice = [v for v in once for _ in range(3)]
+    assert mean_and_stderr(thrice, [k for k in labels for _ in range(3)]) == pytest.approx(mean_and_stderr(once))
+    mean, error = mean_and_stderr([1.0, 2.0, 6.0], ["a", "a", "b"])
+    assert (mean, error) == pytest.approx((3.0, (2 * (3.0**2 + 3.0**2)) ** 0.5 / 3))
+    assert mean_and_stderr([1.0, 2.0], ["a", "a"])[1] is None
+
+
+def test_memory_gap_by_hand():
+    """Paired by question, ties shared; a question without controls is left out of the pair and counted."""
+    own = [{"cluster": c, "number": n, "nats": v} for c, n, v in ((0, 0, 1.0), (0, 1, 3.0), (1, 2, 2.0), (2, 3, 9.0))]
+    others = [{"cluster": c, "number": n, "control_nats": v} for c, n, v in ((1, 2, [2.0, 5.0]), (0, 0, [2.0, 4.0]), (0, 1, [2.0, 3.0]))]
+    row = evaluate.memory_gap(own, others)
+    gaps = [1.5, 2.0, -0.5]                                             # 3.5 - 2, 3 - 1, 2.5 - 3; clusters 1, 0, 0
+    assert row["gap"] == pytest.approx(1.0) and row["gap_stderr"] == pytest.approx((2 * (0.5**2 + 0.5**2)) ** 0.5 / 3)
+    assert row["best-of-3"] == pytest.approx(100 * (0.5 + 1 + 0) / 3) and row["chance"] == pytest.approx(100 / 3) and row["pairs"] == 3
+    assert sum(gaps) == 3 and "pairs" not in evaluate.memory_gap(own[:3], others) and evaluate.memory_gap(own, []) == {}
+
+
+def test_controls_share_nothing_and_are_as_many_for_all():
+    keys = [{"a", "b"}, {"b", "c"}, {"d"}, {"a"}, {"e"}, {"d", "e", "a"}]
+    drawn = evaluate.control_contexts(keys, 0, 4)
+    assert all(not keys[i] & keys[j] for i, some in enumerate(drawn) for j in some) and {len(some) for some in drawn} == {1}
+    assert all(len(set(some)) == len(some) == 4 for some in evaluate.control_contexts([{i} for i in range(9)], 0, 4))
+    near = evaluate.control_contexts([{i} for i in range(9)], 0, 4, first=3)
+    assert all({0, 1, 2} - {i} <= set(some) for i, some in enumerate(near))          # those that are read anyway come first
+    assert [some[0] for some in drawn] == evaluate.other_contexts(keys, 0)
+    assert evaluate.context_clusters(keys) == [0, 0, 0, 0, 0, 0] and len(set(evaluate.context_clusters(keys[:5]))) == 3
+
+
+def test_msc_nats_gap_and_reading_once(tmp_path, base_directory, tokenizer, monkeypatch, capsys):
+    """The table's nats and gap recomputed from the model; every conversation is read once for its question, its nats and all its controls."""
+    base, _ = load_base(base_directory, device="cpu", dtype=torch.float32)
+    make_model(base=base, chunk=300).save_pretrained(tmp_path / "generator")
+    reads, encode = [], evaluate.encode
+    monkeypatch.setattr(evaluate, "encode", lambda *args: reads.append(args[1]) or encode(*args))
+    flags = ["--data", MSC_SAMPLE, "--checkpoint", str(tmp_path / "generator"), "--limit", "4", "--batch-size", "3", "--controls", "2", "--dtype", "float32"]
+    result, predictions = run(tmp_path, base_directory, "msc", *flags)
+    assert len(reads) == 4                                              # the others are drawn from those evaluated
+    rows, model, items = {row["method"]: row for row in result["rows"]}, AdaptedLM.from_pretrained(base, tmp_path / "generator"), load_msc()[:4]
+    memories, prompts = [], [[257] + tokenizer(item["question"])["input_ids"] for item in items]
+    for item in items:
+        memories.append(evaluate.encode(model, [[257] + tokenizer("\n\n".join(item["sessions"]))["input_ids"]], 259))
+    with torch.no_grad():
+        table = [[plain_nats(model, tokenizer, prompt, item["answer"], memory) for memory in (*memories, None)] for prompt, item in zip(prompts, items)]
+    others = evaluate.control_contexts([{i} for i in range(24)], 0, 2, 4)
+    own, other = [row[i] for i, row in enumerate(table)], [[row[j] for j in some] for row, some in zip(table, others)]
+    gap = mean_and_stderr([sum(o) / 2 - n for o, n in zip(other, own)])
+    assert [rows["adapter"]["nats"], rows["closed-book"]["nats"]] == pytest.approx([sum(own) / 4, sum(row[-1] for row in table) / 4], rel=1e-4)
+    assert (rows["adapter"]["gap"], rows["adapter"]["gap_stderr"]) == pytest.approx(gap, abs=1e-4)
+    assert rows["adapter"]["best-of-3"] == pytest.approx(25 * sum(n < min(o) for n, o in zip(own, other)))
+    for method in rows:
+        mine = [p for p in predictions if p["method"] == method]
+        assert rows[method]["nats"] == pytest.approx(sum(p["nats"] for p in mine) / 4) and rows[method]["nats_stderr"] > 0
+    assert [p["control_nats"] for p in predictions if p["method"] == "adapter-shuffled"] == [pytest.approx(o, rel=1e-4) for o in other]
+    assert "| method | n | nats | gap | best-of-3 | chance | f1 |" in capsys.readouterr().out
+
+
+def test_untrained_generator_knows_no_context(tmp_path, base_directory, squad_file):
+    result, _ = run(tmp_path, base_directory, "squad", "--data", squad_file, "--checkpoint", "none", "--context-lengths", "100", "--dtype", "float32")
+    rows = {row["method"]: row for row in result["rows"]}
+    assert abs(rows["adapter"]["gap"]) < 1e-5 and rows["adapter"]["chance"] == pytest.approx(100 / 3)
+    assert rows["adapter"]["nats"] == pytest.approx(rows["closed-book"]["nats"], rel=1e-5) and set(rows["in-context"]) >= {"nats", "nats_stderr"}
+
+
 # ---- document question answering, MetaICL, predictions files, plots
 
 
