@@ -1,11 +1,14 @@
 """Costs from shapes, for Table 1 and Fig. 3: 2 FLOPs a weight and token, and attention over the keys before it.
 evaluate.py and tests/benchmark.py need it."""
 
+import os
 import time
 
 import torch
 
 from model import find_blocks
+
+COSTS = ("inference_tflops", "contextualisation_tflops", "storage_mfloats", "contextualisation_seconds")
 
 
 def head_dim(c):                                            # c: a transformers config
@@ -21,6 +24,15 @@ def base_flops(base, tokens, past=0, head=True):
     weights += base.get_output_embeddings().weight.numel() if head else 0
     keys = tokens * past + tokens * (tokens + 1) / 2
     return 2 * weights * tokens + 4 * len(blocks) * c.num_attention_heads * head_dim(c) * keys  # 2 for q k, 2 for v
+
+
+def released_flops(base, tokens, context):
+    """Inference as the released code counts it (fastlora/eval_utils.py, estimate_flops), for the figures of Table 1:
+    one operation a multiply-add, and attention of q tokens as q (q context) d, quadratic in q."""
+    c = base.config.get_text_config()
+    weights = sum(m.weight.numel() for m in find_blocks(base)[1].modules() if isinstance(m, torch.nn.Linear))
+    weights += base.get_output_embeddings().weight.numel()
+    return tokens * weights + c.num_hidden_layers * tokens * (tokens * context) * c.num_attention_heads * head_dim(c)
 
 
 def generator_flops(model, tokens, chunks):
@@ -60,3 +72,10 @@ def clock(device):
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.time()
+
+
+def device_memory(device):
+    """Bytes of the GPU, or of the machine; endless where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else float("inf")

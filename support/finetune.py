@@ -13,6 +13,7 @@ from tqdm import tqdm
 from data import context_ids, conversation, document_marks, load_instructions, load_texts
 from generator import InputError
 from model import load_base, make_directory
+from support.costs import base_flops, clock
 
 
 def fit_base(base, train, validation, lr, batch_size, epochs, patience, seed, pad, pass_tokens=2048):
@@ -88,6 +89,31 @@ def fit_base(base, train, validation, lr, batch_size, epochs, patience, seed, pa
     return history
 
 
+def training_flops(base, train, validation, history):
+    """FLOPs of fit_base on examples: the backward pass costs two forward passes, and validation one an epoch."""
+    forward, scored = (sum(base_flops(base, len(ids)) for ids, _ in examples) for examples in (train, validation))
+    return 3 * (len(history) - 1) * forward + len(history) * scored
+
+
+def fit_task(base, tokenizer, train, validation, seed):
+    """MetaICL's fine-tuned baseline (appendix C), in place, on rows with question and golds: (weights from before, to
+    be put back as each parameter's data; costs)."""
+    began, weights = clock(base.device), [p.data for p in base.parameters()]
+    window = base.config.get_text_config().max_position_embeddings
+    examples = [[conversation(tokenizer, [(row["question"], row["golds"][0])], window) for row in rows]
+                for rows in (train, validation)]
+    for p in base.parameters():                         # steps of 1e-5 would be lost in bfloat16
+        p.data = p.data.to(torch.float32, copy=True)
+    history = fit_base(base, *examples, lr=1e-5, batch_size=16, epochs=40, patience=3, seed=seed,
+                       pad=tokenizer.pad_token_id)
+    return weights, costs_of(base, training_flops(base, *examples, history), began)
+
+
+def costs_of(base, flops, began):
+    return {"contextualisation_tflops": flops / 1e12, "contextualisation_seconds": clock(base.device) - began,
+            "storage_mfloats": sum(p.numel() for p in base.parameters()) / 1e6}
+
+
 def finetune(args):
     """SFT: question-answer pairs, closed-book, lr 1e-5, batch 64, early stopping. CPT: first 8 epochs of log-likelihood
     over --documents in pieces of 1,024 tokens, batch 16. Writes an ordinary transformers directory. One process."""
@@ -111,18 +137,18 @@ def finetune(args):
         raise InputError(f"--data {' '.join(args.data)}: too few contexts with questions to train and validate on "
                          "(10 without --validation)")
     base, tokenizer = load_base(args.base, getattr(torch, args.dtype), args.device)
-    history = None
+    history, flops, pad, began = None, 0, tokenizer.pad_token_id, clock(base.device)
     if texts:
         ids = [t for text in texts for t in context_ids(tokenizer, text) + document_marks(tokenizer)[1]]
-        pieces = [ids[at:at + 1024] for at in range(0, len(ids), 1024)]
+        pieces = [(ids[at:at + 1024], ids[at:at + 1024]) for at in range(0, len(ids), 1024)]
         print(f"continual pretraining on {len(texts)} documents, {len(ids)} tokens, 8 epochs")
-        fit_base(base, [(piece, piece) for piece in pieces], [], lr, 16, 8, None, args.seed, tokenizer.pad_token_id)
+        flops += training_flops(base, pieces, [], fit_base(base, pieces, [], lr, 16, 8, None, args.seed, pad))
     if pairs:
         examples = [[conversation(tokenizer, [(q, answers[0])], 512) for _, _, qas in documents for q, answers in qas]
                     for documents in (pairs, held_out)]
         print(f"supervised fine-tuning on {len(examples[0])} questions, early stopping on {len(examples[1])}")
-        history = fit_base(base, *examples, lr, args.batch, args.epochs, args.patience, args.seed,
-                           tokenizer.pad_token_id)
+        history = fit_base(base, *examples, lr, args.batch, args.epochs, args.patience, args.seed, pad)
+        flops += training_flops(base, *examples, history)
         print("validation nats an answer token, before and after each epoch: "
               + " ".join(f"{nats:.4f}" for nats in history))
     part = args.out.rstrip("/") + ".part"
@@ -130,6 +156,6 @@ def finetune(args):
     base.save_pretrained(part)
     tokenizer.save_pretrained(part)
     with open(os.path.join(part, "finetune.json"), "w") as file:
-        json.dump({"args": vars(args), "validation_nats": history}, file, indent=1)
+        json.dump({"args": vars(args), "validation_nats": history, **costs_of(base, flops, began)}, file, indent=1)
     os.rename(part, args.out)
     print(f"fine-tuned base in {args.out}: evaluate.py --base {args.out}")
