@@ -1,6 +1,6 @@
 """The paper's evaluation (§4, §5): one table, one JSON, one plot, each method beside its controls.
 
-    python evaluate.py --task msc                                 # Table 1: conversations; default base, built-in sample
+    python evaluate.py --task msc                                # Table 1: conversations; default base, built-in sample
     python evaluate.py --task squad --limit 20 --context-lengths 512 1024 2048 --plot squad.png     # Fig. 2, 3, Table 5
     python evaluate.py --task streamingqa --data streamingqa.csv --base out/sft --method closed-book   # a baseline
     python evaluate.py --task metaicl --data metaicl --predictions metaicl.jsonl    # Fig. 4; after a kill: continues
@@ -30,25 +30,22 @@ import torch.nn.functional as F
 import transformers
 from tqdm import tqdm
 
-from data import context_ids, demonstration, open_predictions, run_command, stamps, tokenize, user_turn
+from data import context_ids, open_predictions, run_command, stamps, tokenize, user_turn
 from generator import InputError
-from model import read_json
 from support.answers import NEW_TOKENS, average, encode, fingerprint, load_models, predict
 from support.ask import ask
-from support.benchmarks import (CLOSED_BOOK_PROMPT, IN_CONTEXT_PROMPT, METAICL_CLASSIFICATION, METAICL_OTHER,
-                                METAICL_PROMPT, SPANS, ZERO_SHOT_PROMPT, context_clusters, control_contexts, first_ids,
-                                in_context_prompts, item_ids, load_answers, load_data, other_contexts)
-from support.costs import COSTS, adapter_floats, base_flops, clock, context_flops, device_memory, kv_cache_floats
-from support.finetune import fit_task
+from support.benchmarks import (IN_CONTEXT, IN_CONTEXT_PROMPT, INSTRUCTED, METAICL_CLASSIFICATION, METAICL_OTHER,
+                                METAICL_PROMPT, SPANS, context_clusters, control_contexts, first_ids,
+                                in_context_prompts, item_ids, load_answers, load_data, other_contexts, prompt_text)
+from support.costs import COSTS, adapter_floats, base_flops, clock, context_flops, kv_cache_floats
+from support.finetune import cost_of_base, fit_task, lacking_memory
 from support.flags import arguments
 from support.plots import mean_row, merge, write_table
 
 QA_LENGTHS = [512, 1024, 2048, 4096, 8192, 16384, 32768]
 PPL_TOKENS = 1024         # of a context, and of the text that follows it
 PAIR_FLOATS = 1e9         # of the LoRA pairs of contexts that are kept for later questions
-IN_CONTEXT = ("in-context", "full-conversation", "few-shot")
 WITH_CONTEXT = (*IN_CONTEXT, "fine-tuned", "adapter", "adapter-shuffled", "adapter-permuted")
-INSTRUCTED = {"closed-book-instructed": CLOSED_BOOK_PROMPT, "zero-shot-instructed": ZERO_SHOT_PROMPT}
 METRICS = ("f1", "em", "f1_max", "em_max", "recall", "rougeL_recall", "accuracy")
 
 
@@ -274,10 +271,8 @@ def msc(run, rows):
             if groups:
                 yield method, where, where, groups
 
-    def scores(prediction, golds):                                           # a question has one gold
-        return {key: value for key, value in qa_scores(prediction, golds).items() if "_max" not in key}
-
-    return table(run, itertools.chain(*map(conditions, (*args.method, *run.rows))), scores)
+    for row in table(run, itertools.chain(*map(conditions, (*args.method, *run.rows))), qa_scores):
+        yield {key: value for key, value in row.items() if "_max" not in key}              # a question has one gold
 
 
 def qa(run, documents):
@@ -286,8 +281,7 @@ def qa(run, documents):
     share their answers. --groups: the first so many of a length; closed-book then answers those of the longest."""
     args, lengths, documents = run.args, run.args.context_lengths or QA_LENGTHS, documents[:run.args.limit]
     total = sum(map(len, tokenize(run.tokenizer, [document["text"] for document in documents])))
-    if len(documents) == 1 or total <= max(lengths):
-        alike = [length for length in lengths if len(documents) == 1 or length >= total]
+    if alike := [length for length in lengths if len(documents) == 1 or length >= total]:
         run.note(f"the documents hold {total} tokens: longer contexts are all the same single group, to which "
                  f"adapter-shuffled has no other: no such row, nor a gap, at {', '.join(map(str, alike))}")
 
@@ -304,8 +298,8 @@ def qa(run, documents):
             if method not in WITH_CONTEXT:
                 groups = [([None], [item for _, items in groups for item in items])]
             if method != "adapter-shuffled" or others[0]:
-                where = {"parts": count if method in WITH_CONTEXT else 1}
-                yield method, {"context_length": length, "groups": len(groups)}, where, groups
+                what, where = {"context_length": length, "groups": len(groups)}, {"parts": count if length else 1}
+                yield method, what, where, groups
 
     return table(run, itertools.chain(*map(conditions, (*args.method, *run.rows))), qa_scores)
 
@@ -315,11 +309,10 @@ def metaicl(run, tasks):
     are its means over the demonstration seeds. adapter-permuted reads the task's own demonstrations, each with the
     output of another."""
     args, names = run.args, list(tasks)
-    others = control_contexts([{name} for name in names], args.seed, args.controls)
-    others = {name: [names[j] for j in some] for name, some in zip(names, others)}
+    others = dict(zip(names, control_contexts([{name} for name in names], args.seed, args.controls)))
     methods = [method for method in (*args.method, *run.rows) if method != "adapter-shuffled" or len(names) > 1]
-    if "adapter-shuffled" in args.method and len(names) == 1:
-        run.note(f"adapter-shuffled is left out: it takes another task's demonstrations, and {names[0]} is the only one")
+    if methods != [*args.method, *run.rows]:
+        run.note(f"adapter-shuffled is left out: it takes other tasks' demonstrations, and {names[0]} is the only one")
 
     def shown(name, seed, shots, shift=0):                                   # fewer shots are a part of more
         drawn = random.Random(args.seed).sample(tasks[name][seed][0], len(tasks[name][seed][0]))
@@ -330,7 +323,7 @@ def metaicl(run, tasks):
         if method == "fine-tuned":
             return tasks[name][seed]
         if method == "adapter-shuffled":
-            return tuple(shown(other, seed, shots) for other in others[name])
+            return tuple(shown(names[j], seed, shots) for j in others[name])
         return shown(name, seed, shots, int(method == "adapter-permuted")) if method in WITH_CONTEXT else None
 
     def conditions(method):
@@ -345,8 +338,7 @@ def metaicl(run, tasks):
     kinds = {"classification": METAICL_CLASSIFICATION, "non-classification": METAICL_OTHER, "all": names}
     for (method, shots), kind in itertools.product(dict.fromkeys((row["method"], row["shots"]) for row in rows), kinds):
         part = [row for row in rows if (row["method"], row["shots"]) == (method, shots) and row["task"] in kinds[kind]]
-        if part:
-            rows.append(mean_row(part, method=method, task=kind, shots=shots))
+        rows += [mean_row(part, method=method, task=kind, shots=shots)] if part else []
     return rows
 
 
@@ -354,16 +346,14 @@ def metaicl(run, tasks):
 def ppl(run, texts):
     """Table 2: perplexity of a document's first 1,024 tokens (reconstruction) and of the next 1,024 (completion), exp
     of the mean over documents of the token-mean nats; other lengths by --context-lengths. Documents too short for the
-    longest are left out; the first token of a target is no target. The checkpoints of several ablations stand side by
-    side; what no generator touches is computed once."""
+    longest are left out; the first token of a target is no target. What no generator touches is computed once."""
     args, device, lengths = run.args, run.model.base.device, run.args.context_lengths or [PPL_TOKENS]
     if 2 * max(lengths) > (window := run.model.base.config.get_text_config().max_position_embeddings):
         raise InputError(f"--context-lengths {max(lengths)}: context and completion must fit the base's window of "
                          f"{window} tokens together")
     documents = first_ids(texts, run.tokenizer, 2 * max(lengths), args.limit or 100)
     if len(documents) < 2:
-        raise InputError(f"{args.data}: ppl needs at least 2 documents of {2 * max(lengths)} tokens or more, found "
-                         f"{len(documents)}")
+        raise InputError(f"{args.data}: ppl needs 2 documents of {2 * max(lengths)} tokens, found {len(documents)}")
     others = other_contexts([{i} for i in range(len(documents))], args.seed)
 
     def nats(model, method, i, L):
@@ -380,9 +370,8 @@ def ppl(run, texts):
     for L, method in itertools.product(lengths, args.method):
         for name, model in run.models if method.startswith("adapter") else run.models[:1]:
             run.model, records, began = model, [], time.time()
-            digest = fingerprint(run, method)
             for i in tqdm(range(len(documents)), desc=f"{method} {L}", unit="document"):
-                key = f"ppl {method} {L} {i} {digest}"
+                key = f"ppl {method} {L} {i} {fingerprint(run, method)}"
                 if key not in run.done:
                     run.write({"key": key, "task": "ppl", "method": method, "context_length": L, "document": i,
                                **nats(model, method, i, L)})
@@ -413,35 +402,27 @@ def main(argv=None):
     done, write = open_predictions(args.predictions)
     models, tokenizer = load_models(args)
     model, base, dtype = models[0][1], models[0][1].base, str(models[0][1].base.dtype).split(".")[-1]
-    need, room = 16 * sum(p.numel() for p in base.parameters()), device_memory(base.device)
-    if "fine-tuned" in args.method and not args.named and need > room:       # fp32 weights, gradient, two moments
+    if "fine-tuned" in args.method and not args.named and (lack := lacking_memory(base)):
         args.method.remove("fine-tuned")
-        note(f"fine-tuned is left out: to train all weights of this base takes {need / 1e9:.0f} GB of the device's "
-             f"{room / 1e9:.0f}; --method fine-tuned tries")
+        note(f"fine-tuned is left out: {lack}; --method fine-tuned tries")
     versions = {"python": platform.python_version(), "torch": torch.__version__,
                 "transformers": transformers.__version__}
     facts = [args.base, stamps(args.base), args.data, stamps(args.data), args.limit, args.seed, args.demo_seeds,
              args.batch_size, dtype, base.device.type, versions]
-    tuned = os.path.join(args.base, "finetune.json")     # what a base that train.py fine-tuned on the documents has cost
-    tuned = read_json(tuned) if os.path.isfile(tuned) else {}
     kept = max(args.controls + 1, int(PAIR_FLOATS / adapter_floats(model)))              # contexts; more are read again
     run = types.SimpleNamespace(
         args=args, models=models, model=model, tokenizer=tokenizer, facts=facts, done=done, write=write, note=note,
-        rows=given, free={key: tuned.get(key, 0.0) for key in COSTS[1:]},
+        rows=given, free=cost_of_base(args.base),
         read=functools.lru_cache(kept)(functools.partial(read_adapter, model, tokenizer)))
     rows = list({"msc": msc, "squad": qa, "streamingqa": qa, "metaicl": metaicl, "ppl": ppl}[args.task](run, data))
     if not rows:
         raise InputError(f"{args.data}: no method could be evaluated on it")
-    query = demonstration("{input}", "")
-    bare = {"ppl": "none: the text itself is scored", "metaicl": f"{query} as one user turn"}
-    full = {"ppl": "context + text", "metaicl": METAICL_PROMPT.replace("{question}", query)}
-    prompts = {method: full.get(args.task, IN_CONTEXT_PROMPT) if method in IN_CONTEXT else INSTRUCTED.get(
-        method, bare.get(args.task, "the question alone, as one user turn")) for method in args.method}
     write_table(args, rows, {
         "task": args.task, "data": os.path.relpath(args.data) if os.path.exists(args.data) else args.data,
         "note": " ".join(notes) or None, "n": max(row["n"] for row in rows), "limit": args.limit, "seed": args.seed,
         "base": args.base, "checkpoint": models[0][0] if len(models) == 1 else [name for name, _ in models],
-        "dtype": dtype, "versions": versions, "prompts": prompts})
+        "dtype": dtype, "versions": versions,
+        "prompts": {method: prompt_text(args.task, method) for method in args.method}})
     print("".join(f"NOTE: {text}\n" for text in notes), end="")
 
 

@@ -29,6 +29,9 @@ METAICL_PROMPT = (
 ZERO_SHOT_PROMPT = (
     "Instruction: Provide a short and concise answer, without any explanation or additional words.\n\n{question}")
 
+IN_CONTEXT = ("in-context", "full-conversation", "few-shot")         # the methods with the context in the prompt
+INSTRUCTED = {"closed-book-instructed": CLOSED_BOOK_PROMPT, "zero-shot-instructed": ZERO_SHOT_PROMPT}
+
 METAICL_SEEDS = [100, 13, 21, 42, 87]
 # the 26 test tasks of MetaICL's hr_to_lr setting (Table 4), split by the task_type of its configuration files
 METAICL_CLASSIFICATION = (
@@ -38,6 +41,16 @@ METAICL_CLASSIFICATION = (
 METAICL_OTHER = (
     "quarel", "openbookqa", "codah", "qasc", "dream", "commonsense_qa", "quartz-with_knowledge",
     "quartz-no_knowledge", "ai2_arc", "superglue-copa")
+
+
+def prompt_text(task, method):
+    """How a method asks, for the record."""
+    if task == "ppl":
+        return "context + text" if method in IN_CONTEXT else "none: the text itself is scored"
+    query = demonstration("{input}", "") if task == "metaicl" else "{question}"
+    if method in IN_CONTEXT:
+        return (METAICL_PROMPT if task == "metaicl" else IN_CONTEXT_PROMPT).replace("{question}", query)
+    return INSTRUCTED.get(method, "{question} as one user turn").replace("{question}", query)
 
 
 def in_context_prompts(tokenizer, template, context, questions, room):

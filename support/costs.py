@@ -1,7 +1,6 @@
 """Costs from shapes, for Table 1 and Fig. 3: 2 FLOPs a weight and token, and attention over the keys before it.
 evaluate.py and tests/benchmark.py need it."""
 
-import os
 import time
 
 import torch
@@ -72,10 +71,3 @@ def clock(device):
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.time()
-
-
-def device_memory(device):
-    """Bytes of the GPU, or of the machine; endless where the system does not tell."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[1]
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else float("inf")

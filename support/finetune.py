@@ -12,8 +12,8 @@ from tqdm import tqdm
 
 from data import context_ids, conversation, document_marks, load_instructions, load_texts
 from generator import InputError
-from model import load_base, make_directory
-from support.costs import base_flops, clock
+from model import load_base, make_directory, read_json
+from support.costs import COSTS, base_flops, clock
 
 
 def fit_base(base, train, validation, lr, batch_size, epochs, patience, seed, pad, pass_tokens=2048):
@@ -112,6 +112,24 @@ def fit_task(base, tokenizer, train, validation, seed):
 def costs_of(base, flops, began):
     return {"contextualisation_tflops": flops / 1e12, "contextualisation_seconds": clock(base.device) - began,
             "storage_mfloats": sum(p.numel() for p in base.parameters()) / 1e6}
+
+
+def cost_of_base(path):
+    """What a base has cost that finetune wrote, as an evaluation counts it; zeros for another one."""
+    path = os.path.join(path, "finetune.json")
+    costs = read_json(path) if os.path.isfile(path) else {}
+    return {key: costs.get(key, 0.0) for key in COSTS[1:]}
+
+
+def lacking_memory(base):
+    """Why all weights of a base cannot be trained on its device, as a sentence; None where they may fit: fp32 weights,
+    gradient and the two moments of Adam."""
+    need, room = 16 * sum(p.numel() for p in base.parameters()), float("inf")
+    if base.device.type == "cuda":
+        room = torch.cuda.mem_get_info(base.device)[1]
+    elif hasattr(os, "sysconf"):
+        room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return f"training all weights takes {need / 1e9:.0f} GB, the device has {room / 1e9:.0f}" if need > room else None
 
 
 def finetune(args):

@@ -13,17 +13,19 @@ import datasets
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
 import evaluate
+import train
 from conftest import ROOT, make_base, make_model
 from data import demonstration, hub_reachable
 from evaluate import exact_match, f1_score, mean_and_stderr, normalize_answer, normalize_text, recall, rouge_l_recall
 from generator import InputError, Memory
 from model import AdaptedLM, load_base
-from support import answers as solver, costs
+from support import answers as solver, benchmarks, costs, plots
 from support.benchmarks import (IN_CONTEXT_PROMPT, METAICL_CLASSIFICATION, METAICL_OTHER, METAICL_PROMPT, METAICL_SEEDS,
-                                MSC_SAMPLE, in_context_prompts, load_metaicl, load_msc, load_qa)
+                                MSC_SAMPLE, SPANS, in_context_prompts, load_metaicl, load_msc, load_qa)
 
 GOLDEN = json.load(open(os.path.join(os.path.dirname(__file__), "golden", "text_golden.json"), encoding="utf-8"))
 
@@ -641,6 +643,267 @@ def test_ask_refusals(tmp_path, base_directory):
         with pytest.raises(InputError, match=words):
             evaluate.main([*start, *flags])
     assert memory.read_bytes() == before
+
+
+# ---- memory by length, other systems' rows, merged tables, costs
+
+
+def test_evidence_spans(tmp_path):
+    """Round the first turn with the answer, inside its session; a conversation that never says it has none."""
+    rows = [{"previous_dialogs": [{"dialog": [{"text": f"{s}{i}"} for i in range(4)]} for s in "ab"], "dialog": [{"text": "my Boat is BLUE"}, {"text": "blue?"}],
+             "self_instruct": {"B": "Which?", "A": answer}} for answer in ("b1", "blue", "green")]
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    first, second, third = load_msc(str(tmp_path / "c.jsonl"), evidence=True)
+    whole = "\n\n".join(["\n".join(f"Speaker {i % 2 + 1}: {s}{i}" for i in range(4)) for s in "ab"] + ["Speaker 1: my Boat is BLUE\nSpeaker 2: blue?"])
+    assert list(first["spans"]) == list(SPANS) and list(first["spans"].values()) == [
+        "Speaker 2: b1", "\n".join(f"Speaker {i % 2 + 1}: b{i}" for i in range(4)), "\n".join(f"Speaker {i % 2 + 1}: b{i}" for i in range(4)), whole]
+    assert second["spans"]["oracle turn"] == "Speaker 1: my Boat is BLUE" and third["spans"] is None
+    assert first["sessions"] == whole.split("\n\n") and "spans" not in load_msc(str(tmp_path / "c.jsonl"))[0]        # the row's own dialog is the last session
+
+
+def test_msc_by_evidence(tmp_path, base_directory, tokenizer):
+    """Four rows a method on the same questions, each under its span; what has no literal evidence is left out and counted."""
+    base, _ = load_base(base_directory, device="cpu", dtype=torch.float32)
+    make_model(base=base).save_pretrained(tmp_path / "generator")
+    rows = [json.loads(line) for line in open(MSC_SAMPLE, encoding="utf-8")][:4]
+    rows[1]["self_instruct"]["A"] = "nowhere said"
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--data", str(tmp_path / "c.jsonl"), "--checkpoint", str(tmp_path / "generator"), "--evidence", "--controls", "2", "--dtype", "float32"]
+    result, predictions = run(tmp_path, base_directory, "msc", *flags, "--plot", str(tmp_path / "p.svg"))
+    table = {(row["method"], row["context"]): row for row in result["rows"]}
+    assert list(table) == [("closed-book", "none")] + [(method, span) for method in ("full-conversation", "adapter", "adapter-shuffled") for span in SPANS]
+    assert "1 of 4 conversations have no turn" in result["note"] and {row["n"] for row in table.values()} == {3}
+    lengths = [table["adapter", span]["context_tokens"] for span in SPANS]
+    assert lengths == sorted(lengths) and lengths[0] < lengths[-1] and all("gap" in table["adapter", span] for span in SPANS)
+    model, item = AdaptedLM.from_pretrained(base, tmp_path / "generator"), load_msc(str(tmp_path / "c.jsonl"), evidence=True)[2]
+    memory = model.contextualize(torch.tensor([[257] + tokenizer(item["spans"]["oracle turn ± 2"])["input_ids"]]))
+    with torch.no_grad():
+        want = plain_nats(model, tokenizer, [257] + tokenizer(item["question"])["input_ids"], item["answer"], memory)
+    (got,) = [p for p in predictions if (p["method"], p["context"], p["question"]) == ("adapter", "oracle turn ± 2", item["question"])]
+    assert got["nats"] == pytest.approx(want, rel=1e-4)
+    for words in ("gap to other contexts", "answer, nats", "F1"):
+        assert words in drawn_texts(tmp_path / "p.svg")
+
+
+def drawn_texts(path):
+    """The words of an .svg figure, which matplotlib leaves in comments."""
+    import re
+    return " | ".join(re.findall(r"<!-- (.*?) -->", open(path, encoding="utf-8").read()))
+
+
+def test_a_conversation_without_another_is_named(tmp_path, base_directory, generator_directory):
+    """It keeps its place in the adapter's own row, and leaves the control and the pair."""
+    def row(name, *sessions):
+        return {"previous_dialogs": [{"dialog": [{"text": s}]} for s in sessions], "self_instruct": {"B": "Who?", "A": "Bo"}, "metadata": {"initial_data_id": name}}
+
+    rows = [row("ana", "one", "two", "three"), row("bo", "one"), row("cy", "two"), row("di", "three")]
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    result, _ = run(tmp_path, base_directory, "msc", "--data", str(tmp_path / "c.jsonl"), "--checkpoint", generator_directory)
+    table = {r["method"]: r for r in result["rows"]}
+    assert "shares a session with ana: left out of the control and of the gap" in result["note"]
+    assert (table["adapter"]["n"], table["adapter-shuffled"]["n"], table["adapter"]["pairs"]) == (4, 3, 3) and "best-of-3" in table["adapter"]
+
+
+def test_instructed_rows(tmp_path, base_directory, squad_file, metaicl_directory, tokenizer):
+    """Appendix C's instruction without a context, beside the bare question."""
+    _, predictions = run(tmp_path, base_directory, "squad", "--data", squad_file, "--method", "closed-book", "--method", "closed-book-instructed", "--checkpoint", "none")
+    base, _ = load_base(base_directory, device="cpu")
+    prompt = ("Instruction: Answer the question. Respond with a short phrase only. Keep the answer short and concise, without any explanation or additional words"
+              "\n\nQuestion: Which river?\n\nAnswer:")
+    (got,) = [p for p in predictions if p["method"] == "closed-book-instructed" and p["question"] == "Which river?"]
+    ids = torch.tensor([[257] + tokenizer(prompt)["input_ids"]])
+    want = base.generate(ids, max_new_tokens=20, do_sample=False, pad_token_id=259)[0, ids.shape[1]:]
+    assert got["prediction"] == tokenizer.decode(want, skip_special_tokens=True).split("\n")[0].strip() and len(predictions) == 12
+    os.remove(tmp_path / "out.jsonl")
+    result, _ = run(tmp_path, base_directory, "metaicl", "--data", str(metaicl_directory), "--method", "zero-shot-instructed", "--checkpoint", "none", "--limit", "1")
+    assert [row["shots"] for row in result["rows"]] == [0] * 6 and result["prompts"]["zero-shot-instructed"].startswith("Instruction: Provide a short")
+
+
+def test_first_groups(tmp_path, base_directory, squad_file, generator_directory):
+    """--groups 1: the first of three groups, its control from the others; closed-book answers the same questions."""
+    flags = ["--data", squad_file, "--checkpoint", generator_directory, "--context-lengths", "100", "--controls", "2"]
+    whole, everything = run(tmp_path, base_directory, "squad", *flags)
+    os.remove(tmp_path / "out.jsonl")
+    result, predictions = run(tmp_path, base_directory, "squad", *flags, "--groups", "1")
+    assert {(row["method"], row["n"], row["groups"]) for row in result["rows"]} == {(m, 2, 1) for m in ("closed-book", "in-context", "adapter", "adapter-shuffled")}
+    nats = {(p["method"], p["id"]): p["nats"] for p in everything}
+    assert all(p["nats"] == pytest.approx(nats[p["method"], p["id"]], rel=1e-4) for p in predictions if p["method"] != "closed-book")
+    assert {p["id"] for p in predictions} == {"0-0", "0-1"}
+
+
+def test_metaicl_from_the_hub(tmp_path, metaicl_directory, monkeypatch):
+    """A hub id is asked for the files of the test tasks alone, and read as a directory."""
+    import shutil
+    asked = []
+    monkeypatch.setattr(benchmarks, "hub_reachable", lambda: True)
+    monkeypatch.setattr(benchmarks.huggingface_hub, "snapshot_download", lambda name, **options: asked.append((name, options)) or str(tmp_path))
+    shutil.copytree(metaicl_directory, tmp_path / "data")
+    tasks, missing = load_metaicl("allenai/metaicl-data", [100, 13], 16, True)
+    assert tasks == load_metaicl(str(metaicl_directory), [100, 13], 16, True)[0] and len(missing) == 23
+    (name, options), = asked
+    assert name == "allenai/metaicl-data" and options["repo_type"] == "dataset" and len(options["allow_patterns"]) == 26 * 5
+    assert "data/quarel/quarel_16_13_dev.jsonl" in options["allow_patterns"]
+    monkeypatch.setattr(benchmarks.huggingface_hub, "snapshot_download", lambda *a, **k: 1 / 0)
+    with pytest.raises(InputError, match="no/where: no such directory, and not to be had"):
+        load_metaicl("no/where", [100], 1, False)
+
+
+def test_permuted_demonstrations(tmp_path, base_directory, metaicl_directory, generator_directory, tokenizer):
+    """The second control reads the task's own demonstrations, each with the output of the next one drawn."""
+    flags = ["--data", str(metaicl_directory), "--checkpoint", generator_directory, "--shots", "3", "--demo-seeds", "13", "--limit", "1", "--method", "adapter-permuted"]
+    _, predictions = run(tmp_path, base_directory, "metaicl", *flags, "--dtype", "float32")
+    drawn = random.Random(0).sample(range(16), 16)
+    context = "\n\n".join(f"Input: quarel train 13 {i} é\nOutput: {'yes' if j % 2 else 'no'}" for i, j in zip(drawn[:3], drawn[1:4]))
+    model = AdaptedLM.from_pretrained(load_base(base_directory, device="cpu", dtype=torch.float32)[0], generator_directory)
+    memory = model.contextualize(torch.tensor([[257] + tokenizer(context)["input_ids"]]))
+    (got,) = [p for p in predictions if p["name"] == "quarel"]
+    with torch.no_grad():
+        assert got["nats"] == pytest.approx(plain_nats(model, tokenizer, [257] + tokenizer(got["question"])["input_ids"], got["golds"][0], memory), rel=1e-4)
+
+
+def test_metaicl_gap_is_clustered_by_demonstrations(tmp_path, base_directory, metaicl_directory, generator_directory):
+    flags = ["--data", str(metaicl_directory), "--checkpoint", generator_directory, "--shots", "1", "--demo-seeds", "100", "13", "--limit", "2", "--controls", "2"]
+    result, predictions = run(tmp_path, base_directory, "metaicl", *flags, "--method", "adapter", "--method", "adapter-shuffled")
+    rows = {(row["method"], row["task"]): row for row in result["rows"]}
+    own, other = ([p for p in predictions if (p["method"], p["name"]) == (m, "quarel")] for m in ("adapter", "adapter-shuffled"))
+    gaps = [sum(o["control_nats"]) / 2 - p["nats"] for p, o in zip(own, other)]
+    assert [p["cluster"] for p in own] == [100, 100, 13, 13] and [p["id"] for p in own] == [p["id"] for p in other]
+    row = rows["adapter", "quarel"]
+    assert (row["gap"], row["gap_stderr"]) == pytest.approx(mean_and_stderr(gaps, [100, 100, 13, 13])) and row["n"] == 2
+    tasks = [rows["adapter", name] for name in ("poem_sentiment", "quarel", "superglue-copa")]
+    assert rows["adapter", "all"]["gap"] == pytest.approx(sum(r["gap"] for r in tasks) / 3)
+    assert rows["adapter", "all"]["gap_stderr"] == pytest.approx(sum(r["gap_stderr"]**2 for r in tasks) ** 0.5 / 3)
+
+
+def test_rows_of_other_systems(tmp_path, base_directory, squad_file):
+    """Scored like ours, at the lengths they name; a missing, unknown or repeated id is one error."""
+    answers = [{"id": f"{d}-{q}", "prediction": golds[0], "inference_tflops": 2.0, "storage_mfloats": 4, "context_length": length}
+               for length in (100, 300) for d, (_, questions) in enumerate(SQUAD) for q, (_, golds) in enumerate(questions)]
+    answers[0]["prediction"] = "no idea"
+    path = tmp_path / "ultragist.jsonl"
+    path.write_text("".join(json.dumps(a) + "\n" for a in answers))
+    flags = ["--data", squad_file, "--checkpoint", "none", "--method", "closed-book", "--rows", f"UltraGist (64)={path}"]
+    result, _ = run(tmp_path, base_directory, "squad", *flags, "--plot", str(tmp_path / "p.svg"))
+    rows = {(row["method"], row["context_length"]): row for row in result["rows"]}
+    assert rows["UltraGist (64)", 100]["em_max"] == pytest.approx(500 / 6) and rows["UltraGist (64)", 300]["em_max"] == 100
+    assert (rows["UltraGist (64)", 100]["inference_tflops"], rows["UltraGist (64)", 100]["storage_mfloats"], rows["UltraGist (64)", 100]["n"]) == (2, 4, 6)
+    assert "UltraGist (64)" in drawn_texts(tmp_path / "p.svg")
+    for change, words in ((answers[:-1], "1 of 6 answers are missing, the first of them that to '2-2'"), (answers + [{"id": "9-9", "prediction": ""}], "line 13: id '9-9' is not one"),
+                          (answers + answers[:1], "line 13: id '0-0' is not one of the data's, or stands there twice"), ([{"id": "0-0"}], "field 'prediction'")):
+        path.write_text("".join(json.dumps(a) + "\n" for a in change))
+        with pytest.raises(InputError, match=words):
+            evaluate.main(["--task", "squad", "--base", base_directory, *flags])
+    with pytest.raises(InputError, match="--rows takes NAME=FILE"):
+        evaluate.main(["--task", "squad", *flags[:-1], "adapter=x.jsonl"])
+
+
+def test_merged_tables(tmp_path, base_directory, squad_file, capsys):
+    """Runs of several bases in one table and plot, each row with its run's name; other files are refused."""
+    for name, flags in (("base", ["--method", "closed-book", "--method", "in-context"]), ("sft", ["--method", "closed-book"])):
+        evaluate.main(["--task", "squad", "--base", base_directory, "--data", squad_file, "--checkpoint", "none", "--context-lengths", "100", *flags, "--output", str(tmp_path / f"{name}.json")])
+    capsys.readouterr()
+    evaluate.main(["--merge", str(tmp_path / "base.json"), str(tmp_path / "sft.json"), "--output", str(tmp_path / "all.json"), "--plot", str(tmp_path / "all.svg")])
+    merged = json.load(open(tmp_path / "all.json"))
+    assert [(row["run"], row["method"]) for row in merged["rows"]] == [("base", "closed-book"), ("base", "in-context"), ("sft", "closed-book")]
+    own = json.load(open(tmp_path / "sft.json"))["rows"][0]
+    assert merged["rows"][2] == {"run": "sft", **own} and merged["task"] == "squad" and "| run | method |" in capsys.readouterr().out
+    assert all(f"closed-book ({name})" in drawn_texts(tmp_path / "all.svg") for name in ("base", "sft"))
+    (tmp_path / "other.json").write_text(json.dumps({"task": "msc", "rows": [{"method": "adapter"}]}))
+    (tmp_path / "no.json").write_text("{}")
+    for files, words in ((["base.json", "other.json"], "one task"), (["no.json"], "no.json is not a table"), (["gone.json"], "gone.json cannot be read")):
+        with pytest.raises(InputError, match=words):
+            evaluate.main(["--merge", *(str(tmp_path / file) for file in files)])
+
+
+def test_lines_are_keyed_by_checkpoint_and_panels_by_task(tmp_path):
+    """Two checkpoints are two lines of as many points as lengths; MetaICL has a panel for each average and task."""
+    rows = [{"method": "adapter", "checkpoint": f"out/{c}", "context_length": k, "ppl_reconstruction": c + k / 100, "ppl_completion": 1.0} for c in (1, 2) for k in (64, 256)]
+    plots.plot(str(tmp_path / "p.svg"), rows)
+    words = drawn_texts(tmp_path / "p.svg")
+    assert "adapter 1" in words and "adapter 2" in words
+    rows = [{"method": m, "task": task, "shots": k, "accuracy": 50.0, "accuracy_stderr": 1.0} for m in ("few-shot", "adapter") for k in (1, 2) for task in ("quarel", "sick", "classification", "all")]
+    plots.plot(str(tmp_path / "m.svg"), rows)
+    assert all(f"{kind}: accuracy" in drawn_texts(tmp_path / "m.svg") for kind in ("classification", "quarel", "sick")) and "all: accuracy" not in drawn_texts(tmp_path / "m.svg")
+
+
+def test_the_released_count_gives_table_1():
+    """Mistral-7B's shape: 67 query tokens after 64, 128 and 256 kept ones are UltraGist's rows, 71 without and after 2,352 tokens closed-book and full prompting."""
+    with torch.device("meta"):
+        base = transformers.MistralForCausalLM(transformers.MistralConfig())
+    for tokens, kept, tflops in ((67, 64, 0.514), (67, 128, 0.552), (67, 256, 0.627), (71, 0, 0.505), (71, 2352, 2.059)):
+        assert costs.released_flops(base, tokens, kept) / 1e12 == pytest.approx(tflops, abs=5e-4)
+
+
+def test_released_column_stands_in_msc(tmp_path, base_directory):
+    result, predictions = run(tmp_path, base_directory, "msc", "--data", MSC_SAMPLE, "--checkpoint", "none", "--limit", "1", "--method", "full-conversation", "--method", "closed-book")
+    base, _ = load_base(base_directory, device="cpu")
+    full, closed = result["rows"]
+    weights = sum(p.numel() for name, p in base.named_parameters() if "norm" not in name and "embed" not in name)
+    tokens = round(closed["released_tflops"] * 1e12 / weights)
+    assert closed["released_tflops"] * 1e12 == pytest.approx(tokens * weights) and full["released_tflops"] > closed["released_tflops"]
+
+
+def test_fine_tuned_base_brings_its_cost(tmp_path, base_directory, squad_file, capsys):
+    """train.py --stage finetune writes what it cost, by FLOPs counted from the examples; closed-book rows show it."""
+    (tmp_path / "docs.jsonl").write_text(json.dumps({"text": "x" * 100}) + "\n")
+    train.finetune(train.arguments(["--stage", "finetune", "--base", base_directory, "--documents", str(tmp_path / "docs.jsonl"), "--out", str(tmp_path / "cpt"), "--device", "cpu",
+                                    "--dtype", "float32"]))
+    cost, (base, _) = json.load(open(tmp_path / "cpt" / "finetune.json")), load_base(base_directory, device="cpu")
+    tokens = 1 + 100 + 1                                                 # <s>, the text, </s>
+    assert cost["contextualisation_tflops"] * 1e12 == pytest.approx(8 * 3 * costs.base_flops(base, tokens))
+    assert cost["storage_mfloats"] * 1e6 == pytest.approx(sum(p.numel() for p in base.parameters()))
+    result, _ = run(tmp_path, str(tmp_path / "cpt"), "squad", "--data", squad_file, "--checkpoint", "none", "--method", "closed-book")
+    assert all(result["rows"][0][key] == pytest.approx(cost[key]) for key in evaluate.COSTS[1:]) and cost["contextualisation_seconds"] > 0
+
+
+def test_seconds_wait_for_the_device_and_include_the_last_norm(tokenizer, monkeypatch):
+    waited = []
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    gpu = types.SimpleNamespace(type="cuda")
+    assert costs.clock(gpu) > 0 and waited == [gpu] and costs.clock(torch.device("cpu")) > 0 and len(waited) == 1
+    model, calls = make_model(chunk=10), []
+    lora = model.lora
+    model.lora = lambda memory: calls.append(memory) or lora(memory)
+    monkeypatch.setattr(evaluate, "clock", lambda device: len(calls))
+    pairs, cost = evaluate.read_adapter(model, tokenizer, "x" * 29)      # 30 tokens: an adapter for chunks 2 and 3, and the last one
+    assert cost["contextualisation_seconds"] == 3 and cost["context_tokens"] == 30 and pairs.keys() == lora(calls[-1]).keys()
+
+
+def test_cache_copies_that_do_not_fit_are_made_in_parts(tokenizer, monkeypatch):
+    """A KV cache is copied for as many questions of a batch as there is room for, with the same answers."""
+    model = make_model()
+    model.base.generation_config.pad_token_id = 259
+    items = [{"question": q, "golds": [g]} for q, g in (("Who?", "Ana"), ("Where does it stand?", "in Nîmes"), ("Ö", "x"))]
+    run = types.SimpleNamespace(model=model, tokenizer=tokenizer, args=types.SimpleNamespace(task="squad"))
+    prompts, kept, cost = evaluate.in_context(run, "A cold river.", items, IN_CONTEXT_PROMPT)
+    given = (run, "in-context", items, prompts, cost * 3, evaluate.qa_scores)
+    whole, copies = solver.solve(*given, **kept), []
+    monkeypatch.setattr(solver, "KV_FLOATS", 2.5 * costs.kv_cache_floats(model.base, len(kept["prefix"])))
+    monkeypatch.setattr(solver, "copies", lambda cache, rows, copy=solver.copies: copies.append(rows) or copy(cache, rows))
+    parts = solver.solve(*given, **kept)
+    assert copies == [2, 2, 1, 1] and [r["prediction"] for r in parts] == [r["prediction"] for r in whole]
+    assert [r["nats"] for r in parts] == pytest.approx([r["nats"] for r in whole], rel=1e-4) and [r["question"] for r in parts] == [i["question"] for i in items]
+
+
+def test_fine_tuned_is_left_out_where_it_does_not_fit(tmp_path, base_directory, metaicl_directory, monkeypatch):
+    monkeypatch.setattr("os.sysconf", lambda name: 1000)                 # a machine of a megabyte
+    flags = ["--data", str(metaicl_directory), "--checkpoint", "none", "--limit", "1", "--shots", "1", "--demo-seeds", "100"]
+    result, _ = run(tmp_path, base_directory, "metaicl", *flags)
+    assert "fine-tuned is left out" in result["note"] and "fine-tuned" not in {row["method"] for row in result["rows"]}
+    result, _ = run(tmp_path, base_directory, "metaicl", *flags, "--method", "fine-tuned")
+    assert {row["method"] for row in result["rows"]} == {"fine-tuned"}
+
+
+def test_long_articles_in_a_csv(tmp_path):
+    text = "word " * 40_000                                              # 200,000 characters, beyond the csv module's own limit
+    with open(tmp_path / "s.csv", "w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([["text", "question", "answers"], [text, "Which?", "word"]])
+    csv.field_size_limit(131_072)
+    assert load_qa(str(tmp_path / "s.csv"), "streamingqa")[0]["text"] == text
+
+
+def test_listing_games_recall():
+    assert recall("red, blue, green or brown", "blue") == 1 and "games it" in recall.__doc__
 
 
 @torch.no_grad()
