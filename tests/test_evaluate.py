@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 
 import evaluate
@@ -1008,9 +1009,12 @@ def test_released_column_stands_in_msc(tmp_path, base_directory):
 def test_fine_tuned_base_brings_its_cost(tmp_path, base_directory, squad_file, capsys):
     """train.py --stage finetune writes what it cost, by FLOPs counted from the examples; closed-book rows show it."""
     (tmp_path / "docs.jsonl").write_text(json.dumps({"text": "x" * 100}) + "\n")
-    train.finetune(train.arguments(["--stage", "finetune", "--base", base_directory, "--documents",
-                                    str(tmp_path / "docs.jsonl"), "--out", str(tmp_path / "cpt"), "--device", "cpu",
-                                    "--dtype", "float32"]))
+    flags = ["--stage", "finetune", "--base", base_directory, "--documents", str(tmp_path / "docs.jsonl"), "--device",
+             "cpu", "--dtype", "float32"]
+    train.finetune(train.arguments([*flags, "--out", str(tmp_path / "cpt")]))
+    train.finetune(train.arguments([*flags, "--out", str(tmp_path / "again"), "--checkpointing"]))
+    for name, tensor in load_file(tmp_path / "cpt" / "model.safetensors").items():         # recomputing changes nothing
+        torch.testing.assert_close(load_file(tmp_path / "again" / "model.safetensors")[name], tensor)
     cost, (base, _) = json.load(open(tmp_path / "cpt" / "finetune.json")), load_base(base_directory, device="cpu")
     tokens = 1 + 100 + 1                                                 # <s>, the text, </s>
     assert cost["contextualisation_tflops"] * 1e12 == pytest.approx(8 * 3 * costs.base_flops(base, tokens))
