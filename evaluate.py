@@ -36,7 +36,7 @@ from support.answers import NEW_TOKENS, average, encode, fingerprint, load_model
 from support.ask import ask
 from support.benchmarks import (IN_CONTEXT, IN_CONTEXT_PROMPT, INSTRUCTED, METAICL_CLASSIFICATION, METAICL_OTHER,
                                 METAICL_PROMPT, SPANS, context_clusters, control_contexts, first_ids,
-                                in_context_prompts, item_ids, load_answers, load_data, other_contexts, prompt_text)
+                                in_context_prompts, load_answers, load_data, other_contexts, prompt_text)
 from support.costs import COSTS, adapter_floats, base_flops, clock, context_flops, kv_cache_floats
 from support.finetune import cost_of_base, fit_task, lacking_memory
 from support.flags import arguments
@@ -397,8 +397,7 @@ def main(argv=None):
         tqdm.write(f"NOTE: {text}")
 
     data = load_data(args, note)
-    given = {name: load_answers(path, item_ids(args.task, data), item_ids(args.task, data, args.limit))
-             for name, path in args.rows.items()}
+    given = {name: load_answers(path, args.task, data, args.limit) for name, path in args.rows.items()}
     done, write = open_predictions(args.predictions)
     models, tokenizer = load_models(args)
     model, base, dtype = models[0][1], models[0][1].base, str(models[0][1].base.dtype).split(".")[-1]

@@ -217,17 +217,18 @@ def item_ids(task, data, limit=None):
     return [item["id"] for document in data[:limit] for item in document["questions"]]
 
 
-def load_answers(path, known, needed):
+def load_answers(path, task, data, limit):
     """Answers of another program: {context_length or shots, 0 where a line names neither: {id: its prediction and
-    costs}} of a .jsonl file. known, needed: ids of the data, and those that must be there at every length. Raises
-    InputError for an id that is missing, unknown or told twice."""
-    answers, places = {}, set(known)
+    costs}} of a .jsonl file. Those to the first `limit` of the data must be there at every length. Raises InputError
+    for an id that is missing, unknown or told twice."""
+    known, needed = item_ids(task, data), item_ids(task, data, limit)
+    answers, places, key = {}, set(known), {"msc": None, "metaicl": "shots"}.get(task, "context_length")
     if len(places) < len(known):
         raise InputError("--rows needs data whose ids are all different, which these are not")
     for where, row in read_rows(path):
-        given = {key: row[key] for key in ("inference_tflops", "contextualisation_tflops", "storage_mfloats")
-                 if row.get(key) is not None}
-        name, part = str(row.get("id")), row.get("context_length", row.get("shots", 0))
+        costs = ("inference_tflops", "contextualisation_tflops", "storage_mfloats")
+        given = {cost: row[cost] for cost in costs if row.get(cost) is not None}
+        name, part = str(row.get("id")), row.get(key, 0)
         if not all(isinstance(value, (int, float)) for value in (part, *given.values())):
             raise InputError(f"{where}: costs, context_length and shots must be numbers")
         if name not in places or name in answers.setdefault(part, {}):
