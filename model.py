@@ -235,12 +235,15 @@ class AdaptedLM(nn.Module):
         return {name: self.generator[name].adapter(S.to(self.base.device)) for name, S in memory.states.items()}
 
     def _pairs(self, memory, batch):
-        """lora(memory) in the base's dtype, for a batch of that many rows; None without a memory."""
+        """lora(memory) in the base's dtype, for a batch of that many rows; None without a memory.
+        memory: for passes over prompts also what lora(memory) returned, so that a context's pairs are computed once."""
         if memory is None:
             return None
-        if len(memory.tokens) not in (1, batch):
-            raise ValueError(f"a memory of batch {len(memory.tokens)} cannot adapt a batch of {batch} rows")
-        return {name: tuple(m.to(self.base.dtype) for m in pair) for name, pair in self.lora(memory).items()}
+        pairs = memory if isinstance(memory, dict) else self.lora(memory)
+        rows = len(next(iter(pairs.values()))[0])
+        if rows not in (1, batch):
+            raise ValueError(f"a memory of batch {rows} cannot adapt a batch of {batch} rows")
+        return {name: tuple(m.to(self.base.dtype) for m in pair) for name, pair in pairs.items()}
 
     # ---- files
 

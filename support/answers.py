@@ -1,12 +1,45 @@
-"""Contexts in, answers out: what evaluate.py and evaluate.py --task ask share."""
+"""Prompts in, answers and nats out, kept in a predictions file: what the tasks of evaluate.py share, --task ask too."""
 
 import copy
+import hashlib
+import json
+import os
+import statistics
 
 import torch
+import torch.nn.functional as F
+from tqdm import tqdm
 
 from data import split_into_chunks
-from generator import Memory
-from support.text import left_pad
+from generator import GeneratorConfig, Memory
+from model import AdaptedLM, load_base
+from support.bases import DEFAULT_BASE
+from support.costs import base_flops, kv_cache_floats, released_flops
+from support.formats import checkpoint_base, locate_checkpoint
+from support.text import left_pad, tokenize
+
+DEFAULT_CHECKPOINT = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "assets", "smollm2-135m")
+NEW_TOKENS = 20           # greedy, cut at the first newline; MetaICL 10
+KV_FLOATS = 4e9           # of the copies of a KV cache that stand in memory at once
+
+
+def load_models(args):
+    """([(name, AdaptedLM)] for each --checkpoint on one base, tokenizer). Without --base it is the base that the first
+    checkpoint was trained for; without a checkpoint the generator is untrained and says so."""
+    shipped = args.base in (None, DEFAULT_BASE) and os.path.isdir(DEFAULT_CHECKPOINT)
+    names = args.checkpoint or [DEFAULT_CHECKPOINT if shipped else "none"]
+    directories = {name: locate_checkpoint(name) for name in names if name != "none"}
+    args.base = args.base or next(filter(None, map(checkpoint_base, directories.values())), DEFAULT_BASE)
+    base, tokenizer = load_base(args.base, getattr(torch, args.dtype) if args.dtype else None, args.device)
+    models = []
+    for name in names:
+        if name == "none":
+            print("NOTE: the generator is untrained (A1 = 0), so the adapter rows equal closed-book; train one with "
+                  "train.py and name it with --checkpoint")
+            torch.manual_seed(args.seed)
+        models.append((name, AdaptedLM(base, GeneratorConfig()) if name == "none"
+                       else AdaptedLM.from_pretrained(base, directories[name])))
+    return models, tokenizer
 
 
 def encode(model, contexts, pad, memory=None):
@@ -22,16 +55,22 @@ def encode(model, contexts, pad, memory=None):
     return Memory(states, memory.tokens[rows], memory.fingerprint)
 
 
-def answer(model, tokenizer, prompts, memory=None, prefix=(), cache=None, new_tokens=20):
-    """Greedy answers to prompts (lists of ids), and the number of tokens generated for each.
-    cache: the base's KV cache of prefix, ids with which every prompt begins; it is copied, not changed."""
-    ids, mask = left_pad([prompt[len(prefix):] for prompt in prompts], tokenizer.pad_token_id)
+def copies(cache, rows):
+    """A KV cache of one row as one of many, the original unchanged."""
+    cache = copy.deepcopy(cache)
+    cache.batch_repeat_interleave(rows)
+    return cache
+
+
+def answer(model, tokenizer, prompts, memory=None, prefix=(), cache=None, new_tokens=NEW_TOKENS):
+    """Greedy answers to prompts (lists of ids), and the number of tokens generated for each. memory: a Memory or the
+    LoRA pairs of one; cache: the base's KV cache of prefix, ids with which every prompt begins."""
+    ids, mask = left_pad([prompt[len(prefix):] for prompt in prompts], tokenizer.pad_token_id)     # (B, L)
     if cache is not None:                                   # prefix, padding, rest: positions are counted by the mask
         B, P = len(prompts), len(prefix)
-        ids = torch.cat([torch.tensor([prefix]).expand(B, -1), ids], 1)
+        ids = torch.cat([torch.tensor([prefix]).expand(B, -1), ids], 1)                            # (B, P + L)
         mask = torch.cat([torch.ones(B, P, dtype=torch.long), mask], 1)
-        cache = copy.deepcopy(cache)
-        cache.batch_repeat_interleave(B)
+        cache = copies(cache, B)
     device = model.base.device
     out = model.generate(ids.to(device), memory, attention_mask=mask.to(device), past_key_values=cache,
                          max_new_tokens=new_tokens, do_sample=False)
@@ -40,3 +79,87 @@ def answer(model, tokenizer, prompts, memory=None, prefix=(), cache=None, new_to
     ends = set(ends if isinstance(ends, list) else [ends])
     counts = [next((i + 1 for i, t in enumerate(row) if t in ends), len(row)) for row in new]
     return [text.split("\n")[0].strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)], counts
+
+
+@torch.no_grad()
+def answer_nats(model, tokenizer, prompts, golds, memory=None, prefix=(), cache=None):
+    """Teacher-forced nats a token of each gold after its prompt, the end token left out: a list, from one forward pass.
+    A gold without a token has none: None. memory, prefix, cache: as in answer."""
+    golds = tokenize(tokenizer, [gold.strip() for gold in golds])
+    rows = [prompt[len(prefix):] + gold for prompt, gold in zip(prompts, golds)]
+    L, pad = max(map(len, rows)), tokenizer.pad_token_id            # padded on the right, where no token attends to it
+    ids = torch.tensor([row + [pad] * (L - len(row)) for row in rows], device=model.base.device)   # (B, L)
+    if cache is None:
+        logits = model(ids, memory=memory)                                                         # (B, L, V)
+    else:
+        logits = model.base(input_ids=ids, past_key_values=copies(cache, len(rows))).logits
+    nats = []
+    for row, gold, target, z in zip(rows, golds, ids, logits):
+        first, end = len(row) - len(gold), len(row)
+        nats.append(F.cross_entropy(z[first - 1:end - 1].float(), target[first:end]).item() if gold else None)
+    return nats
+
+
+def solve(run, method, items, prompts, costs, score, memory=None, controls=(), prefix=(), cache=None):
+    """Records of a batch: greedy answers, their scores, nats of the shortest gold under memory (for the control: the
+    mean over all controls) and costs. A KV cache too large to copy for the whole batch serves a part at a time."""
+    model, tokenizer, args, records = run.model, run.tokenizer, run.args, []
+    fit = max(1, int(KV_FLOATS / kv_cache_floats(model.base, len(prefix)))) if cache is not None else len(prompts)
+    for at in range(0, len(prompts), fit):
+        part, golds = prompts[at:at + fit], [min(item["golds"], key=len) for item in items[at:at + fit]]
+        answers = answer(model, tokenizer, part, memory, prefix, cache, 10 if args.task == "metaicl" else NEW_TOKENS)
+        nats = [answer_nats(model, tokenizer, part, golds, m, prefix, cache) for m in (memory, *controls)]
+        for item, gold, prompt, text, new, each in zip(items[at:], golds, part, *answers, zip(*nats)):
+            cost = costs[len(records)]
+            past = cost.get("past", 0)        # the KV cache of a context is reused, as in Table 1; an adapter is merged
+            tokens = len(prompt) - past + new
+            record = {**item, "gold": gold, "prediction": text, **score(text, item["golds"]), "nats": average(each),
+                      "inference_tflops": base_flops(model.base, tokens, past) / 1e12, **cost}
+            if args.task == "msc":
+                record["released_tflops"] = released_flops(model.base, tokens, past) / 1e12
+            records.append({**record, "control_nats": each} if method == "adapter-shuffled" else record)
+    return records
+
+
+def predict(run, read_contexts, method, groups, score, template, **where):
+    """Records of the answers to groups; from the predictions file where it has them. A group is (contexts, items): one
+    context for all its items or one each; an item has number, id, question, golds and cluster (label of its context);
+    where is the condition, part of a record's key.
+
+    A batch is computed whole if one of its answers is missing: padded as in an unbroken run, it gives the same answers
+    to the last bit."""
+    args, name, records = run.args, " ".join([method, *map(str, where.values())]), []
+    digest, size = fingerprint(run, method, template), args.batch_size
+    with tqdm(total=sum(len(items) for _, items in groups), desc=name, unit="question", leave=None) as bar:
+        for group, (contexts, items) in enumerate(groups):
+            read = None
+            for at in range(0, len(items), size):
+                batch, part = items[at:at + size], slice(at, at + size)
+                keys = [f"{args.task} {name} group {group} item {item['number']} {digest}" for item in batch]
+                if not all(key in run.done for key in keys):
+                    prompts, kept, costs, _ = read = read or read_contexts(run, method, contexts, items, template)
+                    solved = solve(run, method, batch, prompts[part], costs[part], score, **kept)
+                    for key, record in zip(keys, solved):
+                        run.write({"key": key, "task": args.task, "method": method, **where, **record})
+                records += [{**run.done[key], **score(run.done[key]["prediction"], item["golds"])}
+                            for key, item in zip(keys, batch)]
+                bar.update(len(keys))
+            for p, before in zip(run.model.base.parameters(), read[-1] if read else ()):
+                p.data = before
+    if lost := sum(record.get("lost", 0) > 0 for record in records):
+        run.note(f"{name}: {lost} of {len(records)} prompts do not fit the base's window and lose the beginning of "
+                 "their context")
+    return records
+
+
+def fingerprint(run, method, template=""):
+    """Hash of what an answer depends on beside its question: base, data and flags, and for adapters the generator."""
+    facts = [*run.facts, template, run.model.generator.fingerprint() if method.startswith("adapter") else "", "nats",
+             [run.args.controls, run.args.groups] if method == "adapter-shuffled" else 0]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+
+def average(values):
+    """Mean of the values that are not None; None where there is none."""
+    values = [value for value in values if value is not None]
+    return statistics.fmean(values) if values else None

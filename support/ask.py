@@ -6,7 +6,7 @@ import sys
 import time
 
 from generator import Memory
-from support.answers import answer, encode
+from support.answers import answer, encode, load_models
 from support.benchmarks import IN_CONTEXT_PROMPT, in_context_prompts
 from support.costs import adapter_floats, kv_cache_floats
 from support.files import InputError
@@ -15,28 +15,15 @@ from support.text import context_ids, user_turn
 NEW_TOKENS = 60
 
 
-def check_flags(args):
-    """Refuse what does not go with --task ask, before anything is loaded."""
-    if (args.data or args.method or args.limit or args.output or args.predictions or args.plot
-            or len(args.checkpoint or []) > 1):
-        raise InputError("--task ask takes one --checkpoint, and no --data, --method, --limit, --output, --predictions "
-                         "or --plot")
-    if args.memory and (os.path.isdir(args.memory) or not os.path.isdir(os.path.dirname(args.memory) or ".")):
-        raise InputError(f"--memory {args.memory} cannot be written: name a file in a directory that exists")
-    if args.export and os.path.exists(args.export):
-        raise InputError(f"--export {args.export} exists already: name a new directory")
-    if "-" in args.context and not args.question:
-        raise InputError("--context - reads standard input, so questions cannot be typed in: give them with --question")
-
-
-def ask(args, load):
+def ask(args):
     """Read --context into a memory (that of --memory, streamed on and saved, where it exists), then answer --question,
-    or questions typed in. load: a function that loads (model, tokenizer)."""
+    or questions typed in."""
     texts, began = [read_text(path) for path in args.context], time.time()
     memory = Memory.load(args.memory) if args.memory and os.path.exists(args.memory) else None
     if not texts and memory is None:
         raise InputError("--task ask has nothing to read: give a text with --context, or a --memory that exists")
-    model, tokenizer = load()
+    models, tokenizer = load_models(args)
+    model = models[0][1]
     window = model.base.config.get_text_config().max_position_embeddings
     if memory is not None:
         model.lora(memory)                      # refused here, before anything is read, if another generator wrote it
@@ -52,9 +39,10 @@ def ask(args, load):
         model.export_peft(memory, args.export)
         print(f"LoRA adapter of the context in {args.export}")
     S, tokens = sum(state.numel() for state in memory.states.values()), int(memory.tokens)
-    print(f"{tokens - before} tokens read in {time.time() - loaded:.1f} s (the model loaded in {loaded - began:.1f} s), "
-          f"{tokens} remembered in {S / 1e6:.2f} M floats of S or {adapter_floats(model) / 1e6:.2f} M of LoRA; "
-          f"their KV cache is {kv_cache_floats(model.base, tokens) / 1e6:.2f} M")
+    seconds = time.time() - loaded
+    lora, cache = adapter_floats(model) / 1e6, kv_cache_floats(model.base, tokens) / 1e6
+    print(f"{tokens - before} tokens read in {seconds:.1f} s (the model loaded in {loaded - began:.1f} s), {tokens} "
+          f"remembered in {S / 1e6:.2f} M floats of S or {lora:.2f} M of LoRA; their KV cache is {cache:.2f} M")
 
     def say(name, prompt, memory=None):
         t0, (words, counts) = time.time(), answer(model, tokenizer, [prompt], memory, new_tokens=NEW_TOKENS)
@@ -69,7 +57,8 @@ def ask(args, load):
             if texts:
                 room = window - NEW_TOKENS
                 prompts, lost = in_context_prompts(tokenizer, IN_CONTEXT_PROMPT, "\n\n".join(texts), [question], room)
-                say("in-context" + (f" (the first {lost} tokens of the context do not fit)" if lost else ""), prompts[0])
+                cut = f" (the first {lost} tokens of the context do not fit)" if lost else ""
+                say("in-context" + cut, prompts[0])
             if before:
                 print(f"in-context does not see the {before} tokens that {args.memory} remembers from before: "
                       "their text is not kept")

@@ -1,25 +1,37 @@
-"""The benchmarks of §4 and their prompts: MSC, SQuAD, StreamingQA, MetaICL. evaluate.py needs it; training does not."""
+"""The benchmarks of §4 and their prompts: MSC, SQuAD, StreamingQA, MetaICL. evaluate.py needs it, training not."""
 
 import csv
 import itertools
 import os
+import random
 import re
 
-from support.files import InputError, field, read_rows
+import huggingface_hub
+
+from support.files import InputError, field, hub_reachable, read_rows
 from support.instructions import demonstration
 from support.text import context_ids, tokenize, user_turn
 
-MSC_HUB_ID = "MemGPT/MSC-Self-Instruct"
+HUB_IDS = {"msc": "MemGPT/MSC-Self-Instruct", "squad": "rajpurkar/squad", "metaicl": "allenai/metaicl-data"}
 MSC_SAMPLE = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "assets", "msc_sample.jsonl")
+SPANS = ("oracle turn", "oracle turn ± 2", "oracle session", "conversation")      # the gold located the oracle ones
 
-# Fig. 7, document question answering: one user turn
+# Fig. 7, document question answering: one user turn. Closed-book: the same without the words about a context
 IN_CONTEXT_PROMPT = (
     "{context}\n\nInstruction: Answer the question based on the context above. Respond with a short phrase only. "
+    "Keep the answer short and concise, without any explanation or additional words\n\nQuestion: {question}\n\nAnswer:")
+CLOSED_BOOK_PROMPT = (
+    "Instruction: Answer the question. Respond with a short phrase only. "
     "Keep the answer short and concise, without any explanation or additional words\n\nQuestion: {question}\n\nAnswer:")
 # Fig. 7, MetaICL: the context are demonstrations joined by blank lines, the question is one without an output
 METAICL_PROMPT = (
     "{context}\n\nInstruction: Based on the demonstration above, provide a short and concise answer, "
     "without any explanation or additional words.\n\n{question}")
+ZERO_SHOT_PROMPT = (
+    "Instruction: Provide a short and concise answer, without any explanation or additional words.\n\n{question}")
+
+IN_CONTEXT = ("in-context", "full-conversation", "few-shot")         # the methods with the context in the prompt
+INSTRUCTED = {"closed-book-instructed": CLOSED_BOOK_PROMPT, "zero-shot-instructed": ZERO_SHOT_PROMPT}
 
 METAICL_SEEDS = [100, 13, 21, 42, 87]
 # the 26 test tasks of MetaICL's hr_to_lr setting (Table 4), split by the task_type of its configuration files
@@ -30,6 +42,16 @@ METAICL_CLASSIFICATION = (
 METAICL_OTHER = (
     "quarel", "openbookqa", "codah", "qasc", "dream", "commonsense_qa", "quartz-with_knowledge",
     "quartz-no_knowledge", "ai2_arc", "superglue-copa")
+
+
+def prompt_text(task, method):
+    """How a method asks, for the record."""
+    if task == "ppl":
+        return "context + text" if method in IN_CONTEXT else "none: the text itself is scored"
+    query = demonstration("{input}", "") if task == "metaicl" else "{question}"
+    if method in IN_CONTEXT:
+        return (METAICL_PROMPT if task == "metaicl" else IN_CONTEXT_PROMPT).replace("{question}", query)
+    return INSTRUCTED.get(method, "{question} as one user turn").replace("{question}", query)
 
 
 def in_context_prompts(tokenizer, template, context, questions, room):
@@ -49,35 +71,65 @@ def in_context_prompts(tokenizer, template, context, questions, room):
     return [prompt(question) for question in questions], lost
 
 
-def load_msc(source=None):
-    """Conversations in the MSC-Self-Instruct schema: [{"id", "sessions": [text of each earlier session], "question",
-    "answer"}].
+def load_data(args, note):
+    """The data of the task, read before the model: a bad file should not have to wait for that to load."""
+    if args.task == "msc" and args.data is None and not hub_reachable():
+        args.data = MSC_SAMPLE
+        note(f"the hub is out of reach: this is the built-in sample of {len(load_msc())} conversations, NOT the "
+             f"paper's benchmark ({HUB_IDS['msc']})")
+    args.data = args.data or HUB_IDS[args.task]
+    if args.task == "ppl":
+        texts = read_rows(args.data, split="validation")
+        return itertools.chain([next(texts)], texts)
+    if args.task != "metaicl":
+        return load_msc(args.data, args.evidence) if args.task == "msc" else load_qa(args.data, args.task)
+    tasks, missing = load_metaicl(args.data, args.demo_seeds, max(args.shots), "fine-tuned" in args.method)
+    note(f"{len(tasks)} of MetaICL's 26 test tasks are averaged; not in {args.data}: {', '.join(missing) or 'none'}")
+    return tasks
 
-    source: hub id, .parquet or .jsonl; None reads the built-in sample. Only previous_dialogs and self_instruct are
-    read: personas and summary_* hold the answer. Turns alternate; "Speaker 1: " / "Speaker 2: " goes before them unless
-    they already begin with a name.
+
+def load_msc(source=None, evidence=False):
+    """Conversations in the MSC-Self-Instruct schema: [{"id", "sessions": [text of each session], "question",
+    "answer"}], with evidence also "spans", what evidence_spans gives.
+
+    source: hub id, .parquet or .jsonl; None reads the built-in sample. Only previous_dialogs, a last session in the
+    row's own dialog (where it is not empty) and self_instruct are read: personas and summary_* hold the answer. Turns
+    alternate; "Speaker 1: " / "Speaker 2: " goes before them unless they already begin with a name.
     """
     source, rows = source or MSC_SAMPLE, []
     for where, row in read_rows(source):
+        dialogs = field(row, "previous_dialogs", list, where) + ([row] if row.get("dialog") else [])
         turns = [[field(turn, "text", str, where) for turn in field(dialog, "dialog", list, where)]
-                 for dialog in field(row, "previous_dialogs", list, where)]
+                 for dialog in dialogs]
         asked = field(row, "self_instruct", dict, where)
-        named = all(re.match(r"[A-Z][\w.'’ -]{0,30}: ", text) for session in turns for text in session)
-        sessions = ["\n".join(text if named else f"Speaker {i % 2 + 1}: {text}" for i, text in enumerate(session))
-                    for session in turns]
+        if not all(re.match(r"[A-Z][\w.'’ -]{0,30}: ", text) for session in turns for text in session):
+            turns = [[f"Speaker {i % 2 + 1}: {text}" for i, text in enumerate(session)] for session in turns]
+        sessions = ["\n".join(session) for session in turns]
         if not any(sessions):
             raise InputError(f"{where}: previous_dialogs holds no turn to read")
         metadata = row.get("metadata") if isinstance(row.get("metadata"), dict) else {}
         rows.append({"id": str(metadata.get("initial_data_id", len(rows))), "sessions": sessions,
                      "question": field(asked, "B", str, where), "answer": field(asked, "A", str, where)})
+        if evidence:
+            rows[-1]["spans"] = evidence_spans(turns, rows[-1]["answer"])
     return rows
 
 
+def evidence_spans(sessions, answer):
+    """{span of SPANS: text} round the first turn that holds the answer word for word, but for case; None where none
+    does. sessions: lists of turns."""
+    for session in sessions:
+        for i, turn in enumerate(session):
+            if answer.strip() and answer.strip().lower() in turn.lower():
+                near, whole = session[max(0, i - 2):i + 3], "\n\n".join("\n".join(turns) for turns in sessions)
+                return dict(zip(SPANS, (turn, "\n".join(near), "\n".join(session), whole)))
+
+
 def first_ids(rows, tokenizer, length, count):
-    """The first `length` ids of each of the first `count` documents that have at least 2. rows: (where, row) as
-    read_rows yields them."""
+    """The first `length` ids of each of the first `count` documents that have so many. rows: (where, row) as read_rows
+    yields them."""
     texts = (context_ids(tokenizer, field(row, "text", str, where))[:length] for where, row in rows)
-    return list(itertools.islice((ids for ids in texts if len(ids) > 1), count))
+    return list(itertools.islice((ids for ids in texts if len(ids) == length), count))
 
 
 def load_qa(source, task):
@@ -109,6 +161,7 @@ def read_csv(path):
     """(where, row) for each row of a .csv file with a header. Raises InputError when it is missing, empty or
     malformed."""
     where = path
+    csv.field_size_limit(2**31 - 1)                                  # the module's own limit is 131,072 characters
     try:
         with open(path, encoding="utf-8", newline="") as file:
             for number, row in enumerate(csv.DictReader(file), 2):
@@ -120,11 +173,22 @@ def read_csv(path):
         raise InputError(f"{path} is empty: it needs a header and at least one row")
 
 
-def load_metaicl(directory, seeds, shots, dev):
-    """MetaICL's test tasks found in a directory of its layout, <task>/<task>_16_<seed>_{train,dev,test}.jsonl:
-    {task: {"test": rows, seed: (train rows, dev rows)}}, a row {"number", "id", "question", "golds": [text]}; and the
-    names of those not found. The test items are those of seed 100, as in the released code; dev: whether dev files are
-    read (only fine-tuning wants them)."""
+def load_metaicl(source, seeds, shots, dev):
+    """MetaICL's test tasks found in a directory of its layout, <task>/<task>_16_<seed>_{train,dev,test}.jsonl, or in
+    such a data set on the hub: {task: {"test": rows, seed: (train rows, dev rows)}}, a row {"number", "id", "question",
+    "golds": [text]}; and the names of those not found. The test items are those of seed 100, as in the released code;
+    dev: whether dev files are read (only fine-tuning wants them)."""
+    directory, names = source, METAICL_CLASSIFICATION + METAICL_OTHER
+    if not os.path.exists(source) and re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+        files = [f"data/{name}/{name}_16_{part}.jsonl" for name in names
+                 for part in ("100_test", *(f"{seed}_{split}" for seed in seeds for split in ("train", "dev")))]
+        try:
+            directory = os.path.join(huggingface_hub.snapshot_download(
+                source, repo_type="dataset", allow_patterns=files, local_files_only=not hub_reachable()), "data")
+        except Exception as error:                           # no such data set, no connection: many kinds of exception
+            reason = str(error).strip().split("\n")[0]
+            raise InputError(f"{source}: no such directory, and not to be had from the hub ({reason})") from None
+
     def rows(task, seed, split):
         read = read_rows(os.path.join(directory, task, f"{task}_16_{seed}_{split}.jsonl"))
         return [{"number": number, "id": f"{task} {number}", "golds": [field(row, "output", str, where)],
@@ -132,14 +196,74 @@ def load_metaicl(directory, seeds, shots, dev):
                 for number, (where, row) in enumerate(read)]
 
     tasks = {}
-    for task in METAICL_CLASSIFICATION + METAICL_OTHER:
+    for task in names:
         if os.path.isdir(os.path.join(directory, task)):
             tasks[task] = {seed: (rows(task, seed, "train"), rows(task, seed, "dev") if dev else []) for seed in seeds}
             tasks[task]["test"] = rows(task, 100, "test")
             fewest = min(len(tasks[task][seed][0]) for seed in seeds)
             if fewest < shots:
-                raise InputError(f"{directory}: {task} has {fewest} training examples, fewer than --shots {shots}")
+                raise InputError(f"{source}: {task} has {fewest} training examples, fewer than --shots {shots}")
     if not tasks:
-        raise InputError(f"{directory}: none of MetaICL's 26 test tasks is there; give a directory with "
+        raise InputError(f"{source}: none of MetaICL's 26 test tasks is there; give a directory with "
                          "<task>/<task>_16_<seed>_train.jsonl, .._dev.jsonl and .._test.jsonl")
-    return tasks, [task for task in METAICL_CLASSIFICATION + METAICL_OTHER if task not in tasks]
+    return tasks, [task for task in names if task not in tasks]
+
+
+def item_ids(task, data, limit=None):
+    """Ids of the questions that --limit leaves, as in the predictions file."""
+    if task == "msc":
+        return [row["id"] for row in data[:limit]]
+    if task == "metaicl":
+        return [row["id"] for rows in data.values() for row in rows["test"][:limit]]
+    return [item["id"] for document in data[:limit] for item in document["questions"]]
+
+
+def load_answers(path, task, data, limit):
+    """Answers of another program: {context_length or shots, 0 where a line names neither: {id: its prediction and
+    costs}} of a .jsonl file. Those to the first `limit` of the data must be there at every length. Raises InputError
+    for an id that is missing, unknown or told twice."""
+    known, needed = item_ids(task, data), item_ids(task, data, limit)
+    answers, places, key = {}, set(known), {"msc": None, "metaicl": "shots"}.get(task, "context_length")
+    if len(places) < len(known):
+        raise InputError("--rows needs data whose ids are all different, which these are not")
+    for where, row in read_rows(path):
+        costs = ("inference_tflops", "contextualisation_tflops", "storage_mfloats")
+        given = {cost: row[cost] for cost in costs if row.get(cost) is not None}
+        name, part = str(row.get("id")), row.get(key, 0)
+        if not all(isinstance(value, (int, float)) for value in (part, *given.values())):
+            raise InputError(f"{where}: costs, context_length and shots must be numbers")
+        if name not in places or name in answers.setdefault(part, {}):
+            raise InputError(f"{where}: id {name!r} is not one of the data's, or stands there twice")
+        answers[part][name] = {"prediction": field(row, "prediction", str, where), **given}
+    for told in answers.values():
+        if missing := [name for name in needed if name not in told]:
+            raise InputError(f"{path}: {len(missing)} of {len(needed)} answers are missing, the first of them that to "
+                             f"{missing[0]!r}; the ids are those of the data, as --predictions writes them")
+    return answers
+
+
+def control_contexts(keys, seed, count, first=None):
+    """For each item the indices of `count` others that share no part of its context, drawn at random, the same number
+    for all: fewer where some item has fewer, an empty list where there is none. keys: a set an item. The first `first`
+    are drawn before the rest: those are read anyway."""
+    draw, order, others = random.Random(seed), list(range(len(keys))), []
+    for own in keys:
+        draw.shuffle(order)
+        near = sorted(order, key=lambda j: first is not None and j >= first)
+        others.append(list(itertools.islice((j for j in near if not own & keys[j]), count)))
+    count = min((len(some) for some in others if some), default=0)
+    return [some[:count] for some in others]
+
+
+def other_contexts(keys, seed):
+    """The first of control_contexts, or None."""
+    return [some[0] if some else None for some in control_contexts(keys, seed, 1)]
+
+
+def context_clusters(keys):
+    """A label for each item: equal where contexts overlap, also by way of others. keys: a set an item."""
+    groups = []
+    for own in keys:
+        touching = [group for group in groups if group & own]
+        groups = [group for group in groups if not group & own] + [set(own).union(*touching)]
+    return [next(n for n, group in enumerate(groups) if group >= own) for own in keys]

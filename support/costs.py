@@ -1,9 +1,13 @@
 """Costs from shapes, for Table 1 and Fig. 3: 2 FLOPs a weight and token, and attention over the keys before it.
 evaluate.py and tests/benchmark.py need it."""
 
+import time
+
 import torch
 
 from model import find_blocks
+
+COSTS = ("inference_tflops", "contextualisation_tflops", "storage_mfloats", "contextualisation_seconds")
 
 
 def head_dim(c):                                            # c: a transformers config
@@ -19,6 +23,15 @@ def base_flops(base, tokens, past=0, head=True):
     weights += base.get_output_embeddings().weight.numel() if head else 0
     keys = tokens * past + tokens * (tokens + 1) / 2
     return 2 * weights * tokens + 4 * len(blocks) * c.num_attention_heads * head_dim(c) * keys  # 2 for q k, 2 for v
+
+
+def released_flops(base, tokens, context):
+    """Inference as the released code counts it (fastlora/eval_utils.py, estimate_flops), for the figures of Table 1:
+    one operation a multiply-add, and attention of q tokens as q (q context) d, quadratic in q."""
+    c = base.config.get_text_config()
+    weights = sum(m.weight.numel() for m in find_blocks(base)[1].modules() if isinstance(m, torch.nn.Linear))
+    weights += base.get_output_embeddings().weight.numel()
+    return tokens * weights + c.num_hidden_layers * tokens * (tokens * context) * c.num_attention_heads * head_dim(c)
 
 
 def generator_flops(model, tokens, chunks):
@@ -51,3 +64,10 @@ def adapter_floats(model):
     """Floats of one LoRA adapter, r (d_in + d_out) a target layer: what has to be kept of a context to answer about it.
     To go on streaming, keep S: d_r^2 a target."""
     return sum(model.config.adapter_rank * (layer.B2.shape[1] + len(layer.A1)) for layer in model.generator.layers)
+
+
+def clock(device):
+    """Seconds, once all that was queued on the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.time()

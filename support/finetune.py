@@ -1,6 +1,7 @@
 """The baselines of appendix B and C: full fine-tuning of the base on questions (SFT) and on the documents first (CPT),
 then evaluated closed-book. train.py --stage finetune needs it, and evaluate.py for MetaICL's fine-tuned rows."""
 
+import functools
 import json
 import math
 import os
@@ -8,11 +9,13 @@ import random
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from data import conversation
-from model import load_base
-from support.files import InputError, make_directory
+from model import find_blocks, load_base
+from support.costs import COSTS, base_flops, clock
+from support.files import InputError, make_directory, read_json
 from support.instructions import load_instructions, load_texts
 from support.text import context_ids, document_marks
 
@@ -58,7 +61,8 @@ def fit_base(base, train, validation, lr, batch_size, epochs, patience, seed, pa
     def weights():
         return {name: p.detach().cpu().clone() for name, p in base.named_parameters()} if validation else {}
 
-    optimizer = torch.optim.AdamW(base.requires_grad_(True).parameters(), lr=lr, weight_decay=0.01)
+    fused = base.device.type == "cuda"
+    optimizer = torch.optim.AdamW(base.requires_grad_(True).parameters(), lr=lr, weight_decay=0.01, fused=fused)
     history, best, worse = [score()], weights(), 0
     bar = tqdm(total=epochs * -(-len(train) // batch_size), desc="fine-tuning", unit="step", leave=False)
     for epoch in range(epochs):
@@ -90,9 +94,53 @@ def fit_base(base, train, validation, lr, batch_size, epochs, patience, seed, pa
     return history
 
 
+def training_flops(base, train, validation, history):
+    """FLOPs of fit_base on examples: the backward pass costs two forward passes, and validation one an epoch."""
+    forward, scored = (sum(base_flops(base, len(ids)) for ids, _ in examples) for examples in (train, validation))
+    return 3 * (len(history) - 1) * forward + len(history) * scored
+
+
+def fit_task(base, tokenizer, train, validation, seed):
+    """MetaICL's fine-tuned baseline (appendix C), in place, on rows with question and golds: (weights from before, to
+    be put back as each parameter's data; costs)."""
+    began, weights = clock(base.device), [p.data for p in base.parameters()]
+    window = base.config.get_text_config().max_position_embeddings
+    examples = [[conversation(tokenizer, [(row["question"], row["golds"][0])], window) for row in rows]
+                for rows in (train, validation)]
+    for p in base.parameters():                         # steps of 1e-5 would be lost in bfloat16
+        p.data = p.data.to(torch.float32, copy=True)
+    history = fit_base(base, *examples, lr=1e-5, batch_size=16, epochs=40, patience=3, seed=seed,
+                       pad=tokenizer.pad_token_id)
+    return weights, costs_of(base, training_flops(base, *examples, history), began)
+
+
+def costs_of(base, flops, began):
+    return {"contextualisation_tflops": flops / 1e12, "contextualisation_seconds": clock(base.device) - began,
+            "storage_mfloats": sum(p.numel() for p in base.parameters()) / 1e6}
+
+
+def cost_of_base(path):
+    """What a base has cost that finetune wrote, as an evaluation counts it; zeros for another one."""
+    path = os.path.join(path, "finetune.json")
+    costs = read_json(path) if os.path.isfile(path) else {}
+    return {key: costs.get(key, 0.0) for key in COSTS[1:]}
+
+
+def lacking_memory(base):
+    """Why all weights of a base cannot be trained on its device, as a sentence; None where they may fit: fp32 weights,
+    gradient and the two moments of Adam."""
+    need, room = 16 * sum(p.numel() for p in base.parameters()), float("inf")
+    if base.device.type == "cuda":
+        room = torch.cuda.mem_get_info(base.device)[1]
+    elif hasattr(os, "sysconf"):
+        room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return f"training all weights takes {need / 1e9:.0f} GB, the device has {room / 1e9:.0f}" if need > room else None
+
+
 def finetune(args):
     """SFT: question-answer pairs, closed-book, lr 1e-5, batch 64, early stopping. CPT: first 8 epochs of log-likelihood
-    over --documents in pieces of 1,024 tokens, batch 16. Writes an ordinary transformers directory. One process."""
+    over --documents in pieces of 1,024 tokens, batch 16. Writes an ordinary transformers directory. One process, with
+    four copies of the weights on its device: a 7B base takes 58 GB in bfloat16, 116 GB in float32."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise InputError("--stage finetune runs in one process: start it without torchrun")
     if not (args.data or args.documents):
@@ -113,18 +161,20 @@ def finetune(args):
         raise InputError(f"--data {' '.join(args.data)}: too few contexts with questions to train and validate on "
                          "(10 without --validation)")
     base, tokenizer = load_base(args.base, getattr(torch, args.dtype), args.device)
-    history = None
+    history, flops, pad, began = None, 0, tokenizer.pad_token_id, clock(base.device)
+    for block in find_blocks(base)[1] if args.checkpointing else ():         # transformers' own is off in eval mode
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
     if texts:
         ids = [t for text in texts for t in context_ids(tokenizer, text) + document_marks(tokenizer)[1]]
-        pieces = [ids[at:at + 1024] for at in range(0, len(ids), 1024)]
+        pieces = [(ids[at:at + 1024], ids[at:at + 1024]) for at in range(0, len(ids), 1024)]
         print(f"continual pretraining on {len(texts)} documents, {len(ids)} tokens, 8 epochs")
-        fit_base(base, [(piece, piece) for piece in pieces], [], lr, 16, 8, None, args.seed, tokenizer.pad_token_id)
+        flops += training_flops(base, pieces, [], fit_base(base, pieces, [], lr, 16, 8, None, args.seed, pad))
     if pairs:
         examples = [[conversation(tokenizer, [(q, answers[0])], 512) for _, _, qas in documents for q, answers in qas]
                     for documents in (pairs, held_out)]
         print(f"supervised fine-tuning on {len(examples[0])} questions, early stopping on {len(examples[1])}")
-        history = fit_base(base, *examples, lr, args.batch, args.epochs, args.patience, args.seed,
-                           tokenizer.pad_token_id)
+        history = fit_base(base, *examples, lr, args.batch, args.epochs, args.patience, args.seed, pad)
+        flops += training_flops(base, *examples, history)
         print("validation nats an answer token, before and after each epoch: "
               + " ".join(f"{nats:.4f}" for nats in history))
     part = args.out.rstrip("/") + ".part"
@@ -132,6 +182,6 @@ def finetune(args):
     base.save_pretrained(part)
     tokenizer.save_pretrained(part)
     with open(os.path.join(part, "finetune.json"), "w") as file:
-        json.dump({"args": vars(args), "validation_nats": history}, file, indent=1)
+        json.dump({"args": vars(args), "validation_nats": history, **costs_of(base, flops, began)}, file, indent=1)
     os.rename(part, args.out)
     print(f"fine-tuned base in {args.out}: evaluate.py --base {args.out}")

@@ -1,50 +1,115 @@
-"""The figures of an evaluation, drawn from the rows of its table. evaluate.py --plot needs it."""
+"""The table of an evaluation, its JSON and its figures, of one run or of several. evaluate.py needs it."""
 
+import json
 import os
 
-COSTS = ("inference_tflops", "contextualisation_tflops", "storage_mfloats", "contextualisation_seconds")
-PANELS = {"f1": "F1", "contextualisation_tflops": "contextualisation, TFLOPs",
-          "inference_tflops": "inference, TFLOPs a query", "storage_mfloats": "storage, M floats",
-          "ppl_reconstruction": "reconstruction perplexity", "ppl_completion": "completion perplexity"}
+from support.answers import average
+from support.costs import COSTS
+from support.files import InputError, read_json
+
+PANELS = {"nats": "answer, nats a token", "gap": "gap to other contexts, nats a token", "f1": "F1",
+          "contextualisation_tflops": "contextualisation, TFLOPs", "inference_tflops": "inference, TFLOPs a query",
+          "storage_mfloats": "storage, M floats", "ppl_reconstruction": "reconstruction perplexity",
+          "ppl_completion": "completion perplexity"}
+AXES = {"context_length": "context length, tokens", "context_tokens": "context, tokens", "shots": "demonstrations"}
+
+
+def mean_row(rows, **what):
+    """Mean over the rows of several tasks; a standard error follows from theirs, n and seconds are sums."""
+    row = dict(what)
+    for key in (key for key in rows[0] if key not in what):
+        values = [each.get(key) for each in rows]
+        if key.endswith("_stderr"):
+            row[key] = None if None in values else sum(e * e for e in values) ** 0.5 / len(rows)
+        else:
+            row[key] = sum(values) if key in ("n", "seconds") else average(values)
+    return row
+
+
+def markdown(rows):
+    """The rows as a Markdown table; a metric stands with its standard error."""
+    def cell(row, key):
+        value, error = row.get(key), row.get(key + "_stderr")
+        text = "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+        return text + (f" ± {error:.2g}" if error is not None else "")
+
+    longest_first = sorted(rows, key=len, reverse=True)                      # the row of the adapter orders the columns
+    keys = [key for key in dict.fromkeys(k for row in longest_first for k in row) if not key.endswith("_stderr")]
+    lines = [keys, ["---"] * len(keys), *([cell(row, key) for key in keys] for row in rows)]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def write_table(args, rows, result):
+    """Print the table; write it with its circumstances to --output, aside first and then renamed; draw --plot."""
+    print("\n" + markdown(rows))
+    if args.output:
+        with open(args.output + ".part", "w", encoding="utf-8") as file:
+            json.dump({**result, "rows": rows}, file, indent=1, ensure_ascii=False)
+        os.replace(args.output + ".part", args.output)
+    if args.plot:
+        plot(args.plot, rows)
+
+
+def merge(paths):
+    """(rows, circumstances) of the --output files of several runs of one task, each row with its run's name."""
+    results = {path: read_json(path) for path in paths}
+    rows = []
+    for path, result in results.items():
+        table = result.get("rows")
+        if not isinstance(table, list) or not all(isinstance(row, dict) and "method" in row for row in table):
+            raise InputError(f"--merge {path} is not a table that --output wrote")
+        rows += [{"run": os.path.splitext(os.path.basename(path))[0], **row} for row in table]
+    tasks = {result.get("task") for result in results.values()}
+    if len(tasks) > 1 or not rows:
+        raise InputError(f"--merge takes rows of one task: these files hold {len(rows)} of {len(tasks)} tasks")
+    return rows, {"task": tasks.pop(), "merged": {path: {**result, "rows": None} for path, result in results.items()}}
 
 
 def plot(path, rows):
-    """Fig. 2 and 3 (F1 and costs against context length), Fig. 4 (accuracy against shots) or, where nothing varies,
-    bars; with standard errors. A method that no context reaches is a dashed line."""
+    """Fig. 2 and 3 (F1, nats and costs against context length), Fig. 4 to 6 (accuracy against shots, a panel for the
+    averages and each task) or, where nothing varies, bars; with standard errors. A line is a method, of one checkpoint
+    and run where there are several; one that no context reaches is dashed."""
     from matplotlib.figure import Figure
 
-    x = next((key for key in ("context_length", "shots") if key in rows[0]), None)
-    panels = [(title, key, [row for row in rows if key not in COSTS or row["method"] != "adapter-shuffled"])
-              for key, title in PANELS.items() if key in rows[0]]
+    def name(row):
+        parts = [os.path.basename(os.path.normpath(row["checkpoint"]))] if "checkpoint" in row else []
+        return " ".join([row["method"], *parts, *([f"({row['run']})"] if "run" in row else [])])
+
+    x = next((key for key in AXES if any(key in row for row in rows)), None)
+    panels = [(title, key, [row for row in rows if row.get(key) is not None
+                            and (key not in COSTS or row["method"] != "adapter-shuffled")])
+              for key, title in PANELS.items() if any(key in row for row in rows)]
     if x == "shots":
-        panels = [(f"{label}: accuracy", "accuracy", part) for label in ("classification", "non-classification")
-                  if (part := [row for row in rows if row["task"] == label])]
-    methods = list(dict.fromkeys(row["method"] for row in rows))
-    shape = (-(-len(panels) // 2), min(2, len(panels)))
-    figure = Figure(figsize=(9, 3.2 * shape[0] + 0.4), layout="constrained")
-    for (title, key, drawn), axes in zip(panels, figure.subplots(*shape, squeeze=False).flat):
-        for n, method in enumerate(methods):
-            points = [row for row in drawn if row["method"] == method and key in row]
+        first = ("classification", "non-classification")
+        kinds = sorted({row["task"] for row in rows} - {"all"}, key=lambda task: (task not in first, task))
+        panels = [(f"{kind}: accuracy", "accuracy", [row for row in rows if row["task"] == kind]) for kind in kinds]
+    names = list(dict.fromkeys(map(name, rows)))
+    across = min(len(panels), 2 if len(panels) <= 4 else 3 if len(panels) <= 9 else 5)
+    shape = (-(-len(panels) // across), across)
+    figure = Figure(figsize=(4.5 * across, 3.2 * shape[0] + 0.4), layout="constrained")
+    lines = {}
+    for axes in (grid := figure.subplots(*shape, squeeze=False)).flat[len(panels):]:
+        axes.set_visible(False)
+    for (title, key, drawn), axes in zip(panels, grid.flat):
+        for n, label in enumerate(names):
+            points = sorted((row for row in drawn if name(row) == label), key=lambda row: row.get(x, 0))
             values, errors = [row[key] for row in points], [row.get(key + "_stderr") or 0 for row in points]
             if x is None:
-                axes.barh([f"{method} {os.path.basename(os.path.normpath(row['checkpoint']))}" if "checkpoint" in row
-                           else method for row in points], values, xerr=errors)
-            elif points and points[0][x] == 0:
-                axes.axhline(values[0], linestyle="--", color=f"C{n}", label=method)
+                axes.barh([label] * len(points), values, xerr=errors)
+            elif points and not points[0].get(x):
+                lines[label] = axes.axhline(values[0], linestyle="--", color=f"C{n % 10}")
             elif points:
-                style = {"marker": "osD^v"[n], "linestyle": ":" if method.endswith("shuffled") else "-",
-                         "color": f"C{n}", "label": method}
-                axes.errorbar([row[x] for row in points], values, errors, capsize=3, **style)
+                style = {"marker": "osD^vP*X<>"[n % 10], "linestyle": ":" if "shuffled" in label else "-", "capsize": 3}
+                lines[label] = axes.errorbar([row[x] for row in points], values, errors, color=f"C{n % 10}", **style)
         axes.set_title(title)
         axes.grid(alpha=0.3)
         if x:
-            ticks = sorted({row[x] for row in drawn} - {0})
+            ticks = sorted({row[x] for row in drawn if row.get(x)})
             axes.set_xscale("log", base=2)
-            axes.set_xticks(ticks, [f"{tick // 1024}K" if tick >= 1024 else tick for tick in ticks])
-            axes.set(ylim=(0, None), xlabel="context length, tokens" if x == "context_length" else "demonstrations")
+            axes.set_xticks(ticks, [f"{tick // 1024}K" if tick % 1024 == 0 else tick for tick in ticks])
+            axes.set(ylim=(None if key == "gap" else 0, None), xlabel=AXES[x])
         else:
-            axes.set(xlim=(0, None), ylim=axes.get_ylim()[::-1])
+            axes.set(xlim=(None if key == "gap" else 0, None), ylim=axes.get_ylim()[::-1])
     if x:
-        figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(methods),
-                      frameon=False)
+        figure.legend(lines.values(), lines, loc="outside lower center", ncols=min(5, len(lines)), frameon=False)
     figure.savefig(path, dpi=110)

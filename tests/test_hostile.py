@@ -18,7 +18,7 @@ from transformers import AddedToken
 
 import data
 from conftest import ROOT, make_base, make_model, make_tokenizer
-from generator import config_from_dict, GeneratorConfig, Memory
+from generator import Memory, config_from_dict
 from model import AdaptedLM, load_base
 from support.benchmarks import load_msc
 from support.files import InputError, read_json, read_safetensors, without_surrogates
