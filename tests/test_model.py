@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -394,3 +395,27 @@ class TestErrors:
             model.contextualize(tokens(1, 4), torch.tensor([[0, 1, 1, 1]]))
         with pytest.raises(ValueError, match="visible"):
             model.forward_segments(tokens(1, 2, 4), None, [0, 3])
+
+
+@torch.no_grad()
+def test_threads_keep_their_memories_apart():
+    """Four threads, one model, a memory each, 100 answers each: what each gets is what it gets alone."""
+    model = make_model(scale=10.0)
+    memories = [model.contextualize(tokens(1, 12, seed=n)) for n in range(3)] + [None]
+    prompt, options = tokens(1, 4, seed=9), {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None}
+    alone = [model.generate(prompt, memory, **options).tolist() for memory in memories]
+    wrong = []
+
+    def ask(n):
+        for _ in range(50):
+            answer = model.generate(prompt, memories[n], **options).tolist()
+            wrong.extend([n] * (answer != alone[n]))
+            logits = model(prompt, memory=memories[n])[:, -1].argmax(-1).item()
+            wrong.extend([n] * (logits != alone[n][0][4]))
+
+    threads = [threading.Thread(target=ask, args=(n,)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong and alone[0] != alone[1] != alone[2] != alone[3]

@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -81,41 +82,76 @@ def test_sigterm_and_time_limit_leave_a_checkpoint(tmp_path, base_directory, tex
 
 
 def test_killed_twenty_times(tmp_path, base_directory, text_file):
-    """SIGKILL at random moments, twenty times: each restart resumes from a whole checkpoint, and the end is bit-identical to an unbroken run.
-    The runs are forks of one process that has done its imports, so that the kills fall into training and saving."""
+    """SIGKILL twenty times, between any two of a run's optimiser steps, flushes, renames and removals: each restart
+    resumes from a whole checkpoint, and the end is bit-identical to an unbroken run. The runs are forks of one process
+    that has done its imports."""
     script = f"""
-import multiprocessing, os, random, sys, time
+import itertools, multiprocessing, os, random, shutil, signal, sys
 sys.path.insert(0, {ROOT!r})
 import torch, train
 torch.set_num_threads(1)
-def go(argv):
+def go(argv, life):
     sys.stdout = sys.stderr = open(os.devnull, "w")
+    events = itertools.count(1)
+    def counted(function):
+        def call(*args, **kwargs):
+            if next(events) == life:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args, **kwargs)
+        return call
+    for owner, name in ((os, "fsync"), (os, "rename"), (shutil, "rmtree"), (torch.optim.AdamW, "step")):
+        setattr(owner, name, counted(getattr(owner, name)))
     train.train(train.arguments(argv))
 if __name__ == "__main__":
     start, whole, broken = multiprocessing.get_context("fork"), sys.argv[1:], sys.argv[1:]
     broken[broken.index("--out") + 1] += "-broken"
-    times = []
-    for argv in (whole, whole + ["--resume"]):          # the second has nothing left to do: what it takes to start
-        began = time.time()
-        run = start.Process(target=go, args=(argv,)); run.start(); run.join()
-        times.append(time.time() - began)
-    kills, draw = 0, random.Random(0)
-    while kills < 20:
-        run = start.Process(target=go, args=(broken + ["--resume"],)); run.start()
-        run.join(0.8 * times[1] + draw.uniform(0, 0.07) * times[0])
-        if run.exitcode is not None:                    # it ended before its kill
-            break
-        run.kill(); run.join(); kills += 1
-    run = start.Process(target=go, args=(broken + ["--resume"],)); run.start(); run.join()
-    print(kills, run.exitcode)
+    draw, ends = random.Random(0), []
+    for argv, life in [(whole, 0), *((broken + ["--resume"], draw.randint(1, 16)) for _ in range(20)), (broken + ["--resume"], 0)]:
+        run = start.Process(target=go, args=(argv, life)); run.start(); run.join()
+        ends.append(run.exitcode)
+    print(*ends)
 """
-    flags = command(base_directory, text_file, tmp_path / "run", "--steps", "150", "--save-every", "2", "--batch", "2", "--windows")[2:]
+    flags = command(base_directory, text_file, tmp_path / "run", "--steps", "80", "--save-every", "2", "--batch", "2",
+                    "--windows")[2:]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GENERATIVE_ADAPTER_CACHE": str(tmp_path / "cache")}
     (tmp_path / "kill.py").write_text(script)
-    done = subprocess.run([sys.executable, str(tmp_path / "kill.py"), *flags], env=environment, capture_output=True, text=True)
-    assert done.stdout.split() == ["20", "0"], done.stdout + done.stderr
-    for name, tensor in weights(tmp_path / "run", 150).items():
-        assert torch.equal(tensor, weights(tmp_path / "run-broken", 150)[name]), name
+    done = subprocess.run([sys.executable, str(tmp_path / "kill.py"), *flags], env=environment, capture_output=True,
+                          text=True)
+    assert done.stdout.split() == ["0"] + ["-9"] * 20 + ["0"], done.stdout + done.stderr
+    for name, tensor in weights(tmp_path / "run", 80).items():
+        assert torch.equal(tensor, weights(tmp_path / "run-broken", 80)[name]), name
+
+
+def test_two_machines_without_a_shared_disk(tmp_path, base_directory, text_file):
+    """Only the first has the checkpoints: the second resumes from them all the same, and both end where one would."""
+    flags = ["--steps", "6", "--save-every", "3"]
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+
+    def both(*flags):
+        runs = []
+        for rank in range(2):
+            disk = tmp_path / f"machine-{rank}"
+            disk.mkdir(exist_ok=True)
+            line = command(base_directory, text_file, "run", *flags)
+            line[line.index("train.py")] = os.path.join(ROOT, "train.py")
+            environment = {**os.environ, "OMP_NUM_THREADS": "1", "GENERATIVE_ADAPTER_CACHE": str(disk / "cache"),
+                           "RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost",
+                           "MASTER_PORT": port}
+            runs.append(subprocess.Popen(line, cwd=disk, env=environment, stdout=subprocess.PIPE,
+                                         stderr=subprocess.STDOUT, text=True))
+        outputs = [run.communicate()[0] for run in runs]
+        assert all(run.returncode == 0 for run in runs), outputs
+        return outputs[0]
+
+    both(*flags)
+    whole = weights(tmp_path / "machine-0" / "run", 6)
+    assert not (tmp_path / "machine-1" / "run").exists()
+    shutil.rmtree(tmp_path / "machine-0" / "run" / "step-000006")
+    assert "from step 3;" in both(*flags, "--resume")
+    for name, tensor in weights(tmp_path / "machine-0" / "run", 6).items():
+        assert torch.equal(tensor, whole[name]), name
 
 
 def test_processes_and_micro_batches_agree(tmp_path, base_directory, text_file):
@@ -301,8 +337,12 @@ def test_instruct_stage(tmp_path, base_directory, qa_file):
     one, log = go("one"), [json.loads(line) for line in open(tmp_path / "one" / "log.jsonl")]
     assert log[-1]["answer"] < log[0]["answer"] - 0.1 and "completion" not in log[0]
     assert set(json.loads(open(tmp_path / "one" / "validation.jsonl").readline())) == {"step", "answer", "answer_shuffled", "sequences"}
-    for name, tensor in go("two", "--micro-batch", "2", processes=2).items():
-        torch.testing.assert_close(tensor, one[name], atol=2e-4, rtol=1e-3)
+    go("two", "--micro-batch", "2", processes=2)
+    two = [json.loads(line) for line in open(tmp_path / "two" / "log.jsonl")]
+    for key in ("answer", "grad_norm"):                 # of the first step: Adam's sign-like steps amplify rounding later
+        assert two[0][key] == pytest.approx(log[0][key], rel=1e-4)
+    for a, b in zip(two, log):
+        assert a["answer"] == pytest.approx(b["answer"], rel=2e-2) and a["tokens"] == b["tokens"]
     shutil.copytree(tmp_path / "one" / "step-000004", tmp_path / "resumed" / "step-000004")
     config = json.loads((tmp_path / "resumed" / "step-000004" / "trainer.json").read_text())
     assert config["args"]["d_r"] == 16 and config["args"]["scale"] == 0.5
