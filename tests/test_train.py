@@ -41,6 +41,16 @@ def weights(out, step):
     return load_file(out / f"step-{step:06d}" / "generator.safetensors")
 
 
+def assert_same_gradient(out, other):
+    """The reduced gradients of the first step, which its first moment is a tenth of. Weights would not do: Adam's steps
+    have the size of the learning rate however small a gradient, and so amplify rounding."""
+    ours, theirs = (load_file(path / "step-000001" / "optimizer.safetensors") for path in (out, other))
+    moments = [name for name in ours if name.startswith("exp_avg/")]
+    assert moments and any(ours[name].any() for name in moments)
+    for name in moments:
+        torch.testing.assert_close(theirs[name], ours[name], rtol=1e-3, atol=1e-4 * ours[name].abs().max().item())
+
+
 def test_killed_and_resumed_is_bit_identical(tmp_path, base_directory, text_file):
     """SIGKILL in the middle of a run; random windows, so that the draw of the data is resumed too."""
     cache, flags = str(tmp_path / "cache"), ("--steps", "30", "--save-every", "4", "--windows")
@@ -156,15 +166,16 @@ def test_two_machines_without_a_shared_disk(tmp_path, base_directory, text_file)
 
 def test_processes_and_micro_batches_agree(tmp_path, base_directory, text_file):
     """torchrun with two and four gloo processes, one process, and one process without accumulation: the same weights after 5 steps up to rounding."""
-    cache, flags = str(tmp_path / "cache"), ("--steps", "5", "--windows")
+    cache, flags = str(tmp_path / "cache"), ("--steps", "5", "--windows", "--save-every", "1", "--keep", "9")
     for name, more, processes in (("one", (), 1), ("two", (), 2), ("four", (), 4), ("whole", ("--micro-batch", "4", "--checkpointing"), 1)):
         done = run(base_directory, text_file, tmp_path / name, *flags, *more, processes=processes, cache=cache)
         assert done.returncode == 0, done.stderr
     one = weights(tmp_path / "one", 5)
     assert max(tensor.abs().max() for name, tensor in one.items() if name.endswith("A1")) > 1e-2
     for other in ("two", "four", "whole"):
-        for name, tensor in weights(tmp_path / other, 5).items():
-            torch.testing.assert_close(tensor, one[name], atol=2e-4, rtol=1e-3)
+        assert_same_gradient(tmp_path / "one", tmp_path / other)
+        losses = [[json.loads(line)["loss"] for line in open(tmp_path / name / "log.jsonl")] for name in ("one", other)]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
 def test_loss_is_eq_5():
@@ -326,7 +337,7 @@ def test_instruct_stage(tmp_path, base_directory, qa_file):
     make_model(base=base, d_r=16).save_pretrained(tmp_path / "pretrained")
 
     def go(name, *more, processes=1):
-        flags = ["--stage", "instruct", "--checkpoint", str(tmp_path / "pretrained"), "--chunk", "64", "--chunks", "3", "--steps", "8", "--save-every", "4", *more]
+        flags = ["--stage", "instruct", "--checkpoint", str(tmp_path / "pretrained"), "--chunk", "64", "--chunks", "3", "--steps", "8", "--save-every", "1", "--keep", "9", *more]
         line = command(base_directory, qa_file, tmp_path / name, *flags, processes=processes)
         for flag in ("--d-r", "--rank"):                # the checkpoint's
             del line[line.index(flag):line.index(flag) + 2]
@@ -338,10 +349,8 @@ def test_instruct_stage(tmp_path, base_directory, qa_file):
     assert log[-1]["answer"] < log[0]["answer"] - 0.1 and "completion" not in log[0]
     assert set(json.loads(open(tmp_path / "one" / "validation.jsonl").readline())) == {"step", "answer", "answer_shuffled", "sequences"}
     go("two", "--micro-batch", "2", processes=2)
-    two = [json.loads(line) for line in open(tmp_path / "two" / "log.jsonl")]
-    for key in ("answer", "grad_norm"):                 # of the first step: Adam's sign-like steps amplify rounding later
-        assert two[0][key] == pytest.approx(log[0][key], rel=1e-4)
-    for a, b in zip(two, log):
+    assert_same_gradient(tmp_path / "one", tmp_path / "two")
+    for a, b in zip(map(json.loads, open(tmp_path / "two" / "log.jsonl")), log):
         assert a["answer"] == pytest.approx(b["answer"], rel=2e-2) and a["tokens"] == b["tokens"]
     shutil.copytree(tmp_path / "one" / "step-000004", tmp_path / "resumed" / "step-000004")
     config = json.loads((tmp_path / "resumed" / "step-000004" / "trainer.json").read_text())
