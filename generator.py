@@ -24,6 +24,7 @@ from functools import lru_cache
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from support.files import InputError, read_safetensors
@@ -94,8 +95,7 @@ class LayerGenerator(nn.Module):
 def rms_norm(H):
     """Rows of H (..., L, d_h) at root mean square 1, in H's dtype. The gain g follows in update, so that the targets of
     a block share this."""
-    h = H.float()
-    return (h * torch.rsqrt(h.square().mean(-1, keepdim=True) + RMS_EPS)).to(H.dtype)
+    return F.rms_norm(H, H.shape[-1:], eps=RMS_EPS)
 
 
 class AdapterGenerator(nn.Module):

@@ -39,13 +39,13 @@ class AdaptedLM(nn.Module):
     """A frozen causal LM, Llama-shaped (llama, mistral, qwen2, qwen3, gemma3), plus its adapter generator.
 
     The generator is fp32 on the base's device; S is fp32 whatever the base's dtype. Calling the model is .forward.
-    Set .checkpointing = True to recompute each block in the backward pass instead of keeping its activations.
+    Set .checkpointing = N to recompute the first N blocks in the backward pass instead of keeping their activations.
     Raises InputError for an architecture without the usual blocks, or an unknown target module.
     """
 
     def __init__(self, base_model, config):
         super().__init__()
-        self.base, self.config, self.checkpointing = base_model.requires_grad_(False).eval(), config, False
+        self.base, self.config, self.checkpointing = base_model.requires_grad_(False).eval(), config, 0
         prefix, blocks = find_blocks(base_model)
         self.block_targets, shapes = [], {}                 # target names of each block; {name: (d_in, d_out)}
         for l, block in enumerate(blocks):
@@ -59,6 +59,7 @@ class AdaptedLM(nn.Module):
         self.blocks, self._lock = list(blocks), threading.RLock()
         self._adapters = None       # while a pass is under way: a function (l, H) -> {module name: (lora_A, lora_B)}
         self._active = {}           # while a block is computed: what that function gave for it
+        fuse_norms(base_model)
         for l, block in enumerate(blocks):
             block.forward = partial(self._block, l, block.forward)
         for name in shapes:
@@ -72,18 +73,24 @@ class AdaptedLM(nn.Module):
         if adapters is None:
             return block_forward(H, *args, **kwargs)
 
+        pairs = adapters(l, H)
+
         def run(H):
             with self._lock:                                            # recomputation may meet another thread's pass
-                self._active = adapters(l, H)
+                self._active = pairs
                 try:
                     return block_forward(H, *args, **kwargs)
                 finally:
                     self._active = {}
 
-        # our own, not the base's: it recomputes the generator with the block, in every transformers version and in eval
-        if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(run, H, use_reentrant=False)
-        return run(H)
+        return self._recomputed(run, l, H)
+
+    def _recomputed(self, function, l, H):
+        """function(H) of block l, checkpointed where .checkpointing says so: the first blocks, whose turn in the backward
+        pass comes when the others' activations are gone. Ours, not the base's: that one is off in eval mode."""
+        if l < self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(function, H, use_reentrant=False, preserve_rng_state=False)       # nothing in it is random
+        return function(H)
 
     def _add_adapter(self, name, linear, inputs, output):
         """W x + W_Delta x, with W_Delta = lora_B lora_A (eq. 9)."""
@@ -129,14 +136,19 @@ class AdaptedLM(nn.Module):
             recorded[l] = [chunks_of(bare, H)]
             return {}
 
-        def adapters(l, H):
-            parts, pairs = recorded.get(l, []) + [chunks_of(adapted, H)], {}
+        def states(l, H):
+            parts = recorded.get(l, []) + ([chunks_of(adapted, H)] if min(adapted) < C else [])
             for name in self.block_targets[l]:
-                generator, added = self.generator[name], {}
+                added = {}
                 for chunks, h, m in parts:
-                    added |= zip(chunks, generator.update(h, m).unbind(1))          # {chunk: (B, d_r, d_r)}
-                S = torch.stack([added[j] for j in range(C)], 1).cumsum(1)      # (B, C, d_r, d_r): S_1 .. S_C, eq. 3
-                pair = generator.adapter(S, tokens=C * L)               # (B, C, r, d_in), (B, C, d_out, r)
+                    added |= zip(chunks, self.generator[name].update(h, m).unbind(1))       # {chunk: (B, d_r, d_r)}
+                yield torch.stack([added[j] for j in range(C)], 1).cumsum(1)    # (B, C, d_r, d_r): S_1 .. S_C, eq. 3
+
+        def adapters(l, H):
+            pairs = {}
+            # norm and the pairs stay out of what is recomputed: they are small, and slow to compute
+            for name, S in zip(self.block_targets[l], self._recomputed(lambda H: [*states(l, H)], l, H)):
+                pair = self.generator[name].adapter(S, tokens=C * L)    # (B, C, r, d_in), (B, C, d_out, r)
                 # segment j takes row visible[j] - 1; unbind and stack, for the backward pass of an index is slow
                 rows = [m.to(H.dtype).unbind(1) for m in pair]
                 rows = [torch.stack([row[visible[j] - 1] for j in adapted], 1) for row in rows]
@@ -327,6 +339,14 @@ def find_target(base_model, block, target):
         raise InputError(f"{type(base_model).__name__} has no linear layer {TARGETS[target]}: choose other targets or "
                          "another base") from None
     return linear
+
+
+def fuse_norms(base_model):
+    """Let the base's RMSNorms be torch's, one kernel on CUDA. Theirs are eight, and keep an fp32 copy of H for the
+    backward pass; same in fp32, in bf16 rounded once where they round twice. Gemma's own is another formula."""
+    for norm in base_model.modules():
+        if type(norm).__name__.endswith("RMSNorm") and hasattr(norm, "variance_epsilon"):
+            norm.forward = lambda H, n=norm: F.rms_norm(H, n.weight.shape, n.weight, n.variance_epsilon)
 
 
 def load_tokenizer(name=DEFAULT_BASE):

@@ -150,7 +150,7 @@ def test_losses_equal_plain_cross_entropy_and_checkpointing_changes_nothing():
     want = F.cross_entropy(logits[:, :, :-1].flatten(0, 2), segments[:, :, 1:].flatten(), reduction="none").view(2, 4, 19).sum(-1)
     weights = torch.rand(2, 4, generator=torch.Generator().manual_seed(0))
     grads = []
-    for checkpointing in (None, False, True):
+    for checkpointing in (None, 0, 2, 3):               # of 3 blocks
         model.zero_grad()
         if checkpointing is None:
             nats = want
