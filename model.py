@@ -86,10 +86,10 @@ class AdaptedLM(nn.Module):
         return self._recomputed(run, l, H)
 
     def _recomputed(self, function, l, H):
-        """function(H) of block l, checkpointed where .checkpointing says so: the first blocks, whose turn in the backward
-        pass comes when the others' activations are gone. Ours, not the base's: that one is off in eval mode."""
+        """function(H) of block l, checkpointed where .checkpointing says so: the first blocks, whose backward pass comes
+        when the others' activations are gone. Ours, not the base's: that one is off in eval mode."""
         if l < self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(function, H, use_reentrant=False, preserve_rng_state=False)       # nothing in it is random
+            return checkpoint(function, H, use_reentrant=False, preserve_rng_state=False)   # nothing is random
         return function(H)
 
     def _add_adapter(self, name, linear, inputs, output):

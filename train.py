@@ -84,8 +84,8 @@ def arguments(argv=None):
     add("--dtype", choices=["float32", "bfloat16"], help="of the base; generator and S stay fp32. Default bfloat16 "
         "where the hardware has it; finetune float32, where steps of 1e-5 do not round away")
     add("--device", help="default: CUDA where there is one")
-    add("--checkpointing", nargs="?", type=int, const=10_000, default=0, metavar="N", help="recompute the activations of "
-        "the first N blocks (without a number: of all) in the backward pass; as few as memory allows")
+    add("--checkpointing", nargs="?", type=int, const=10_000, default=0, metavar="N", help="recompute the activations "
+        "of the first N blocks (without a number: of all) in the backward pass; as few as memory allows")
     add("--eval-every", type=int, default=200)
     add("--eval-sequences", type=int, default=50)
     add("--save-every", type=int, default=200)
