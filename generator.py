@@ -272,7 +272,7 @@ def sketch(d_r, rank, device):
 
 
 def orthonormal_basis(Y):
-    """Q (..., d_r, r) with the span of Y, by Cholesky-QR: Q = Y L^-T, L L^T = Y^T Y; columns without content are 0.
+    """Q (..., d_r, r) with the span of Y, by Cholesky-QR: Q = Y R^-1, R^T R = Y^T Y; columns without content are 0.
     Matrix products but for one r x r factor, which CUDA batches (a Householder QR it does not). The Gram matrix squares
     the condition number, so it is float64; large factors stay in Y's dtype."""
     exact = Y.double()
@@ -301,14 +301,14 @@ def sketched_svd(S, rank):
 class SpectralNorm(torch.autograd.Function):
     """S -> (U_r, f V_r^T), whose product is norm(S).
 
-    The backward pass is the derivative of the spectral function itself (Daleckii-Krein), never of U and V: with G the
-    gradient by norm(S), X = U^T G V, and sym and skew the symmetric and antisymmetric parts of X,
+    The backward pass is the derivative of the spectral function itself (Daleckii-Krein), never of U and V: with dN the
+    gradient by norm(S), X = U^T dN V, and sym and skew the symmetric and antisymmetric parts of X,
 
-        grad_S = U (sym * D1 + skew * D2) V^T + (I - U U^T) G V diag(f/sigma) V^T + U diag(f/sigma) U^T G (I - V V^T)
+        grad_S = U (sym * D1 + skew * D2) V^T + (I - U U^T) dN V diag(f/sigma) V^T + U diag(f/sigma) U^T dN (I - V V^T)
         D1 = (f_i - f_j) / (sigma_i - sigma_j),   D2 = (f_i + f_j) / (sigma_i + sigma_j)
 
     It is finite on ties, on rank-deficient S and on S = 0, where autograd through a QR or an SVD is not. It is exact
-    (lambda held constant) for exact=True, and for the sketch when rank(S) <= r; beyond, how Q turns with S is left out.
+    (lambda held constant) for exact=True, and for the sketch when rank(S) <= r; beyond, it takes truncated sigma as 0.
     """
 
     @staticmethod
@@ -331,12 +331,12 @@ class SpectralNorm(torch.autograd.Function):
     def backward(ctx, grad_U, grad_fVh):
         (kept, *saved), dtype, r = ctx.saved_tensors, grad_U.dtype, ctx.rank
         U, sigma, Vh, f, w, lam, sigma_1 = (t.to(product_dtype(t)) for t in saved)
-        GV = grad_U.to(U.dtype) * torch.where(kept, w / sigma, 0)[..., None, :r]    # grad_U = G V diag(f)
-        UG = grad_fVh.to(U.dtype)                                           # (..., r, d_r): grad_fVh = U^T G
-        UGV = U.mT @ GV                                                     # (..., k, r), k = d_r if exact else r
-        X = UGV.new_zeros(*UGV.shape[:-1], UGV.shape[-2])                   # (..., k, k): U^T G V
-        X[..., :, :r] = UGV                                                 # columns of cut directions come from UG,
-        X[..., :r, :] = UG @ Vh.mT                                          # and a pair of two cut ones is never used
+        dN_V = grad_U.to(U.dtype) * torch.where(kept, w / sigma, 0)[..., None, :r]    # grad_U = dN V diag(f)
+        U_dN = grad_fVh.to(U.dtype)                                         # (..., r, d_r): grad_fVh = U^T dN
+        U_dN_V = U.mT @ dN_V                                                # (..., k, r), k = d_r if exact else r
+        X = U_dN_V.new_zeros(*U_dN_V.shape[:-1], U_dN_V.shape[-2])          # (..., k, k): U^T dN V
+        X[..., :, :r] = U_dN_V                                              # columns of cut directions come from
+        X[..., :r, :] = U_dN @ Vh.mT                                        # U_dN; a pair of two cut ones is unused
 
         i, j = (..., slice(None), None), (..., None, slice(None))           # a value a row, a value a column
         both, one = kept[i] & kept[j], kept[i] ^ kept[j]
@@ -349,7 +349,7 @@ class SpectralNorm(torch.autograd.Function):
         K = (X + X.mT) / 2 * D1 + (X - X.mT) / 2 * D2                       # sym * D1 + skew * D2
 
         f_over_sigma = torch.where(kept, 1 / w, 0)[..., :r]
-        left = (GV - U @ UGV) * f_over_sigma[..., None, :]                  # (..., d_r, r): its second term
-        right = (UG - (UG @ Vh.mT) @ Vh) * f_over_sigma[..., :, None]       # (..., r, d_r): and its third
+        left = (dN_V - U @ U_dN_V) * f_over_sigma[..., None, :]             # (..., d_r, r): its second term
+        right = (U_dN - (U_dN @ Vh.mT) @ Vh) * f_over_sigma[..., :, None]   # (..., r, d_r): and its third
         grad_S = U @ K @ Vh + left @ Vh[..., :r, :] + U[..., :r] @ right    # (..., d_r, d_r)
         return (grad_S / sigma_1[..., None]).to(dtype), None, None, None

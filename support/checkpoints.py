@@ -1,5 +1,5 @@
-"""The directory of a training run, for train.py: checkpoints written aside, logs cut back to them, and process 0's state
-on every process, since it alone may have the directory."""
+"""The directory of a training run, for train.py: checkpoints written aside, logs cut back to them, and process 0's
+state on every process, since it alone may have the directory."""
 
 import glob
 import json
