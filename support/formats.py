@@ -16,19 +16,14 @@ from support.files import InputError, hub_reachable, make_directory, read_json, 
 PEFT_CARD = """---
 base_model: {base}
 library_name: peft
-tags:
-- lora
+tags: [lora]
 ---
 
 # A context of {tokens} tokens, as a LoRA of rank {r}
 
 Written by a Generative Adapter ([arXiv 2411.05877](https://arxiv.org/abs/2411.05877)) in forward passes over the
-context alone. The base answers from the context without having it in the prompt. What the context says can be read out
-of this file: share it as you would share the text.
+context alone. The base answers from it with no context in the prompt; so can anyone read it out of this file.
 """
-
-
-# ---- checkpoints
 
 
 def locate_checkpoint(name):
@@ -117,9 +112,6 @@ def read_fastlora(directory):
         tensors[f"{block}.{linear}.{ours[part]}"] = tensor.T if part == "A2" else tensor
     targets = sorted({name.split(".")[-2] for name in tensors})
     return GeneratorConfig(d_r, rank, scale, norm, 0.0, targets), tensors
-
-
-# ---- adapters
 
 
 def write_peft(directory, base_name, config, pairs, tokens):
