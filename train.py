@@ -85,10 +85,8 @@ def train(args):
         raise InputError(f"--batch {args.batch} must be a multiple of the {world} processes")
     if device.type == "cuda" and args.dtype == "bfloat16":
         torch.backends.cuda.matmul.fp32_precision = "tf32"      # holds the bf16 factors of S exactly; norm avoids it
-    if device.type == "cpu":
-        keep_freed_memory()
-        if args.dtype == "bfloat16" and args.chunk <= 256:      # the fused kernel's backward pass is far slower there
-            base.set_attn_implementation("eager")
+    if device.type == "cpu" and args.dtype == "bfloat16" and args.chunk <= 256:
+        base.set_attn_implementation("eager")                   # the fused kernel's backward pass is far slower there
     parameters, layers = list(model.generator.parameters()), model.generator.layers
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, args.beta2), weight_decay=args.weight_decay,
                                   fused=True)
@@ -124,8 +122,8 @@ def train(args):
             load_checkpoint(newest[0], model, optimizer)
         elif args.start == "aligned" and args.checkpoint is None:
             aligned_start(model, sequences(batches.text, 128, 0, 160, args.seed).split(16))
-        trim_log(os.path.join(args.out, "log.jsonl"), step if resumed else None)
-        validated = trim_log(os.path.join(args.out, "validation.jsonl"), step if resumed else None)
+        _, validated = (trim_log(os.path.join(args.out, name), step if resumed else None)
+                        for name in ("log.jsonl", "validation.jsonl"))
         print(f"generator of {sum(p.numel() for p in parameters) / 1e6:.1f} M parameters on {args.base}, {args.dtype}, "
               f"{device}; {batches.about}; {args.batch} x {args.chunks} chunks of {args.chunk} tokens a step; "
               f"{args.steps} steps from step {step}; {world} process{'es' if world > 1 else ''}")
@@ -166,8 +164,7 @@ def train(args):
                 nats, _ = model.segment_losses(segments, mask, visible, labels)
                 losses = nats * weights                                     # (B, N), whose sum is eq. 5
                 losses.sum().backward()
-                totals[0] += losses[:, C:].sum().detach()
-                totals[1] += losses[:, 1:C].sum().detach()
+                totals[:2] += torch.stack([losses[:, C:].sum(), losses[:, 1:C].sum()]).detach()
             except torch.linalg.LinAlgError:            # NaN in S: the step is lost, and skipped below by every process
                 totals[4] += 1
             totals[2] += segments[:, :C].numel() if mask is None else mask[:, :C].sum()
@@ -289,8 +286,8 @@ def arguments(argv=None):
     add("--documents", nargs="+", help="finetune: learn these texts first, by log-likelihood (CPT)")
     add("--validation", nargs="+", help="files of the same kinds; default: the last --eval-sequences sequences of "
         "--data, which then stay out of training")
-    add("--weights", nargs="+", metavar="SOURCE=N", help="instruct: how many times an epoch goes through a source, a "
-        "row's \"dataset\" or a file of --data; default 1")
+    add("--weights", nargs="+", metavar="SOURCE=N", help="instruct: how often an epoch goes through a source, which is "
+        "a row's \"dataset\" or a file of --data; default 1")
     add("--excerpts", type=float, help="instruct: probability that a document longer than the length drawn for its "
         "context is cut to the sentences around an answer; default 0")
     add("--max-tokens", type=int, help="pack at most this many tokens of --data")
@@ -392,7 +389,7 @@ def adapted_model(args, base):
 
 def main():
     args = arguments()
-    if args.stage == "finetune":
+    if not torch.cuda.is_available() or args.device == "cpu":
         keep_freed_memory()
     (finetune if args.stage == "finetune" else train)(args)
 
