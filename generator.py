@@ -10,8 +10,8 @@ Symbols, in the order a reader of the paper meets them (§2.2, §2.4):
     B1, B2    (d_h, d_r), (d_r, d_in)    trained for each W       s     scale: 1/16 Mistral, 1/8 Llama2 (appendix B)
     g         (d_h,) gain of h, trained for each W                Omega (d_r, r) fixed random sketch
     S_t       S_{t-1} + A2 H_t^T H_t B1 (eq. 3), S_0 = 0: the memory (d_r, d_r), all that is kept, at any length
-    norm      S = U Sigma V^T  ->  U_r V_r^T (eq. 6, 7), damped
-    W_Delta   s A1 norm(S_t) B2 = (s A1 U) (V^T B2) = lora_B lora_A (eq. 8, 9)
+    norm      S = U Sigma V^T  ->  U V^T (eq. 7), truncated to rank r: U_r V_r^T, and damped
+    W_Delta   s A1 norm(S_t) B2 (eq. 6, 8; eq. 4 without norm) = (s A1 U_r) (V_r^T B2) = lora_B lora_A (eq. 9)
 
 (*) Not in the paper but in the released code, and needed: h is RMS-normalised before eq. 1, with an eps of its own.
 """
@@ -71,7 +71,7 @@ class LayerGenerator(nn.Module):
             nn.init.normal_(weight, std=(3 * fan_in) ** -0.5)
 
     def update(self, h, mask=None):
-        """What a chunk adds to S (eq. 1-3), A2 H^T H B1: h (..., L, d_h) as rms_norm gives it, mask (..., L) of 1 and 0
+        """What a chunk adds to S (eq. 3), A2 H^T H B1: h (..., L, d_h) as rms_norm gives it, mask (..., L) of 1 and 0
         -> (..., d_r, d_r) fp32. The projections run in h's dtype, the sum over tokens in fp32: rounding S to bf16
         moves norm(S) by percents."""
         h = h * self.g.to(h.dtype)
@@ -79,17 +79,17 @@ class LayerGenerator(nn.Module):
         keys = h @ self.B1.to(h.dtype)                                          # (..., L, d_r)
         if mask is not None:
             values = values * mask.unsqueeze(-1).to(h.dtype)                    # padding adds nothing to S
-        return values.float().mT @ keys.float()                                 # (..., d_r, d_r)
+        return values.float().mT @ keys.float()                                 # (..., d_r, d_r), the sum of eq. 1
 
     def adapter(self, S, tokens=None):
-        """W_Delta = lora_B lora_A (eq. 4, 8, 9): S (..., d_r, d_r) -> lora_A (..., r, d_in), lora_B (..., d_out, r),
+        """W_Delta = lora_B lora_A (eq. 6, 9): S (..., d_r, d_r) -> lora_A (..., r, d_in), lora_B (..., d_out, r),
         s folded into it. An S that holds fewer than r tokens has no higher rank: tokens cuts r to that, exactly."""
         c = self.config
         if c.norm == "frobenius":                                               # full rank, r = d_r
             lora_A = frobenius_norm(S) @ self.B2                                # (..., d_r, d_in)
             return lora_A, (c.scale * self.A1).expand(*S.shape[:-2], -1, -1)    # (..., d_out, d_r)
         U, V_T = svd_norm(S, min(c.rank, tokens or c.rank), c.damping, exact=c.norm == "svd-exact")
-        return V_T @ self.B2, c.scale * (self.A1 @ U)                           # (..., r, d_in), (..., d_out, r)
+        return V_T @ self.B2, c.scale * (self.A1 @ U)                           # (..., r, d_in), (..., d_out, r): eq. 9
 
 
 def rms_norm(H):
@@ -118,7 +118,7 @@ class AdapterGenerator(nn.Module):
 
     @torch.no_grad()
     def load_tensors(self, tensors, source):
-        """Copy tensors named as in tensors() into the parameters; InputError names source where they do not fit."""
+        """Copy tensors named as in tensors() into the parameters. source: the file they came from."""
         mine = self.tensors()
         if odd := sorted(mine.keys() ^ tensors.keys()):
             how = "is missing" if odd[0] in mine else "has no place in this base"
@@ -206,7 +206,7 @@ def one_generator(memories):
 
 
 def check_config(c):
-    """Raises InputError for a config that no generator can have."""
+    """Refuse a config that no generator can have."""
     c.targets = [c.targets] if isinstance(c.targets, str) else list(c.targets)
     numbers = all(isinstance(v, int) for v in (c.d_r, c.rank, c.chunk))
     if not numbers or not all(isinstance(v, (int, float)) and abs(v) < 1e9 for v in (c.scale, c.damping)):
@@ -234,7 +234,7 @@ def config_from_dict(values):
 # ----------------------------------------------------------------------------------------------------------------------
 # norm(S), eq. 6 and 7
 #
-# In words: S = U Sigma V^T (eq. 6); the r leading singular values become 1, the others 0 (eq. 7).
+# In words: S = U Sigma V^T; its positive singular values become 1 (eq. 7), those beyond the r leading ones 0 (eq. 8).
 # In code:  U, sigma, Vh = torch.linalg.svd(S);  N = U[:, :r] @ Vh[:r]
 #
 # Two things differ. f = sigma / sqrt(sigma^2 + lambda^2), lambda = damping sigma_1, stands for the 1: it bounds the

@@ -38,7 +38,7 @@ LOSS_ROWS = 512           # tokens whose logits stand in memory at once: 512 x 4
 class AdaptedLM(nn.Module):
     """A frozen causal LM, Llama-shaped (llama, mistral, qwen2, qwen3, gemma3), plus its adapter generator, fp32 on the
     base's device; S is fp32 whatever the base's dtype. With .checkpointing = n the first n blocks are recomputed in the
-    backward pass. Raises InputError for an architecture without the usual blocks, or an unknown target module."""
+    backward pass."""
 
     def __init__(self, base_model, config):
         super().__init__()
@@ -218,7 +218,7 @@ class AdaptedLM(nn.Module):
 
     def lora(self, memory):
         """The adapter of a memory: {module name: (lora_A (B, r, d_in), lora_B (B, d_out, r))} fp32, W_Delta = lora_B
-        lora_A, s in lora_B. Raises InputError when the memory was written by another generator."""
+        lora_A, s in lora_B. A memory that another generator wrote is refused."""
         if memory.fingerprint not in (None, self.generator.fingerprint()):
             raise InputError("the memory was written by another generator (its fingerprint differs): read the context "
                              "again with this one")
@@ -291,7 +291,7 @@ class HeadLoss(torch.autograd.Function):
 
 
 def find_blocks(base_model):
-    """(name, ModuleList) of the decoder blocks. Raises InputError for a base that this project cannot adapt."""
+    """(name, ModuleList) of the decoder blocks; a base that this project cannot adapt is refused."""
     names, kind = {module: name for name, module in base_model.named_modules()}, type(base_model).__name__
     c = base_model.config.get_text_config()
     scaled = any(getattr(c, key, None) not in (None, 1) for key in ("logit_scale", "logits_scaling"))

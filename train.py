@@ -329,7 +329,7 @@ def arguments(argv=None):
 
 
 def check_sources(args):
-    """Refuse what can be refused before anything is loaded."""
+    """Refuse what can be refused before anything is loaded; fill in --data."""
     if args.stage == "instruct":
         args.data = args.data or TABLE_3
         if args.checkpoint is None:
