@@ -17,6 +17,7 @@ import sys
 import threading
 import warnings
 from functools import partial
+from itertools import accumulate
 
 import torch
 import torch.nn as nn
@@ -139,20 +140,23 @@ class AdaptedLM(nn.Module):
         def states(l, H):
             parts = recorded.get(l, []) + ([chunks_of(adapted, H)] if min(adapted) < C else [])
             for name in self.block_targets[l]:
-                added = {}
-                for chunks, h, m in parts:
-                    added |= zip(chunks, self.generator[name].update(h, m).unbind(1))       # {chunk: (B, d_r, d_r)}
-                yield torch.stack([added[j] for j in range(C)], 1).cumsum(1)    # (B, C, d_r, d_r): S_1 .. S_C, eq. 3
+                updates = [self.generator[name].update(h, m) for _, h, m in parts]      # each (B, chunks, d_r, d_r)
+                if C > 1:
+                    added = {j: row for (chunks, _, _), update in zip(parts, updates)
+                             for j, row in zip(chunks, update.unbind(1))}               # {chunk: (B, d_r, d_r)}
+                    # S_1 .. S_C, eq. 3; the kernel of cumsum is ten times slower on a CPU
+                    updates = [torch.stack([*accumulate(added[j] for j in range(C))], 1)]
+                yield updates[0]                                                        # (B, C, d_r, d_r)
 
         def adapters(l, H):
             pairs = {}
             # norm and the pairs stay out of what is recomputed: they are small, and slow to compute
             for name, S in zip(self.block_targets[l], self._recomputed(lambda H: [*states(l, H)], l, H)):
                 pair = self.generator[name].adapter(S, tokens=C * L)    # (B, C, r, d_in), (B, C, d_out, r)
-                # segment j takes row visible[j] - 1; unbind and stack, for the backward pass of an index is slow
-                rows = [m.to(H.dtype).unbind(1) for m in pair]
-                rows = [torch.stack([row[visible[j] - 1] for j in adapted], 1) for row in rows]
-                pairs[name] = tuple(m.flatten(0, 1) for m in rows)
+                pair, rows = [m.to(H.dtype) for m in pair], [visible[j] - 1 for j in adapted]     # of segment j
+                if rows != [*range(C)]:             # unbind and stack, for the backward pass of an index is slow
+                    pair = [torch.stack([m.unbind(1)[row] for row in rows], 1) for m in pair]
+                pairs[name] = tuple(m.flatten(0, 1) for m in pair)
             return pairs                                                # (B len(adapted), r, d_in), (.., d_out, r)
 
         def run(among):
