@@ -351,5 +351,8 @@ class SpectralNorm(torch.autograd.Function):
         f_over_sigma = torch.where(kept, 1 / w, 0)[..., :r]
         left = (dN_V - U @ U_dN_V) * f_over_sigma[..., None, :]             # (..., d_r, r): its second term
         right = (U_dN - (U_dN @ Vh.mT) @ Vh) * f_over_sigma[..., :, None]   # (..., r, d_r): and its third
-        grad_S = U @ K @ Vh + left @ Vh[..., :r, :] + U[..., :r] @ right    # (..., d_r, d_r)
-        return (grad_S / sigma_1[..., None]).to(dtype), None, None, None
+        inside = K @ Vh                                                     # (..., k, d_r)
+        inside[..., :r, :] += right
+        # one product for all three terms, U (K V^T + right) + left V^T: on a CPU writing (d_r, d_r) is what takes time
+        grad_S = torch.cat([U, left], -1) @ (torch.cat([inside, Vh[..., :r, :]], -2) / sigma_1[..., None])
+        return grad_S.to(dtype), None, None, None                           # (..., d_r, d_r)

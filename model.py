@@ -17,6 +17,7 @@ import sys
 import threading
 import warnings
 from functools import partial
+from itertools import accumulate
 
 import torch
 import torch.nn as nn
@@ -128,19 +129,19 @@ class AdaptedLM(nn.Module):
         def states(l, H):
             h = kept.get(l, {}) | rows(adapted, H)
             h, real = torch.stack([h[j] for j in range(C)], 1), None if mask is None else mask[:, :C]   # (B, C, L, d_h)
-            return [self.generator[name].update(h, real).cumsum(1)          # S_1 .. S_C (eq. 3): (B, C, d_r, d_r)
-                    for name in self.block_targets[l]]
-
-        def select(m):
-            m = m.unbind(1)         # segment j takes the row of its S_v, v = visible[j]; an index has a slow backward
-            return torch.stack([m[visible[j] - 1] for j in adapted], 1).flatten(0, 1)       # (B len(adapted), ..)
+            updates = [self.generator[name].update(h, real) for name in self.block_targets[l]]
+            # S_1 .. S_C (eq. 3), (B, C, d_r, d_r), by a running sum: the kernel of cumsum is ten times slower on a CPU
+            return updates if C == 1 else [torch.stack([*accumulate(S.unbind(1))], 1) for S in updates]
 
         def adapters(l, H):
-            pairs = {}          # computed once, not recomputed: they are small, and norm is slow
+            pairs, wanted = {}, [visible[j] - 1 for j in adapted]           # the row that segment j takes of S_1 .. S_C
             for name, S in zip(self.block_targets[l], self._recomputed(partial(states, l), l, H)):
-                pair = self.generator[name].adapter(S, tokens=C * L)        # (B, C, r, d_in), (B, C, d_out, r), eq. 9
-                pairs[name] = tuple(select(m.to(H.dtype)) for m in pair)
-            return pairs
+                # the pairs are computed once, not recomputed: they are small, and norm is slow
+                pair = [m.to(H.dtype) for m in self.generator[name].adapter(S, tokens=C * L)]   # eq. 9, (B, C, ..)
+                if wanted != [*range(C)]:           # unbind and stack, for the backward pass of an index is slow
+                    pair = [torch.stack([m[row] for row in wanted], 1) for m in (m.unbind(1) for m in pair)]
+                pairs[name] = tuple(m.flatten(0, 1) for m in pair)
+            return pairs                            # (B len(adapted), r, d_in), (B len(adapted), d_out, r)
 
         def run(among):
             ids = segments[:, among]                                                        # (B, len(among), L)

@@ -34,7 +34,7 @@ from support.checkpoints import (check_same_flags, checkpoints, load_checkpoint,
 from support.files import InputError, is_file_source, make_directory, read_json, run_command
 from support.finetune import finetune
 from support.instructions import TABLE_3
-from support.machine import keep_freed_memory, peak_memory
+from support.machine import choose_attention, keep_freed_memory, peak_memory
 
 SHAPE = ("d_r", "rank", "scale", "norm", "damping", "targets")     # of a generator; a --checkpoint decides them
 MAX_SKIPPED = 10          # steps in a row without a finite gradient before the run gives up
@@ -85,8 +85,7 @@ def train(args):
         raise InputError(f"--batch {args.batch} must be a multiple of the {world} processes")
     if device.type == "cuda" and args.dtype == "bfloat16":
         torch.backends.cuda.matmul.fp32_precision = "tf32"      # holds the bf16 factors of S exactly; norm avoids it
-    if device.type == "cpu" and args.dtype == "bfloat16" and args.chunk <= 256:
-        base.set_attn_implementation("eager")                   # the fused kernel's backward pass is far slower there
+    choose_attention(base, args.chunk)
     parameters, layers = list(model.generator.parameters()), model.generator.layers
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, args.beta2), weight_decay=args.weight_decay,
                                   fused=True)

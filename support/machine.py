@@ -1,4 +1,4 @@
-"""Memory of this process, for train.py and tests/benchmark.py."""
+"""What a machine needs to be told or asked, for train.py and tests/benchmark.py."""
 
 import ctypes
 import sys
@@ -21,3 +21,10 @@ def keep_freed_memory():
     again, page by page."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: None) if sys.platform == "linux" else lambda *_: None
     mallopt(-4, 0), mallopt(-1, -1)                     # M_MMAP_MAX: never by mmap; M_TRIM_THRESHOLD: never trim
+
+
+def choose_attention(base, chunk):
+    """For training on chunks of that many tokens: in bf16 on a CPU, the fused kernel's backward pass is far slower than
+    plain attention on short ones."""
+    if base.device.type == "cpu" and base.dtype == torch.bfloat16 and chunk <= 256:
+        base.set_attn_implementation("eager")

@@ -1,4 +1,4 @@
-"""The order of the house: line counts and lengths, imports that run one way, the README's method equal to the code's."""
+"""The order of the house: line counts and lengths, imports that run one way; the README's method is the code's."""
 
 import ast
 import glob
@@ -45,8 +45,8 @@ def test_sizes():
 
 def test_imports_run_one_way():
     found = imports()
-    assert len(found) > len(LINES) and found["model"]["generator"] and found["train"]["model"]      # the check sees them
-    order = []                                          # a module enters once all that it imports have entered: no circle
+    assert len(found) > len(LINES) and found["model"]["generator"] and found["train"]["model"]  # the check sees some
+    order = []                          # a module enters once all that it imports have entered: no circle
     while len(order) < len(found):
         free = [name for name in found if name not in order and found[name].keys() <= set(order)]
         assert free, f"imports in a circle: {sorted(found.keys() - set(order))}"
@@ -62,7 +62,8 @@ def test_imports_run_one_way():
 
 def test_the_method_of_the_readme():
     """Its lines, run as they stand there, against LayerGenerator: two chunks, float64, damping 0, the full SVD."""
-    code = re.search(r"```python\n(def read.*?)```", open(os.path.join(ROOT, "README.md"), encoding="utf-8").read(), re.S)
+    readme = open(os.path.join(ROOT, "README.md"), encoding="utf-8").read()
+    code = re.search(r"```python\n(def read.*?)```", readme, re.S)
     torch.manual_seed(0)
     config = GeneratorConfig(d_r=12, rank=5, scale=0.5, norm="svd-exact", damping=0.0)
     layer = LayerGenerator(config, 20, 16, 14).double()
