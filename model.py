@@ -171,13 +171,13 @@ class AdaptedLM(nn.Module):
         (B, N, L): -100 is no target, None takes every real token. The first token of a segment is never a target."""
         if labels is None:
             labels = segments if mask is None else segments.masked_fill(~mask.bool(), -100)
-        targets = labels[:, :, 1:].flatten()                                                # (B N (L-1),)
-        at = (targets != -100).nonzero().squeeze(1)                                         # (T,)
+        targets, real = labels[:, :, 1:], labels[:, :, 1:] != -100                          # (B, N, L-1)
+        at = real.flatten().nonzero().squeeze(1)                                            # (T,)
         # one contiguous 2-D block: a linear over a strided slice copies the whole lm_head once a row of the batch
         hidden = self._hidden(segments, mask, visible)[:, :, :-1].flatten(0, 2)[at]         # (T, d_h)
-        nats = HeadLoss.apply(hidden, targets[at], self.base.get_output_embeddings())       # (T,)
-        nats = torch.zeros(len(targets), device=nats.device).index_put((at,), nats)
-        return tuple(m.view(*segments.shape[:2], -1).sum(-1) for m in (nats, targets != -100))
+        nats = HeadLoss.apply(hidden, targets.flatten()[at], self.base.get_output_embeddings())         # (T,)
+        nats = torch.zeros(real.numel(), device=nats.device).index_put((at,), nats).view(real.shape)
+        return nats.sum(-1), real.sum(-1)
 
     # ---- inference: streaming
 
