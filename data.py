@@ -23,11 +23,11 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from support.files import InputError, count_rows, field, is_file_source, read_rows, run_command, stamps
+from support.bases import DEFAULT_BASE, locate_base, tokenizer_at
+from support.files import CACHE, InputError, count_rows, field, is_file_source, read_rows, run_command, stamps
 from support.instructions import demonstration, excerpt, instruction_units, load_instructions
 from support.text import apply_template, context_ids, document_marks, tokenize, user_turn
 
-CACHE = os.path.expanduser(os.environ.get("GENERATIVE_ADAPTER_CACHE", "~/.cache/generative-adapter"))
 TARGET_TOKENS = 128       # a conversation may be this long even where chunks are shorter
 SENTENCE_TOKENS = 16      # the shortest contexts of instruction tuning
 
@@ -71,9 +71,9 @@ def doubled(tokens, C, pad, windows_seed=None):
 
 
 def split_into_chunks(contexts, pad, chunk=1024):
-    """Contexts (lists of ids), each split evenly into C = ceil(n / chunk) chunks of L = ceil(n / C) tokens
+    """Contexts (lists of at least 1 id), each split evenly into C = ceil(n / chunk) chunks of L = ceil(n / C) tokens
     -> ids (B, C, L), mask (B, C, L). The last chunk is right-padded, and so are shorter contexts; a chunk of padding
-    adds nothing to S. Raises InputError for an empty context."""
+    adds nothing to S."""
     rows = []
     for ids in contexts:
         if len(ids) == 0:
@@ -207,7 +207,7 @@ class Batches(NamedTuple):
 
 def random_controls(documents):
     """For each item the index of another whose context shares no document with its own, None where each shares one.
-    documents: the documents of each item's context, as sets. The search begins half the set away."""
+    documents: the documents of each item's context, as sets. Neighbours may be alike: item i takes from i + n/2 on."""
     n = len(documents)
     return [next((j % n for j in range(i + n // 2, i + n // 2 + n) if not documents[i] & documents[j % n]), None)
             for i in range(n)]
@@ -296,8 +296,7 @@ def tokenizer_facts(tokenizer):
 
 def pack(sources, tokenizer, path, max_tokens=None):
     """Tokenise every document of sources into one flat file of uint16 (uint32 for a vocabulary beyond 65,536) and a
-    .json beside it. The token file is written aside and renamed; 512 documents are in memory at a time. Raises
-    InputError when the text holds no token."""
+    .json beside it. The token file is written aside and renamed; 512 documents are in memory at a time."""
     if max_tokens is not None and max_tokens < 1:
         raise InputError("--max-tokens must be at least 1")
     before, after = document_marks(tokenizer)
@@ -382,7 +381,6 @@ def sequences(tokens, length, first, count, seed):
 
 
 def main():
-    from support.bases import DEFAULT_BASE, locate_base, tokenizer_at
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sources", nargs="+")
     parser.add_argument("--out", required=True, help="token file to write, ending in .bin; a .json goes beside it")

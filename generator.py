@@ -10,8 +10,8 @@ Symbols, in the order a reader of the paper meets them (§2.2, §2.4):
     B1, B2    (d_h, d_r), (d_r, d_in)    trained for each W       s     scale: 1/16 Mistral, 1/8 Llama2 (appendix B)
     g         (d_h,) gain of h, trained for each W                Omega (d_r, r) fixed random sketch
     S_t       S_{t-1} + A2 H_t^T H_t B1 (eq. 3), S_0 = 0: the memory (d_r, d_r), all that is kept, at any length
-    norm      S = U Sigma V^T  ->  U_r V_r^T (eq. 6, 7), damped
-    W_Delta   s A1 norm(S_t) B2 = (s A1 U) (V^T B2) = lora_B lora_A (eq. 8, 9)
+    norm      S = U Sigma V^T  ->  U V^T (eq. 7), truncated to rank r: U_r V_r^T, and damped
+    W_Delta   s A1 norm(S_t) B2 (eq. 6, 8; eq. 4 without norm) = (s A1 U_r) (V_r^T B2) = lora_B lora_A (eq. 9)
 
 (*) Not in the paper but in the released code, and needed: h is RMS-normalised before eq. 1, with an eps of its own.
 """
@@ -71,7 +71,7 @@ class LayerGenerator(nn.Module):
             nn.init.normal_(weight, std=(3 * fan_in) ** -0.5)
 
     def update(self, h, mask=None):
-        """What a chunk adds to S (eq. 1-3), A2 H^T H B1: h (..., L, d_h) as rms_norm gives it, mask (..., L) of 1 and 0
+        """What a chunk adds to S (eq. 3), A2 H^T H B1: h (..., L, d_h) as rms_norm gives it, mask (..., L) of 1 and 0
         -> (..., d_r, d_r) fp32. The projections run in h's dtype, the sum over tokens in fp32: rounding S to bf16
         moves norm(S) by percents."""
         h = h * self.g.to(h.dtype)
@@ -79,17 +79,17 @@ class LayerGenerator(nn.Module):
         keys = h @ self.B1.to(h.dtype)                                          # (..., L, d_r)
         if mask is not None:
             values = values * mask.unsqueeze(-1).to(h.dtype)                    # padding adds nothing to S
-        return values.float().mT @ keys.float()                                 # (..., d_r, d_r)
+        return values.float().mT @ keys.float()                                 # (..., d_r, d_r), the sum of eq. 1
 
     def adapter(self, S, tokens=None):
-        """W_Delta = lora_B lora_A (eq. 4, 8, 9): S (..., d_r, d_r) -> lora_A (..., r, d_in), lora_B (..., d_out, r),
+        """W_Delta = lora_B lora_A (eq. 6, 9): S (..., d_r, d_r) -> lora_A (..., r, d_in), lora_B (..., d_out, r),
         s folded into it. An S that holds fewer than r tokens has no higher rank: tokens cuts r to that, exactly."""
         c = self.config
         if c.norm == "frobenius":                                               # full rank, r = d_r
             lora_A = frobenius_norm(S) @ self.B2                                # (..., d_r, d_in)
             return lora_A, (c.scale * self.A1).expand(*S.shape[:-2], -1, -1)    # (..., d_out, d_r)
         U, V_T = svd_norm(S, min(c.rank, tokens or c.rank), c.damping, exact=c.norm == "svd-exact")
-        return V_T @ self.B2, c.scale * (self.A1 @ U)                           # (..., r, d_in), (..., d_out, r)
+        return V_T @ self.B2, c.scale * (self.A1 @ U)                           # (..., r, d_in), (..., d_out, r): eq. 9
 
 
 def rms_norm(H):
@@ -118,7 +118,7 @@ class AdapterGenerator(nn.Module):
 
     @torch.no_grad()
     def load_tensors(self, tensors, source):
-        """Copy tensors named as in tensors() into the parameters; InputError names source where they do not fit."""
+        """Copy tensors named as in tensors() into the parameters. source: the file they came from."""
         mine = self.tensors()
         if odd := sorted(mine.keys() ^ tensors.keys()):
             how = "is missing" if odd[0] in mine else "has no place in this base"
@@ -206,7 +206,7 @@ def one_generator(memories):
 
 
 def check_config(c):
-    """Raises InputError for a config that no generator can have."""
+    """Refuse a config that no generator can have."""
     c.targets = [c.targets] if isinstance(c.targets, str) else list(c.targets)
     numbers = all(isinstance(v, int) for v in (c.d_r, c.rank, c.chunk))
     if not numbers or not all(isinstance(v, (int, float)) and abs(v) < 1e9 for v in (c.scale, c.damping)):
@@ -234,7 +234,7 @@ def config_from_dict(values):
 # ----------------------------------------------------------------------------------------------------------------------
 # norm(S), eq. 6 and 7
 #
-# In words: S = U Sigma V^T (eq. 6); the r leading singular values become 1, the others 0 (eq. 7).
+# In words: S = U Sigma V^T; its positive singular values become 1 (eq. 7), those beyond the r leading ones 0 (eq. 8).
 # In code:  U, sigma, Vh = torch.linalg.svd(S);  N = U[:, :r] @ Vh[:r]
 #
 # Two things differ. f = sigma / sqrt(sigma^2 + lambda^2), lambda = damping sigma_1, stands for the 1: it bounds the
@@ -272,7 +272,7 @@ def sketch(d_r, rank, device):
 
 
 def orthonormal_basis(Y):
-    """Q (..., d_r, r) with the span of Y, by Cholesky-QR: Q = Y L^-T, L L^T = Y^T Y; columns without content are 0.
+    """Q (..., d_r, r) with the span of Y, by Cholesky-QR: Q = Y R^-1, R^T R = Y^T Y; columns without content are 0.
     Matrix products but for one r x r factor, which CUDA batches (a Householder QR it does not). The Gram matrix squares
     the condition number, so it is float64; large factors stay in Y's dtype."""
     exact = Y.double()
@@ -301,14 +301,14 @@ def sketched_svd(S, rank):
 class SpectralNorm(torch.autograd.Function):
     """S -> (U_r, f V_r^T), whose product is norm(S).
 
-    The backward pass is the derivative of the spectral function itself (Daleckii-Krein), never of U and V: with G the
-    gradient by norm(S), X = U^T G V, and sym and skew the symmetric and antisymmetric parts of X,
+    The backward pass is the derivative of the spectral function itself (Daleckii-Krein), never of U and V: with dN the
+    gradient by norm(S), X = U^T dN V, and sym and skew the symmetric and antisymmetric parts of X,
 
-        grad_S = U (sym * D1 + skew * D2) V^T + (I - U U^T) G V diag(f/sigma) V^T + U diag(f/sigma) U^T G (I - V V^T)
+        grad_S = U (sym * D1 + skew * D2) V^T + (I - U U^T) dN V diag(f/sigma) V^T + U diag(f/sigma) U^T dN (I - V V^T)
         D1 = (f_i - f_j) / (sigma_i - sigma_j),   D2 = (f_i + f_j) / (sigma_i + sigma_j)
 
     It is finite on ties, on rank-deficient S and on S = 0, where autograd through a QR or an SVD is not. It is exact
-    (lambda held constant) for exact=True, and for the sketch when rank(S) <= r; beyond, how Q turns with S is left out.
+    (lambda held constant) for exact=True, and for the sketch when rank(S) <= r; beyond, it takes truncated sigma as 0.
     """
 
     @staticmethod
@@ -331,12 +331,12 @@ class SpectralNorm(torch.autograd.Function):
     def backward(ctx, grad_U, grad_fVh):
         (kept, *saved), dtype, r = ctx.saved_tensors, grad_U.dtype, ctx.rank
         U, sigma, Vh, f, w, lam, sigma_1 = (t.to(product_dtype(t)) for t in saved)
-        GV = grad_U.to(U.dtype) * torch.where(kept, w / sigma, 0)[..., None, :r]    # grad_U = G V diag(f)
-        UG = grad_fVh.to(U.dtype)                                           # (..., r, d_r): grad_fVh = U^T G
-        UGV = U.mT @ GV                                                     # (..., k, r), k = d_r if exact else r
-        X = UGV.new_zeros(*UGV.shape[:-1], UGV.shape[-2])                   # (..., k, k): U^T G V
-        X[..., :, :r] = UGV                                                 # columns of cut directions come from UG,
-        X[..., :r, :] = UG @ Vh.mT                                          # and a pair of two cut ones is never used
+        dN_V = grad_U.to(U.dtype) * torch.where(kept, w / sigma, 0)[..., None, :r]    # grad_U = dN V diag(f)
+        U_dN = grad_fVh.to(U.dtype)                                         # (..., r, d_r): grad_fVh = U^T dN
+        U_dN_V = U.mT @ dN_V                                                # (..., k, r), k = d_r if exact else r
+        X = U_dN_V.new_zeros(*U_dN_V.shape[:-1], U_dN_V.shape[-2])          # (..., k, k): U^T dN V
+        X[..., :, :r] = U_dN_V                                              # columns of cut directions come from
+        X[..., :r, :] = U_dN @ Vh.mT                                        # U_dN; a pair of two cut ones is unused
 
         i, j = (..., slice(None), None), (..., None, slice(None))           # a value a row, a value a column
         both, one = kept[i] & kept[j], kept[i] ^ kept[j]
@@ -349,7 +349,10 @@ class SpectralNorm(torch.autograd.Function):
         K = (X + X.mT) / 2 * D1 + (X - X.mT) / 2 * D2                       # sym * D1 + skew * D2
 
         f_over_sigma = torch.where(kept, 1 / w, 0)[..., :r]
-        left = (GV - U @ UGV) * f_over_sigma[..., None, :]                  # (..., d_r, r): its second term
-        right = (UG - (UG @ Vh.mT) @ Vh) * f_over_sigma[..., :, None]       # (..., r, d_r): and its third
-        grad_S = U @ K @ Vh + left @ Vh[..., :r, :] + U[..., :r] @ right    # (..., d_r, d_r)
-        return (grad_S / sigma_1[..., None]).to(dtype), None, None, None
+        left = (dN_V - U @ U_dN_V) * f_over_sigma[..., None, :]             # (..., d_r, r): its second term
+        right = (U_dN - (U_dN @ Vh.mT) @ Vh) * f_over_sigma[..., :, None]   # (..., r, d_r): and its third
+        inside = K @ Vh                                                     # (..., k, d_r)
+        inside[..., :r, :] += right
+        # one product for all three terms, U (K V^T + right) + left V^T: on a CPU writing (d_r, d_r) is what takes time
+        grad_S = torch.cat([U, left], -1) @ (torch.cat([inside, Vh[..., :r, :]], -2) / sigma_1[..., None])
+        return grad_S.to(dtype), None, None, None                           # (..., d_r, d_r)

@@ -1,4 +1,4 @@
-"""The adapted language model: a frozen transformers decoder whose target layers read W + W_Delta (§2.1, §2.2, app. B).
+"""The adapted language model: a frozen transformers decoder whose target layers read W + W_Delta (§2.1, §2.2).
 
     base, tokenizer = load_base()                              # SmolLM2-135M; or a hub id, directory, .gguf file
     model = AdaptedLM(base, GeneratorConfig())
@@ -17,6 +17,7 @@ import sys
 import threading
 import warnings
 from functools import partial
+from itertools import accumulate
 
 import torch
 import torch.nn as nn
@@ -36,24 +37,18 @@ LOSS_ROWS = 512           # tokens whose logits stand in memory at once: 512 x 4
 
 
 class AdaptedLM(nn.Module):
-    """A frozen causal LM, Llama-shaped (llama, mistral, qwen2, qwen3, gemma3), plus its adapter generator.
-
-    The generator is fp32 on the base's device; S is fp32 whatever the base's dtype. Calling the model is .forward.
-    Set .checkpointing = N to recompute the first N blocks in the backward pass instead of keeping their activations.
-    Raises InputError for an architecture without the usual blocks, or an unknown target module.
-    """
+    """A frozen causal LM, Llama-shaped (llama, mistral, qwen2, qwen3, gemma3), plus its adapter generator, fp32 on the
+    base's device; S is fp32 whatever the base's dtype. With .checkpointing = n the first n blocks are recomputed in the
+    backward pass."""
 
     def __init__(self, base_model, config):
         super().__init__()
         self.base, self.config, self.checkpointing = base_model.requires_grad_(False).eval(), config, 0
         prefix, blocks = find_blocks(base_model)
-        self.block_targets, shapes = [], {}                 # target names of each block; {name: (d_in, d_out)}
-        for l, block in enumerate(blocks):
-            self.block_targets.append([])
-            for target in config.targets:
-                linear = find_target(base_model, block, target)
-                self.block_targets[l].append(f"{prefix}.{l}.{TARGETS[target]}")
-                shapes[self.block_targets[l][-1]] = (linear.in_features, linear.out_features)
+        shapes = [{f"{prefix}.{l}.{TARGETS.get(target)}": find_target(block, target) for target in config.targets}
+                  for l, block in enumerate(blocks)]                        # of each block, {name: (d_in, d_out)}
+        self.block_targets = [list(block) for block in shapes]
+        shapes = {name: shape for block in shapes for name, shape in block.items()}
         d_h = base_model.config.get_text_config().hidden_size
         self.generator = AdapterGenerator(config, d_h, shapes, device=base_model.device)
         self.blocks, self._lock = list(blocks), threading.RLock()
@@ -69,11 +64,9 @@ class AdaptedLM(nn.Module):
 
     def _block(self, l, block_forward, H, *args, **kwargs):
         """Block l of the base. Its input H, the residual stream, is what the block's generators read."""
-        adapters = self._adapters
-        if adapters is None:
+        if self._adapters is None:
             return block_forward(H, *args, **kwargs)
-
-        pairs = adapters(l, H)
+        pairs = self._adapters(l, H)
 
         def run(H):
             with self._lock:                                            # recomputation may meet another thread's pass
@@ -86,11 +79,10 @@ class AdaptedLM(nn.Module):
         return self._recomputed(run, l, H)
 
     def _recomputed(self, function, l, H):
-        """function(H) of block l, checkpointed where .checkpointing says so: the first blocks, whose backward pass comes
-        when the others' activations are gone. Ours, not the base's: that one is off in eval mode."""
-        if l < self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(function, H, use_reentrant=False, preserve_rng_state=False)   # nothing is random
-        return function(H)
+        """function(H) of block l, recomputed in the backward pass of the first blocks, when the activations of the
+        others are gone. Ours, not the base's: that one is off in eval mode."""
+        recompute = l < self.checkpointing and torch.is_grad_enabled()
+        return checkpoint(function, H, use_reentrant=False, preserve_rng_state=False) if recompute else function(H)
 
     def _add_adapter(self, name, linear, inputs, output):
         """W x + W_Delta x, with W_Delta = lora_B lora_A (eq. 9)."""
@@ -117,82 +109,75 @@ class AdaptedLM(nn.Module):
 
         Block l needs only block l-1's output of every segment, so all go through the base side by side and the chunks
         meet only in S: a cumulative sum over chunks gives S_1 .. S_C at once, equal to streaming them. Segments without
-        an adapter train nothing: they take a pass without gradient, first, which keeps the input of every block. Each
-        pass is as long as its longest segment.
-        """
+        an adapter train nothing: a pass without gradient takes them first and keeps their h of every block."""
         (B, N, L), visible = segments.shape, [int(v) for v in visible]
         if len(visible) != N or not all(0 <= v <= N for v in visible):
             raise ValueError(f"visible needs one number from 0 to {N} for each of the {N} segments, got {visible}")
-        C, recorded = max(visible), {}                                  # segments C and later never enter S
+        C, kept = max(visible), {}          # segments C and later never enter S; {l: {chunk: h}} of the first pass
         bare, adapted = [j for j in range(N) if not visible[j]], [j for j in range(N) if visible[j]]
 
-        def chunks_of(among, H):
-            """(numbers of the chunks among these segments, their rows h for eq. 1, their mask)."""
+        def rows(among, H):
+            """{chunk: its h for eq. 1 (B, L, d_h)} of those of these segments that are chunks."""
             chunks = [j for j in among if j < C]
-            h = rms_norm(H.view(B, len(among), -1, H.shape[-1])[:, :len(chunks)])          # (B, chunks, L', d_h)
-            return chunks, h, mask if mask is None else mask[:, chunks, :h.shape[2]]
+            h = rms_norm(H.view(B, len(among), -1, H.shape[-1])[:, :len(chunks)])           # (B, chunks, L', d_h)
+            return dict(zip(chunks, F.pad(h, (0, 0, 0, L - h.shape[2])).unbind(1)))
 
-        def record(l, H):
-            recorded[l] = [chunks_of(bare, H)]
+        def keep(l, H):
+            kept[l] = rows(bare, H)
             return {}
 
         def states(l, H):
-            parts = recorded.get(l, []) + ([chunks_of(adapted, H)] if min(adapted) < C else [])
-            for name in self.block_targets[l]:
-                added = {}
-                for chunks, h, m in parts:
-                    added |= zip(chunks, self.generator[name].update(h, m).unbind(1))       # {chunk: (B, d_r, d_r)}
-                yield torch.stack([added[j] for j in range(C)], 1).cumsum(1)    # (B, C, d_r, d_r): S_1 .. S_C, eq. 3
+            h = kept.get(l, {}) | rows(adapted, H)
+            h, real = torch.stack([h[j] for j in range(C)], 1), None if mask is None else mask[:, :C]   # (B, C, L, d_h)
+            updates = [self.generator[name].update(h, real) for name in self.block_targets[l]]
+            # S_1 .. S_C (eq. 3), (B, C, d_r, d_r), by a running sum: the kernel of cumsum is ten times slower on a CPU
+            return updates if C == 1 else [torch.stack([*accumulate(S.unbind(1))], 1) for S in updates]
 
         def adapters(l, H):
-            pairs = {}
-            # norm and the pairs stay out of what is recomputed: they are small, and slow to compute
-            for name, S in zip(self.block_targets[l], self._recomputed(lambda H: [*states(l, H)], l, H)):
-                pair = self.generator[name].adapter(S, tokens=C * L)    # (B, C, r, d_in), (B, C, d_out, r)
-                # segment j takes row visible[j] - 1; unbind and stack, for the backward pass of an index is slow
-                rows = [m.to(H.dtype).unbind(1) for m in pair]
-                rows = [torch.stack([row[visible[j] - 1] for j in adapted], 1) for row in rows]
-                pairs[name] = tuple(m.flatten(0, 1) for m in rows)
-            return pairs                                                # (B len(adapted), r, d_in), (.., d_out, r)
+            pairs, wanted = {}, [visible[j] - 1 for j in adapted]           # the row that segment j takes of S_1 .. S_C
+            for name, S in zip(self.block_targets[l], self._recomputed(partial(states, l), l, H)):
+                # the pairs are computed once, not recomputed: they are small, and norm is slow
+                pair = [m.to(H.dtype) for m in self.generator[name].adapter(S, tokens=C * L)]   # eq. 9, (B, C, ..)
+                if wanted != [*range(C)]:           # unbind and stack, for the backward pass of an index is slow
+                    pair = [torch.stack([m[row] for row in wanted], 1) for m in (m.unbind(1) for m in pair)]
+                pairs[name] = tuple(m.flatten(0, 1) for m in pair)
+            return pairs                            # (B len(adapted), r, d_in), (B len(adapted), d_out, r)
 
         def run(among):
-            ids = segments[:, among]                                    # (B, len(among), L)
+            ids = segments[:, among]                                                        # (B, len(among), L)
             if mask is not None and mask[:, among].any():
-                ids = ids[:, :, :int(mask[:, among].any(0).any(0).nonzero().max()) + 1]       # (B, len(among), L')
+                ids = ids[:, :, :int(mask[:, among].any(0).any(0).nonzero().max()) + 1]     # (B, len(among), L')
             # no attention mask: chunks are right-padded and attention is causal, so padding can only reach S
             hidden = self.base.get_decoder()(input_ids=ids.flatten(0, 1), use_cache=False).last_hidden_state
-            hidden = hidden.view(*ids.shape, -1)                        # (B, len(among), L', d_h)
-            return F.pad(hidden, (0, 0, 0, L - hidden.shape[2]))        # (B, len(among), L, d_h)
+            hidden = F.pad(hidden, (0, 0, 0, L - hidden.shape[1]))                          # (B len(among), L, d_h)
+            return zip(among, hidden.view(B, len(among), L, -1).unbind(1))
 
         hidden = {}
         if bare:
-            with torch.no_grad(), self._adapting(record if adapted else None):
-                hidden |= zip(bare, run(bare).unbind(1))
+            with torch.no_grad(), self._adapting(keep if adapted else None):
+                hidden |= run(bare)
         if adapted:
             with self._adapting(adapters):
-                hidden |= zip(adapted, run(adapted).unbind(1))
-        return torch.stack([hidden[j] for j in range(N)], 1)            # (B, N, L, d_h)
+                hidden |= run(adapted)
+        return torch.stack([hidden[j] for j in range(N)], 1)                                # (B, N, L, d_h)
 
     def forward_segments(self, segments, mask, visible):
-        """Logits (B, N, L, V) of segments (B, N, L) in one pass; segment j is adapted by the first visible[j] segments
-        (LongTensor or list of N). mask (B, N, L) is 1 for real tokens, None for all real. Positions restart at 0 in
-        each segment."""
+        """Logits (B, N, L, V) of segments (B, N, L) in one pass: segment j, whose positions begin at 0, is adapted by
+        the first visible[j] segments (visible: N numbers). mask (B, N, L): 1 for real tokens, None for all real."""
         return self.base.get_output_embeddings()(self._hidden(segments, mask, visible))
 
     def segment_losses(self, segments, mask, visible, labels=None):
         """Cross-entropy of the same pass, in pieces: (nats summed (B, N) fp32, target tokens (B, N) long). labels
         (B, N, L): -100 is no target, None takes every real token. The first token of a segment is never a target."""
-        B, N, L = segments.shape
         if labels is None:
             labels = segments if mask is None else segments.masked_fill(~mask.bool(), -100)
-        hidden = self._hidden(segments, mask, visible)
-        targets = labels[:, :, 1:].flatten()                                                # (B N (L-1),)
-        at = (targets != -100).nonzero().squeeze(1)                                         # (T,)
+        targets, real = labels[:, :, 1:], labels[:, :, 1:] != -100                          # (B, N, L-1)
+        at = real.flatten().nonzero().squeeze(1)                                            # (T,)
         # one contiguous 2-D block: a linear over a strided slice copies the whole lm_head once a row of the batch
-        hidden = hidden[:, :, :-1].reshape(B * N * (L - 1), hidden.shape[-1])[at]           # (T, d_h)
-        nats = HeadLoss.apply(hidden, targets[at], self.base.get_output_embeddings())       # (T,)
-        nats = torch.zeros(B * N * (L - 1), device=nats.device).index_put((at,), nats)
-        return nats.view(B, N, L - 1).sum(-1), (targets != -100).view(B, N, L - 1).sum(-1)
+        hidden = self._hidden(segments, mask, visible)[:, :, :-1].flatten(0, 2)[at]         # (T, d_h)
+        nats = HeadLoss.apply(hidden, targets.flatten()[at], self.base.get_output_embeddings())         # (T,)
+        nats = torch.zeros(real.numel(), device=nats.device).index_put((at,), nats).view(real.shape)
+        return nats.sum(-1), real.sum(-1)
 
     # ---- inference: streaming
 
@@ -209,22 +194,19 @@ class AdaptedLM(nn.Module):
         def adapters(l, H):
             h = rms_norm(H)
             for name in self.block_targets[l]:
-                states[name] = self.generator[name].update(h, mask)
-                if memory is not None:
-                    states[name] = states[name] + memory.states[name].to(H.device)
-            return fixed or {}
+                S = self.generator[name].update(h, mask)
+                states[name] = S if memory is None else S + memory.states[name].to(H.device)            # eq. 3
+            return fixed
 
         with self._adapting(adapters):
             self.base.get_decoder()(input_ids=input_ids, use_cache=False)
         tokens = torch.full((len(input_ids),), input_ids.shape[1]) if mask is None else mask.bool().sum(-1).cpu()
-        if memory is not None:
-            tokens = tokens + memory.tokens
-        return Memory(states, tokens, self.generator.fingerprint())
+        return Memory(states, tokens + (0 if memory is None else memory.tokens), self.generator.fingerprint())
 
     def forward(self, input_ids, mask=None, memory=None):
         """Logits (B, L, V) of the adapted LM; without a memory, of the base. A memory of batch 1 serves every row."""
         fixed = self._pairs(memory, len(input_ids))
-        with self._adapting((lambda l, H: fixed) if fixed else None):
+        with self._adapting(lambda l, H: fixed):
             return self.base(input_ids=input_ids, attention_mask=mask, use_cache=False).logits
 
     @torch.no_grad()
@@ -232,25 +214,25 @@ class AdaptedLM(nn.Module):
         """Token ids from the base's own transformers generate, KV cache and all. Prompts are left-padded, with
         attention_mask=."""
         fixed = self._pairs(memory, len(input_ids))
-        with self._adapting((lambda l, H: fixed) if fixed else None):
+        with self._adapting(lambda l, H: fixed):
             return self.base.generate(input_ids, **generation)
 
     def lora(self, memory):
         """The adapter of a memory: {module name: (lora_A (B, r, d_in), lora_B (B, d_out, r))} fp32, W_Delta = lora_B
-        lora_A (s is in lora_B). Raises InputError when the memory was written by another generator."""
+        lora_A, s in lora_B. A memory that another generator wrote is refused."""
         if memory.fingerprint not in (None, self.generator.fingerprint()):
             raise InputError("the memory was written by another generator (its fingerprint differs): read the context "
                              "again with this one")
-        shapes = {name: (self.config.d_r, self.config.d_r) for name in self.generator.index}
+        shapes = {name: (self.config.d_r,) * 2 for name in self.generator.index}
         if {name: tuple(S.shape[1:]) for name, S in memory.states.items()} != shapes:
             raise InputError("the memory does not fit this generator: its target modules or d_r differ")
         return {name: self.generator[name].adapter(S.to(self.base.device)) for name, S in memory.states.items()}
 
     def _pairs(self, memory, batch):
-        """lora(memory) in the base's dtype, for a batch of that many rows; None without a memory.
+        """lora(memory) in the base's dtype, for a batch of that many rows; {} without a memory.
         memory: for passes over prompts also what lora(memory) returned, so that a context's pairs are computed once."""
         if memory is None:
-            return None
+            return {}
         pairs = memory if isinstance(memory, dict) else self.lora(memory)
         rows = len(next(iter(pairs.values()))[0])
         if rows not in (1, batch):
@@ -301,25 +283,21 @@ class HeadLoss(torch.autograd.Function):
                 p = logp.exp_()
                 p[at] -= 1
                 grads.append(p.to(h.dtype) @ lm_head.weight)                                # (rows, d_h)
-        ctx.save_for_backward(*([torch.cat(grads)] if grads else []))
+        ctx.grad = torch.cat(grads) if grads else None                                      # (T, d_h)
         return torch.cat(nats) if nats else hidden.new_zeros(0, dtype=torch.float32)
 
     @staticmethod
     def backward(ctx, grad_nats):
-        if not ctx.saved_tensors:
-            return None, None, None
-        grad, = ctx.saved_tensors
-        return grad * grad_nats[:, None].to(grad.dtype), None, None
+        return None if ctx.grad is None else ctx.grad * grad_nats[:, None].to(ctx.grad.dtype), None, None
 
 
 def find_blocks(base_model):
-    """(name, ModuleList) of the decoder blocks. Raises InputError for a base that this project cannot adapt."""
+    """(name, ModuleList) of the decoder blocks; a base that this project cannot adapt is refused."""
     names, kind = {module: name for name, module in base_model.named_modules()}, type(base_model).__name__
     c = base_model.config.get_text_config()
     scaled = any(getattr(c, key, None) not in (None, 1) for key in ("logit_scale", "logits_scaling"))
     if scaled or getattr(c, "final_logit_softcapping", None):
-        raise InputError(f"{kind} scales or caps its logits after lm_head, which this project does not do: choose "
-                         "another base")
+        raise InputError(f"{kind} scales or caps its logits after lm_head, which is not done here: choose another base")
     for module in base_model.get_decoder().modules():                   # a vision tower beside it has such blocks too
         parts = module[0] if isinstance(module, nn.ModuleList) and len(module) else None
         if hasattr(parts, "self_attn") and hasattr(parts, "mlp"):
@@ -328,17 +306,16 @@ def find_blocks(base_model):
                      "mistral, qwen2, qwen3 or gemma3")
 
 
-def find_target(base_model, block, target):
-    """The linear layer of that name in a block."""
+def find_target(block, target):
+    """(d_in, d_out) of the linear layer of that name in a block."""
     if target not in TARGETS:
         raise InputError(f"target module {target!r} is unknown: choose from {', '.join(TARGETS)}")
     try:
         linear = block.get_submodule(TARGETS[target])
-        linear.in_features, linear.out_features
+        return linear.in_features, linear.out_features
     except AttributeError:
-        raise InputError(f"{type(base_model).__name__} has no linear layer {TARGETS[target]}: choose other targets or "
+        raise InputError(f"{type(block).__name__} has no linear layer {TARGETS[target]}: choose other targets or "
                          "another base") from None
-    return linear
 
 
 def fuse_norms(base_model):
@@ -350,7 +327,6 @@ def fuse_norms(base_model):
 
 
 def load_tokenizer(name=DEFAULT_BASE):
-    """The tokenizer of a base, with a pad token."""
     path, options = locate_base(name)
     return tokenizer_at(name, path, **options)
 

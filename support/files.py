@@ -1,7 +1,7 @@
 """Files in and out, and the one rule for bad input. Every other file needs it; it needs none of them.
 
-The rule: bad input from outside raises InputError, one sentence that names the file or flag and what to do. The
-commands print it and exit with code 2; nothing is overwritten.
+The rule, for every function of the project: bad input from outside raises InputError, one sentence that names the file
+or flag and what to do. The commands print it and exit with code 2; nothing is overwritten.
 """
 
 import functools
@@ -14,6 +14,8 @@ import urllib.request
 
 from huggingface_hub import constants
 from safetensors import SafetensorError, safe_open
+
+CACHE = os.path.expanduser(os.environ.get("GENERATIVE_ADAPTER_CACHE", "~/.cache/generative-adapter"))
 
 
 class InputError(ValueError):
@@ -75,21 +77,18 @@ def stamps(path):
 def hub_reachable():
     """Whether the Hugging Face hub answers one quick request. Its client retries for the better part of a minute; where
     it is out of reach, only its cache is asked."""
-    if constants.HF_HUB_OFFLINE:
-        return False
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     try:
-        urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=10)
+        if not constants.HF_HUB_OFFLINE:
+            urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=10)
     except urllib.error.HTTPError:
         pass                                                 # it answered
     except (OSError, ValueError):
         constants.HF_HUB_OFFLINE = True
-        return False
-    return True
+    return not constants.HF_HUB_OFFLINE
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# rows of data files and of the hub's data sets; datasets and pyarrow are slow to import, so only where they are used
+# ---- rows of data files and of the hub's data sets; datasets and pyarrow are slow to import: only where they are used
 
 
 def open_bytes(path):
@@ -105,8 +104,8 @@ def without_surrogates(text):
 
 
 def read_rows(source, split="train"):
-    """Yield (where, row) for every row of a .parquet, .jsonl(.gz) or .txt(.gz) file or a hub data set, streaming;
-    `where` names file and line. Raises InputError when the source is missing, unreachable, empty or malformed."""
+    """Yield (where, row) for every row of a .parquet, .jsonl(.gz) or .txt(.gz) file or a hub data set, streaming, at
+    least one; `where` names file and line."""
     where, empty = source, True
     try:
         for where, row in _rows(source, split):
@@ -154,7 +153,7 @@ def _rows(source, split):
 
 
 def field(row, key, kind, where):
-    """row[key], which must be of that type. Raises InputError naming the line and the field."""
+    """row[key], which must be of that type."""
     if not isinstance(row, dict) or not isinstance(row.get(key), kind):
         raise InputError(f"{where}: field {key!r} is missing or is not a {kind.__name__}")
     return row[key]
@@ -174,13 +173,12 @@ def count_rows(source):
     return 1 if source.endswith((".txt", ".txt.gz")) else None
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# predictions, a line of json each: a killed evaluation continues where it was
+# ---- predictions, a line of json each: a killed evaluation continues where it was
 
 
 def open_predictions(path):
-    """({key: record} of earlier runs, function that appends a record); a half-written last line is dropped.
-    Raises InputError, and changes nothing, where the file holds anything but predictions."""
+    """({key: record} of earlier runs, function that appends a record); a half-written last line is dropped. A file that
+    holds anything but predictions is left as it is."""
     done, log = {}, None
     if path and os.path.exists(path):
         with open(path, "rb") as file:

@@ -16,19 +16,14 @@ from support.files import InputError, hub_reachable, make_directory, read_json, 
 PEFT_CARD = """---
 base_model: {base}
 library_name: peft
-tags:
-- lora
+tags: [lora]
 ---
 
 # A context of {tokens} tokens, as a LoRA of rank {r}
 
 Written by a Generative Adapter ([arXiv 2411.05877](https://arxiv.org/abs/2411.05877)) in forward passes over the
-context alone. The base answers from the context without having it in the prompt. What the context says can be read out
-of this file: share it as you would share the text.
+context alone. The base answers from it with no context in the prompt; so can anyone read it out of this file.
 """
-
-
-# ---- checkpoints
 
 
 def locate_checkpoint(name):
@@ -47,17 +42,17 @@ def locate_checkpoint(name):
                          f"({type(error).__name__}: {reason})") from None
 
 
-def is_fastlora(directory):
-    """Whether a checkpoint is in the authors' format, by the name of its config."""
-    return os.path.isfile(os.path.join(directory, "adapter_config.json"))
+def read_config(directory):
+    """(whether a checkpoint is in the authors' format, its config)."""
+    path = os.path.join(directory, "adapter_config.json")
+    theirs = os.path.isfile(path)
+    return theirs, read_json(path if theirs else os.path.join(directory, "generator_config.json"))
 
 
 def checkpoint_base(directory):
     """Name of the base a checkpoint was trained for, as load_base takes it; None where it is not recorded."""
-    if is_fastlora(directory):
-        name = read_json(os.path.join(directory, "adapter_config.json")).get("base_model_name_or_path")
-    else:
-        name = read_json(os.path.join(directory, "generator_config.json")).get("base")
+    theirs, c = read_config(directory)
+    name = c.get("base_model_name_or_path" if theirs else "base")
     return DEFAULT_BASE if name == DEFAULT_BASE_HUB_ID else name if isinstance(name, str) else None
 
 
@@ -72,13 +67,14 @@ def write_generator(directory, base_name, config, tensors):
 
 def read_generator(directory):
     """(GeneratorConfig, {name: tensor} as AdapterGenerator.tensors names them) of a checkpoint in either format."""
-    if is_fastlora(directory):
-        config, tensors = read_fastlora(directory)
+    theirs, c = read_config(directory)
+    if theirs:
+        config, tensors = read_fastlora(directory, c)
         print(f"checkpoint {directory} is in the authors' format: base {checkpoint_base(directory)}, d_r {config.d_r}, "
               f"rank {config.rank}, norm {config.norm}, scale {config.scale} (their alpha / r), damping 0, "
               f"targets {', '.join(config.targets)}")
     else:
-        config = config_from_dict(read_json(os.path.join(directory, "generator_config.json")))
+        config = config_from_dict(c)
         tensors, _ = read_safetensors(os.path.join(directory, "generator.safetensors"))
     for name, tensor in tensors.items():                               # before the config's sizes are allocated
         if not tensor.is_floating_point() or name.endswith(".A2") and tensor.shape[:1] != (config.d_r,):
@@ -87,11 +83,10 @@ def read_generator(directory):
     return config, tensors
 
 
-def read_fastlora(directory):
-    """(GeneratorConfig, tensors) from a checkpoint of the authors' code (peft_type FASTLORA).
+def read_fastlora(directory, c):
+    """(GeneratorConfig, tensors) from a checkpoint of the authors' code (peft_type FASTLORA) and its config c.
     Theirs is transposed: A1 -> our B2, A2 -> B1^T, A3 -> A2, B -> A1. Their S is our S^T; norm commutes with that."""
     path = os.path.join(directory, "adapter_config.json")
-    c = read_json(path)
     try:
         if c["peft_type"] != "FASTLORA":
             raise InputError(f"{path}: peft_type is {c['peft_type']!r}; a generator checkpoint has FASTLORA, or a "
@@ -117,9 +112,6 @@ def read_fastlora(directory):
         tensors[f"{block}.{linear}.{ours[part]}"] = tensor.T if part == "A2" else tensor
     targets = sorted({name.split(".")[-2] for name in tensors})
     return GeneratorConfig(d_r, rank, scale, norm, 0.0, targets), tensors
-
-
-# ---- adapters
 
 
 def write_peft(directory, base_name, config, pairs, tokens):

@@ -19,45 +19,40 @@ def demonstration(text, output):
     return f"Input: {text}\nOutput: {output}".rstrip()
 
 
-def known_fields(row, where):
-    """(context, [(question, [answers])]) as they stand in a row, whose set is told by its fields: this project's own
-    schema, SQuAD's, or one of Table 3's."""
-    if "qas" in row:
-        return row["context"], [(qa["question"], list(qa["answers"])) for qa in row["qas"]]
-    if "story" in row:                                                                      # CoQA
-        return row["story"], [(q, [a]) for q, a in zip(row["questions"], row["answers"]["input_text"])]
-    if "passage" in row:                                                                    # DROP
-        return row["passage"], [(row["question"], list(row["answers_spans"]["spans"]))]
-    if "document" in row:                                                                   # NarrativeQA, on summaries
-        answers = [a["text"] for a in row["answers"]]
-        return row["document"]["summary"]["text"], [(row["question"]["text"], answers)]
-    if "long_answer" in row:                                                                # PubMedQA
-        return "\n".join(row["context"]["contexts"]), [(row["question"], [row["long_answer"]])]
-    if "correct_answer_id" in row:                                                          # QuAIL
-        return row["context"], [(row["question"], [row["answers"][row["correct_answer_id"]]])]
-    if "passages" in row:                                                                   # MS MARCO
-        return "\n\n".join(row["passages"]["passage_text"]), [(row["query"], list(row["answers"]))]
-    if "chapter" in row:                                                                    # BookSum
-        return row["chapter"], [("Write a summary of the text.", [row["summary_text"]])]
-    if "prompt" in row:                                                                     # PwC
-        return row["input"], [(row["prompt"], [row["answer"]])]
-    if "context" in row and "question" in row:                                              # SQuAD
-        return row["context"], [(row["question"], list(row["answers"]["text"]))]
-    raise InputError(f"{where}: the fields {', '.join(row)} are not of a known instruction set: give context and qas "
-                     "[{question, answers}], or task, input and output")
-
-
 def question_answers(row, where):
-    """(context, [(question, [answers])]) of a row, without empty questions and answers."""
+    """(context, [(question, [answers])]) of a row without empty ones. Its set is told by its fields: this project's own
+    schema, SQuAD's, or one of Table 3's."""
     try:
-        context, pairs = known_fields(row, where)
+        if "qas" in row:
+            context, pairs = row["context"], [(qa["question"], list(qa["answers"])) for qa in row["qas"]]
+        elif "story" in row:                                                                # CoQA
+            context = row["story"]
+            pairs = [(q, [a]) for q, a in zip(row["questions"], row["answers"]["input_text"])]
+        elif "passage" in row:                                                              # DROP
+            context, pairs = row["passage"], [(row["question"], list(row["answers_spans"]["spans"]))]
+        elif "document" in row:                                                             # NarrativeQA, on summaries
+            context = row["document"]["summary"]["text"]
+            pairs = [(row["question"]["text"], [a["text"] for a in row["answers"]])]
+        elif "long_answer" in row:                                                          # PubMedQA
+            context, pairs = "\n".join(row["context"]["contexts"]), [(row["question"], [row["long_answer"]])]
+        elif "correct_answer_id" in row:                                                    # QuAIL
+            context, pairs = row["context"], [(row["question"], [row["answers"][row["correct_answer_id"]]])]
+        elif "passages" in row:                                                             # MS MARCO
+            context, pairs = "\n\n".join(row["passages"]["passage_text"]), [(row["query"], list(row["answers"]))]
+        elif "chapter" in row:                                                              # BookSum
+            context, pairs = row["chapter"], [("Write a summary of the text.", [row["summary_text"]])]
+        elif "prompt" in row:                                                               # PwC
+            context, pairs = row["input"], [(row["prompt"], [row["answer"]])]
+        elif "context" in row and "question" in row:                                        # SQuAD
+            context, pairs = row["context"], [(row["question"], list(row["answers"]["text"]))]
+        else:
+            raise InputError(f"{where}: the fields {', '.join(row)} are not of a known instruction set: give context "
+                             "and qas [{question, answers}], or task, input and output")
         pairs = [(q.strip(), [a for a in answers if a.strip()]) for q, answers in pairs]
-        if not isinstance(context, str):
-            raise TypeError("the context is not a text")
+        return context.strip() and context, [(q, answers) for q, answers in pairs if q and answers]
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         raise InputError(f"{where}: a field of the instruction data is missing or malformed "
                          f"({type(error).__name__}: {error})") from None
-    return context, [(q, answers) for q, answers in pairs if q and answers]
 
 
 def task_example(row, where):
@@ -85,8 +80,7 @@ def load_instructions(sources):
             else:
                 context, pairs = question_answers(row, where)
                 documents.setdefault((name, context), []).extend(pairs)
-    kept = [(*key, pairs) for key, pairs in documents.items() if pairs and key[1].strip()]
-    return kept, tasks
+    return [(*key, pairs) for key, pairs in documents.items() if pairs and key[1]], tasks
 
 
 def instruction_units(documents, tasks, weights=()):
@@ -103,21 +97,16 @@ def instruction_units(documents, tasks, weights=()):
     return [unit for unit, source, count in units for _ in range(count * factors.get(source, 1))]
 
 
-def said_once(answers, text):
-    """(start, end) of the first of answers that text holds exactly once, as whole words in upper or lower case; None
-    where there is none. "Yes" and "no" are not looked for."""
-    for answer in answers:
-        found = list(re.finditer(rf"(?<!\w){re.escape(answer)}(?!\w)", text, re.IGNORECASE))
-        if len(found) == 1 and answer.lower() not in ("yes", "no"):
-            return found[0].span()
-
-
 def excerpt(tokenizer, text, pairs, room, random):
     """(sentences of text, the pairs they answer): a window around the literal answer to one of the questions, grown
     sentence by sentence on a random side up to room tokens; one sentence at least. A question is asked only where the
-    window holds its answer, said once in all of text. Where there is no such answer: (text, pairs).
-    Where each line begins with its speaker, lines stand for sentences."""
-    answered = [(span, pair) for pair in pairs if (span := said_once(pair[1], text))]
+    window holds its answer, said once in all of text, as whole words other than yes and no. Where there is no such
+    answer: (text, pairs). Where each line begins with its speaker, lines stand for sentences."""
+    def said_once(answer):
+        found = list(re.finditer(rf"(?<!\w){re.escape(answer)}(?!\w)", text, re.IGNORECASE))
+        return found[0].span() if len(found) == 1 and answer.lower() not in ("yes", "no") else None
+
+    answered = [(span, pair) for pair in pairs if (span := next(filter(None, map(said_once, pair[1])), None))]
     if not answered:
         return text, pairs
     turns = all(re.match(r"[^:\n]{1,40}: ", line) for line in text.splitlines())

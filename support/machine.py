@@ -1,4 +1,4 @@
-"""Memory of this process, for train.py and tests/benchmark.py."""
+"""What a machine needs to be told or asked, for train.py and tests/benchmark.py."""
 
 import ctypes
 import sys
@@ -10,19 +10,21 @@ def peak_memory(device):
     """Peak memory of this process in GB; None where the system does not tell."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    try:
-        import resource
-    except ImportError:                                 # Windows
+    if sys.platform == "win32":
         return None
+    import resource                                     # which Windows has not
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
 def keep_freed_memory():
     """glibc gives large freed blocks back to the system, and a CPU step then spends a fifth of its time on getting them
     again, page by page."""
-    if sys.platform == "linux":
-        try:
-            libc = ctypes.CDLL(None)
-            libc.mallopt(-4, 0), libc.mallopt(-1, -1)   # M_MMAP_MAX: never by mmap; M_TRIM_THRESHOLD: never trim
-        except (OSError, AttributeError):               # another C library
-            pass
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: None) if sys.platform == "linux" else lambda *_: None
+    mallopt(-4, 0), mallopt(-1, -1)                     # M_MMAP_MAX: never by mmap; M_TRIM_THRESHOLD: never trim
+
+
+def choose_attention(base, chunk):
+    """For training on chunks of that many tokens: in bf16 on a CPU, the fused kernel's backward pass is far slower than
+    plain attention on short ones."""
+    if base.device.type == "cpu" and base.dtype == torch.bfloat16 and chunk <= 256:
+        base.set_attn_implementation("eager")

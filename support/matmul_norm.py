@@ -26,9 +26,9 @@ class MatmulNorm(torch.autograd.Function):
 
     Z by Newton-Schulz, X <- X (3 - a^2 X^2) a / 2, with the a that is best for the spectrum known to lie in
     [damping, 1] sigma_1 (Chen and Chow 2014): 9 steps at damping 1e-2. SpectralNorm's gradient without singular
-    vectors, R = Z^-1 and G the gradient by norm(S); Q is a constant to autograd, its turning with S is in the formula:
+    vectors, R = Z^-1 and dN the gradient by norm(S); Q is a constant to autograd, its turning with S is in the formula:
 
-        grad_S = Q (Z X - 2 W M) + (I - Q Q^T) (G P^T) (M M^T)^-1 M,   X = Q^T G,   R W + W R = sym(Z X M^T Z)
+        grad_S = Q (Z X - 2 W M) + (I - Q Q^T) (dN P^T) (M M^T)^-1 M,   X = Q^T dN,   R W + W R = sym(Z X M^T Z)
 
     Z X and 2 W M cancel for small damping: below 1e-4 the rounding of M is all that is left.
     """
@@ -53,7 +53,7 @@ class MatmulNorm(torch.autograd.Function):
         return Q, (Z @ M).to(S.dtype)                                       # (..., d_r, r), (..., r, d_r)
 
     @staticmethod
-    def backward(ctx, grad_Q, grad_P):                                      # G P^T (..., d_r, r), Q^T G (..., r, d_r)
+    def backward(ctx, grad_Q, grad_P):                                      # dN P^T (..., d_r, r), Q^T dN (..., r, d_r)
         Q, M, R, Z = ctx.saved_tensors
         dtype, wide, M, X = Q.dtype, product_dtype(Q), M.double(), grad_P.double()
         Y = Z @ (X @ M.mT) @ Z                                              # (..., r, r)

@@ -21,11 +21,14 @@ torch.set_num_threads(1)          # LAPACK on small matrices is fast and steady 
 def make_base(kind="llama", seed=0, **changes):
     """A random decoder of 3 blocks, width 64, grouped-query attention."""
     torch.manual_seed(seed)
-    shape = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 96,
-             "vocab_size": 260, "max_position_embeddings": 512, "bos_token_id": 257, "eos_token_id": 258, "pad_token_id": 259, "initializer_range": 0.1}
+    shape = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
+             "head_dim": 16, "intermediate_size": 96,
+             "vocab_size": 260, "max_position_embeddings": 512, "bos_token_id": 257, "eos_token_id": 258,
+             "pad_token_id": 259, "initializer_range": 0.1}
     shape |= changes
     if kind == "gemma3":                # the one with a vision tower; gemma3_text has none
-        vision = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "image_size": 28, "patch_size": 14}
+        vision = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32,
+                  "image_size": 28, "patch_size": 14}
         shape = {"text_config": shape, "vision_config": vision}
     return AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**shape), dtype=torch.float32).eval()
 

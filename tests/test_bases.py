@@ -23,18 +23,25 @@ TEXT = "hello hello,\n  é 漢字 <|im_start|>user"
 
 
 def write_gguf(path, seed=0):
-    """A llama of 2 blocks and width 64, Q4_1 like the default base, with a byte-level tokenizer. Returns {tensor: dequantised array}."""
+    """A llama of 2 blocks and width 64, Q4_1 like the default base, with a byte-level tokenizer. Returns {tensor:
+    dequantised array}."""
     random, weights = np.random.default_rng(seed), {}
-    vocabulary = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "he", "ll"]
+    vocabulary = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "he",
+                  "ll"]
     writer = gguf.GGUFWriter(path, "llama")
-    for key, value in {"block_count": 2, "context_length": 128, "embedding_length": 64, "feed_forward_length": 96, "head_count": 4, "head_count_kv": 2,
-                       "layer_norm_rms_eps": 1e-5, "rope_freq_base": 1e4, "rope_dimension_count": 16, "vocab_size": len(vocabulary), "tokenizer_model": "gpt2",
-                       "tokenizer_pre": "smollm", "token_list": vocabulary, "token_merges": ["h e", "l l"], "token_types": [3] * 3 + [1] * (len(vocabulary) - 3),
+    for key, value in {"block_count": 2, "context_length": 128, "embedding_length": 64, "feed_forward_length": 96,
+                       "head_count": 4, "head_count_kv": 2,
+                       "layer_norm_rms_eps": 1e-5, "rope_freq_base": 1e4, "rope_dimension_count": 16,
+                       "vocab_size": len(vocabulary), "tokenizer_model": "gpt2",
+                       "tokenizer_pre": "smollm", "token_list": vocabulary, "token_merges": ["h e", "l l"],
+                       "token_types": [3] * 3 + [1] * (len(vocabulary) - 3),
                        "bos_token_id": 1, "eos_token_id": 2, "unk_token_id": 0, "pad_token_id": 2}.items():
         getattr(writer, f"add_{key}")(value)
-    block = {"attn_q": (64, 64), "attn_k": (32, 64), "attn_v": (32, 64), "attn_output": (64, 64), "ffn_gate": (96, 64), "ffn_up": (96, 64),
+    block = {"attn_q": (64, 64), "attn_k": (32, 64), "attn_v": (32, 64), "attn_output": (64, 64), "ffn_gate": (96, 64),
+             "ffn_up": (96, 64),
              "ffn_down": (64, 96), "attn_norm": (64,), "ffn_norm": (64,)}
-    shapes = {"token_embd": (len(vocabulary), 64), "output_norm": (64,), **{f"blk.{l}.{name}": shape for l in range(2) for name, shape in block.items()}}
+    shapes = {"token_embd": (len(vocabulary), 64), "output_norm": (64,),
+              **{f"blk.{l}.{name}": shape for l in range(2) for name, shape in block.items()}}
     for name, shape in shapes.items():
         values = random.standard_normal(shape).astype(np.float32) / 10
         if len(shape) == 1:
@@ -73,7 +80,8 @@ def directly(path):
 def same(path, reference):
     model, tokenizer = load_base(path, torch.float32, "cpu")
     state = model.state_dict()
-    return state.keys() == reference[0].keys() and all(torch.equal(state[k], reference[0][k]) for k in state) and tokenizer(TEXT)["input_ids"] == reference[1]
+    same = state.keys() == reference[0].keys() and all(torch.equal(state[k], reference[0][k]) for k in state)
+    return same and tokenizer(TEXT)["input_ids"] == reference[1]
 
 
 def converted(cache):
@@ -85,7 +93,8 @@ def test_converted_once_and_bit_for_bit(cache, tmp_path, capsys):
     weights = write_gguf(path)
     model, tokenizer = load_base(path, torch.float32, "cpu")
     state = model.state_dict()
-    for name, ours in {"token_embd": "embed_tokens", "output_norm": "norm", "blk.1.ffn_down": "layers.1.mlp.down_proj", "blk.0.attn_v": "layers.0.self_attn.v_proj"}.items():
+    for name, ours in {"token_embd": "embed_tokens", "output_norm": "norm", "blk.1.ffn_down": "layers.1.mlp.down_proj",
+                       "blk.0.attn_v": "layers.0.self_attn.v_proj"}.items():
         assert state[f"model.{ours}.weight"].numpy().tobytes() == weights[name].tobytes()
     reference = directly(path)
     assert same(path, reference) and tokenizer.decode(tokenizer(TEXT)["input_ids"]) == TEXT
@@ -102,7 +111,8 @@ def test_a_second_start_does_not_read_the_gguf(cache, tiny, monkeypatch):
     reference = directly(tiny)
     load_base(tiny, torch.float32, "cpu")
     loader = bases.load
-    monkeypatch.setattr(bases, "load", lambda *args, **options: pytest.fail("read again") if "gguf_file" in options else loader(*args, **options))
+    monkeypatch.setattr(bases, "load", lambda *args, **options: (
+        pytest.fail("read again") if "gguf_file" in options else loader(*args, **options)))
     assert same(tiny, reference)
 
 
@@ -110,7 +120,7 @@ def test_keyed_by_content_and_version(cache, tiny, monkeypatch):
     load_base(tiny, torch.float32, "cpu")
     write_gguf(tiny, seed=1)                                                    # another base under the same name
     assert same(tiny, directly(tiny)) and len(converted(cache)) == 2
-    monkeypatch.setattr(transformers, "__version__", "0.0.0")
+    monkeypatch.setattr(bases.transformers, "__version__", "0.0.0")   # importing may replace the module in sys.modules
     assert same(tiny, directly(tiny)) and len(converted(cache)) == 3
 
 
@@ -120,9 +130,14 @@ def flip(path, at):
     path.write_bytes(data)
 
 
-DAMAGES = {"cut": lambda d: os.truncate(d / "model.safetensors", 5000), "flipped bit": lambda d: flip(d / "model.safetensors", -100), "no weights": lambda d: (d / "model.safetensors").unlink(),
-           "no config": lambda d: (d / "config.json").unlink(), "another tokenizer": lambda d: (d / "tokenizer.json").write_text("{}"), "no checksums": lambda d: (d / "checksums.json").unlink(),
-           "half of the checksums": lambda d: (d / "checksums.json").write_text('{"config'), "empty": lambda d: [p.unlink() for p in d.iterdir()],
+DAMAGES = {"cut": lambda d: os.truncate(d / "model.safetensors", 5000),
+           "flipped bit": lambda d: flip(d / "model.safetensors", -100),
+           "no weights": lambda d: (d / "model.safetensors").unlink(),
+           "no config": lambda d: (d / "config.json").unlink(),
+           "another tokenizer": lambda d: (d / "tokenizer.json").write_text("{}"),
+           "no checksums": lambda d: (d / "checksums.json").unlink(),
+           "half of the checksums": lambda d: (d / "checksums.json").write_text('{"config'),
+           "empty": lambda d: [p.unlink() for p in d.iterdir()],
            "killed while writing": lambda d: [(d / "checksums.json").unlink(), d.rename(f"{d}.part")]}
 
 
@@ -138,10 +153,11 @@ def test_damaged_or_half_written_is_rebuilt(cache, tiny, damage):
 @pytest.mark.parametrize("why", ["no directory", "file limit", "full at the end"])
 def test_a_cache_that_cannot_be_written_is_no_error(cache, tiny, tmp_path, monkeypatch, capsys, why):
     reference = directly(tiny)
-    if why == "no directory":                                                   # as on a read-only disk, and root cannot write there either
+    if why == "no directory":  # as on a read-only disk, and root cannot write there either
         (tmp_path / "cache").write_text("")
     if why == "full at the end":
-        monkeypatch.setattr(bases.os, "rename", lambda *args: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
+        monkeypatch.setattr(bases.os, "rename",
+                            lambda *args: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     if why == "file limit":
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))         # the weights are larger
@@ -159,16 +175,20 @@ def test_processes_at_once(cache, tiny):
     load_base(tiny, torch.float32, "cpu")
     directory, = converted(cache)
     DAMAGES["cut"](directory)
-    script = ("import sys, json, torch; from model import load_base; base, tokenizer = load_base(sys.argv[1], torch.float32, 'cpu');"
-              "print(json.dumps([sum(p.double().sum().item() for p in base.parameters()), tokenizer(sys.argv[2])['input_ids']]))")
+    script = ("import sys, json, torch; from model import load_base;"
+              "base, tokenizer = load_base(sys.argv[1], torch.float32, 'cpu');"
+              "weights = sum(p.double().sum().item() for p in base.parameters());"
+              "print(json.dumps([weights, tokenizer(sys.argv[2])['input_ids']]))")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GENERATIVE_ADAPTER_CACHE": bases.CACHE}
-    processes = [subprocess.Popen([sys.executable, "-c", script, tiny, TEXT], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    processes = [subprocess.Popen([sys.executable, "-c", script, tiny, TEXT], cwd=ROOT, env=environment,
+                                  stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     outs = [process.communicate() for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outs
     base, _ = load_base(tiny, torch.float32, "cpu")
     want = [sum(p.double().sum().item() for p in base.parameters()), reference[1]]
     assert [json.loads(out) for out, _ in outs] == [want] * 2
-    assert sum("is converted for quick starts" in err for _, err in outs) == 1 and not any("read anew" in err for _, err in outs)
+    assert sum("is converted for quick starts" in err for _, err in outs) == 1
+    assert not any("read anew" in err for _, err in outs)
 
 
 def test_damaged_gguf(cache, tiny):
@@ -188,10 +208,12 @@ def test_dtype_fits_the_machine(base_directory, monkeypatch, capsys, native):
     assert bases.default_dtype(torch.device("cuda")) == torch.bfloat16
     assert bases.default_dtype(cpu) == (torch.bfloat16 if native else torch.float32)
     assert load_base(base_directory, device="cpu")[0].dtype == bases.default_dtype(cpu)
-    assert load_base(base_directory, torch.float32, "cpu")[0].dtype == torch.float32 and "emulates" not in capsys.readouterr().err
+    assert load_base(base_directory, torch.float32, "cpu")[0].dtype == torch.float32
+    assert "emulates" not in capsys.readouterr().err
     assert load_base(base_directory, torch.bfloat16, "cpu")[0].dtype == torch.bfloat16
     assert capsys.readouterr().err.count("this CPU only emulates bfloat16") == (not native)
-    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)       # a build without it has no such question to ask
+    # a build without it has no such question to ask
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     monkeypatch.delattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported")
     assert bases.default_dtype(cpu) == torch.float32
 
@@ -202,4 +224,5 @@ def test_straight_to_a_gpu(monkeypatch):
     monkeypatch.setattr(bases, "load", lambda *args, **options: asked.append(options))
     for device in (torch.device("cuda", 1), torch.device("cpu")):
         bases.model_at("base", "base", device, torch.bfloat16)
-    assert asked[0]["device_map"] == torch.device("cuda", 1) and "device_map" not in asked[1] and all(options["use_safetensors"] for options in asked)
+    assert asked[0]["device_map"] == torch.device("cuda", 1) and "device_map" not in asked[1]
+    assert all(options["use_safetensors"] for options in asked)

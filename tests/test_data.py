@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import data
-from data import doubled, instruction_batches, instruction_example, load_tokens, open_tokens, pack, sequences, split_into_chunks
+from data import (doubled, instruction_batches, instruction_example, load_tokens, open_tokens, pack, sequences,
+                  split_into_chunks)
 import train
 from conftest import ROOT, make_model
 from support.benchmarks import load_msc
@@ -86,7 +87,7 @@ def test_chat_tokens_do_not_mark_documents(tokenizer):
 
 def test_sequences_are_an_endless_shuffled_stream():
     tokens, length = np.arange(1003, dtype=np.uint16), 10
-    per_epoch = 99                                                             # a fresh offset of up to 9 tokens may cost one
+    per_epoch = 99  # a fresh offset of up to 9 tokens may cost one
     seen = sequences(tokens, length, 0, 3 * per_epoch, seed=1)
     assert (seen[:, 1:] - seen[:, :-1] == 1).all()                             # each is a run of the text
     epochs = seen[:, 0].view(3, per_epoch)
@@ -100,12 +101,14 @@ def test_sequences_are_an_endless_shuffled_stream():
 def test_doubled_copy():
     tokens = torch.arange(24).view(2, 12)
     segments, mask, visible, labels = doubled(tokens, 3, pad=99)
-    assert segments.tolist() == [[[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]] * 2, [[12, 13, 14, 15], [16, 17, 18, 19], [20, 21, 22, 23]] * 2]
+    assert segments.tolist() == [[[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]] * 2,
+                                 [[12, 13, 14, 15], [16, 17, 18, 19], [20, 21, 22, 23]] * 2]
     assert visible.tolist() == [0, 1, 2, 1, 2, 3] and mask.all() and torch.equal(labels, segments)
 
 
 def test_doubled_windows():
-    """Each is a run of tokens inside the chunks its adapter has read, padded to the right; the draw depends on the seed alone."""
+    """Each is a run of tokens inside the chunks its adapter has read, padded to the right; the draw depends on the seed
+    alone."""
     C, L = 4, 8
     tokens = torch.arange(2 * C * L).view(2, -1)
     starts = set()
@@ -118,7 +121,8 @@ def test_doubled_windows():
                 window = segments[b, C + j]
                 assert mask[b, C + j].tolist() == [1] * n + [0] * (L - n) and (window[n:] == 99).all()
                 start, end = window[0].item() - b * C * L, window[n - 1].item() - b * C * L + 1
-                assert window[:n].tolist() == list(range(window[0], window[0] + n)) and 0 <= start and end == min(start + L, (j + 1) * L)
+                assert window[:n].tolist() == list(range(window[0], window[0] + n)) and 0 <= start
+                assert end == min(start + L, (j + 1) * L)
                 starts.add(start)
     assert len(starts) == C * L
     assert torch.equal(doubled(tokens, C, 99, (7, 3))[0], doubled(tokens, C, 99, (7, 3))[0])
@@ -142,15 +146,20 @@ def test_chunks_of_a_batch():
 
 
 def conversation(*sessions, answer="blue"):
-    return {"previous_dialogs": [{"dialog": [{"text": t} for t in s], "personas": [["SECRET"]]} for s in sessions], "summary_speaker_1": ["SECRET"],
-            "personas": [["SECRET"]], "self_instruct": {"B": "Which?", "A": answer}, "metadata": {"initial_data_id": "x1"}}
+    return {"previous_dialogs": [{"dialog": [{"text": t} for t in s], "personas": [["SECRET"]]} for s in sessions],
+            "summary_speaker_1": ["SECRET"],
+            "personas": [["SECRET"]], "self_instruct": {"B": "Which?", "A": answer},
+            "metadata": {"initial_data_id": "x1"}}
 
 
 def test_msc_loader(tmp_path):
     path = tmp_path / "c.jsonl"
-    path.write_text(json.dumps(conversation(["Hi: there", "hello"], ["a", "b", "c"])) + "\n\n" + json.dumps(conversation(["Ann: hi", "Dr. O'Neil: hello"])) + "\n")
+    rows = conversation(["Hi: there", "hello"], ["a", "b", "c"]), conversation(["Ann: hi", "Dr. O'Neil: hello"])
+    path.write_text(json.dumps(rows[0]) + "\n\n" + json.dumps(rows[1]) + "\n")
     first, second = load_msc(str(path))
-    assert first == {"id": "x1", "sessions": ["Speaker 1: Hi: there\nSpeaker 2: hello", "Speaker 1: a\nSpeaker 2: b\nSpeaker 1: c"], "question": "Which?", "answer": "blue"}
+    assert first == {"id": "x1",
+                     "sessions": ["Speaker 1: Hi: there\nSpeaker 2: hello", "Speaker 1: a\nSpeaker 2: b\nSpeaker 1: c"],
+                     "question": "Which?", "answer": "blue"}
     assert second["sessions"] == ["Ann: hi\nDr. O'Neil: hello"]
     assert "SECRET" not in json.dumps([first, second])
 
@@ -163,14 +172,18 @@ def test_built_in_sample():
     for row in rows:
         assert len(row["sessions"]) == 4
         assert "\n".join(row["sessions"]).lower().count(row["answer"].lower()) == 1
-        assert row["answer"].lower() not in row["sessions"][3].lower() and row["answer"].lower() not in row["question"].lower()
+        assert row["answer"].lower() not in row["sessions"][3].lower()
+        assert row["answer"].lower() not in row["question"].lower()
 
 
 @pytest.mark.parametrize("text, words", [
-    ("", "is empty"), ("\n\n", "is empty"), ('{"a": 1}\n{"b": \n', "line 1: field 'previous_dialogs'"), ("[1]", "line 1 cannot be read: not a json object"),
+    ("", "is empty"), ("\n\n", "is empty"), ('{"a": 1}\n{"b": \n', "line 1: field 'previous_dialogs'"),
+    ("[1]", "line 1 cannot be read: not a json object"),
     (json.dumps(conversation(["hi"])) + "\n{broken", "line 2 cannot be read"),
-    (json.dumps({**conversation(["hi"]), "self_instruct": {"B": "Q"}}), "line 1: field 'A'"), (json.dumps(conversation([])), "no turn"),
-    (json.dumps({**conversation(["hi"]), "previous_dialogs": [["hi"]]}), "field 'dialog'"), ("\x00\udcff\x00", "cannot be read")])
+    (json.dumps({**conversation(["hi"]), "self_instruct": {"B": "Q"}}), "line 1: field 'A'"),
+    (json.dumps(conversation([])), "no turn"),
+    (json.dumps({**conversation(["hi"]), "previous_dialogs": [["hi"]]}), "field 'dialog'"),
+    ("\x00\udcff\x00", "cannot be read")])
 def test_bad_conversations(tmp_path, text, words):
     path = tmp_path / "bad.jsonl"
     path.write_bytes(text.encode("utf-8", "surrogateescape"))
@@ -198,7 +211,8 @@ def test_bad_files(tmp_path, tokenizer, monkeypatch):
     damaged = gzip.compress(b'{"text": "a"}\n' * 2000)
     (tmp_path / "cut.jsonl.gz").write_bytes(damaged[:30] + b"????" + damaged[34:])
     (tmp_path / "bytes.jsonl").write_bytes(b'{"text": "a"}\n' * 89 + b'{"text": "\xff"}\n')
-    for name, words in (("bad.jsonl.gz", "cannot be read"), ("cut.jsonl.gz", "cannot be read"), ("bytes.jsonl", "bytes.jsonl line 90")):
+    for name, words in (("bad.jsonl.gz", "cannot be read"), ("cut.jsonl.gz", "cannot be read"),
+                        ("bytes.jsonl", "bytes.jsonl line 90")):
         with pytest.raises(InputError, match=words):
             open_tokens([str(tmp_path / name)], tokenizer)
     (tmp_path / "t.bin").write_bytes(b"12345")
@@ -224,9 +238,11 @@ def villages(tokenizer, batch, item):
 
 @pytest.mark.parametrize("chunks", [2, 10])
 def test_the_control_shares_no_document(tmp_path, tokenizer, chunks):
-    """Contexts of up to 10 of 30 documents: the context half the set away often holds the right document, the control never."""
+    """Contexts of up to 10 of 30 documents: the context half the set away often holds the right document, the control
+    never."""
     sources = write_villages(tmp_path / "qa.jsonl", 60)
-    batches = instruction_batches(tokenizer, sources, None, chunk=64, chunks=chunks, batch_size=2, seed=0, eval_sequences=30)
+    batches = instruction_batches(tokenizer, sources, None, chunk=64, chunks=chunks, batch_size=2, seed=0,
+                                  eval_sequences=30)
     held = [villages(tokenizer, batches.validation, i) for i in range(30)]
     assert sum(control is not None for control in batches.controls) >= 27
     for i, control in enumerate(batches.controls):
@@ -240,7 +256,8 @@ def test_the_control_shares_no_document(tmp_path, tokenizer, chunks):
 def test_items_without_a_control_are_counted(tmp_path, tokenizer):
     """A context of all documents has no control: its value is null, and the others keep theirs."""
     sources = write_villages(tmp_path / "qa.jsonl", 6)
-    batches = instruction_batches(tokenizer, sources[:1], sources, chunk=500, chunks=2, batch_size=2, seed=0, eval_sequences=6)
+    batches = instruction_batches(tokenizer, sources[:1], sources, chunk=500, chunks=2, batch_size=2, seed=0,
+                                  eval_sequences=6)
     contexts = [villages(tokenizer, batches.validation, i) for i in range(6)]
     lone = [i for i in range(6) if all(contexts[i] & other for other in contexts)]
     assert lone and [i for i in range(6) if batches.controls[i] is None] == lone
@@ -258,7 +275,8 @@ def test_bad_input_is_told_once_a_machine(monkeypatch, capsys):
     def main():
         raise InputError("t.txt: no\nsuch file")
 
-    for local_rank, told in ((None, "error: t.txt: no such file\n"), ("0", "error: t.txt: no such file\n"), ("1", ""), ("7", "")):
+    for local_rank, told in ((None, "error: t.txt: no such file\n"), ("0", "error: t.txt: no such file\n"), ("1", ""),
+                             ("7", "")):
         monkeypatch.delenv("LOCAL_RANK", raising=False)
         if local_rank:
             monkeypatch.setenv("LOCAL_RANK", local_rank)
@@ -268,7 +286,8 @@ def test_bad_input_is_told_once_a_machine(monkeypatch, capsys):
 
 
 def test_data_set_libraries_wait_until_they_are_used():
-    script = "import sys, train, evaluate; print(sorted({'datasets', 'pyarrow', 'matplotlib', 'peft'} & set(sys.modules)))"
+    script = ("import sys, train, evaluate;"
+              "print(sorted({'datasets', 'pyarrow', 'matplotlib', 'peft'} & set(sys.modules)))")
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "[]\n", done.stdout + done.stderr
 
@@ -280,11 +299,12 @@ def sentences_of(text):
 
 
 def test_an_excerpt_holds_the_answers_it_asks_for(tokenizer):
-    """A run of whole sentences, as long as the room allows, round an answer that is said once; other questions are not asked."""
+    """A run of whole sentences, as long as the room allows, round an answer that is said once; other questions are not
+    asked."""
     places = "Rome Oslo Bern Lima Cork Nice Bath Graz Linz Ghent".split()
     text = " ".join(f"Guest {k} came {'a long way ' * (k % 3)}from {place}." for k, place in enumerate(places))
     pairs = [(f"Where did guest {k} come from?", ["Nowhere", place.upper()]) for k, place in enumerate(places)]
-    pairs += [("Who came?", ["guest"]), ("Far?", ["yes"]), ("Why?", ["for the food"])]             # said often, no fact, not said
+    pairs += [("Who came?", ["guest"]), ("Far?", ["yes"]), ("Why?", ["for the food"])]  # said often, no fact, not said
     plain, seen = sentences_of(text), set()
     for seed in range(60):
         for room in (1, 60, 150, 400):
@@ -293,7 +313,8 @@ def test_an_excerpt_holds_the_answers_it_asks_for(tokenizer):
             first = plain.index(window[0])
             assert window == plain[first:first + len(window)] and got in text
             assert asked == [pair for pair in pairs[:10] if pair[1][1].title() in got] and asked
-            longer = [" ".join(plain[a:b]) for a, b in ((first - 1, first + len(window)), (first, first + len(window) + 1)) if a >= 0 and b <= 10]
+            longer = [" ".join(plain[a:b]) for a,
+                      b in ((first - 1, first + len(window)), (first, first + len(window) + 1)) if a >= 0 and b <= 10]
             assert (len(window) == 1 or len(got) <= room) and all(len(other) + 1 > room for other in longer)
             seen.add((room, first))
     assert {first for room, first in seen if room == 1} == set(range(10)) and len(seen) > 20
@@ -309,22 +330,25 @@ def test_an_excerpt_of_a_dialogue_keeps_its_speakers(tokenizer):
 
 
 def test_context_lengths_are_log_uniform(tmp_path, tokenizer):
-    """From a sentence to all chunks: of the rooms drawn for demonstrations of 20 tokens, each doubling has its share. And a document longer than its
-    room is cut only where excerpts are asked for."""
+    """From a sentence to all chunks: of the rooms drawn for demonstrations of 20 tokens, each doubling has its share.
+    And a document longer than its room is cut only where excerpts are asked for."""
     tasks = {"t": ("f", "", [("a", ["b"])] * 400)}
     draws = [instruction_example(tokenizer, [], tasks, "t", 64, 16, np.random.default_rng(seed)) for seed in range(600)]
     lengths = np.array([len(example.context) for example in draws])
     shares = [((lengths >= low) & (lengths < 2 * low)).mean() for low in (32, 64, 128, 256, 512)]
     assert all(abs(share - 1 / 6) < 0.06 for share in shares), shares
     documents, _ = load_instructions(write_villages(tmp_path / "qa.jsonl", 12))
-    whole, cut = [[len(instruction_example(tokenizer, documents, {}, 3, 64, 1, np.random.default_rng(seed), share).context) for seed in range(80)] for share in (0.0, 1.0)]
+    whole, cut = [[len(instruction_example(tokenizer, documents, {}, 3, 64, 1, np.random.default_rng(seed),
+                                           share).context) for seed in range(80)] for share in (0.0, 1.0)]
     assert min(whole) == 60 and min(cut) < 50 and sum(n < 50 for n in cut) > 40
 
 
 def test_weights_of_sources(tmp_path):
-    rows = [{"dataset": name, "context": f"{name} {k}", "qas": [{"question": "q", "answers": ["a"]}]} for name, n in (("x", 3), ("y", 2), ("z", 4)) for k in range(n)]
+    rows = [{"dataset": name, "context": f"{name} {k}", "qas": [{"question": "q", "answers": ["a"]}]} for name,
+            n in (("x", 3), ("y", 2), ("z", 4)) for k in range(n)]
     (tmp_path / "qa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "t.jsonl").write_text("".join(json.dumps({"task": "up", "input": str(k), "output": "o"}) + "\n" for k in range(30)))
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps({"task": "up", "input": str(k), "output": "o"}) + "\n"
+                                              for k in range(30)))
     documents, tasks = load_instructions([str(tmp_path / "qa.jsonl"), str(tmp_path / "t.jsonl")])
     assert instruction_units(documents, tasks) == [*range(9), "up", "up"]
     units = instruction_units(documents, tasks, ["y=3", "z=0", f"{tmp_path / 't.jsonl'}=2"])

@@ -1,4 +1,5 @@
-"""Parity with the released code: tensors it produced on tiny models (tests/golden), reached through its own checkpoint format."""
+"""Parity with the released code: tensors it produced on tiny models (tests/golden), reached through its own checkpoint
+format."""
 
 import json
 import os
@@ -31,18 +32,21 @@ def golden_model(case):
     model = AdaptedLM.from_pretrained(base, directory)
     assert (model.config.norm, model.config.rank, model.config.scale, model.config.damping) == ("svd", 8, 0.5, 0.0)
     # the golden cases were run with these norms in place of the checkpoint's own
-    model.config.norm, model.config.rank = "frobenius" if case.endswith("frob") else "svd-exact", INDEX["cases"][case]["rank"]
+    model.config.norm = "frobenius" if case.endswith("frob") else "svd-exact"
+    model.config.rank = INDEX["cases"][case]["rank"]
     return model, load_file(os.path.join(GOLDEN, f"case_{case}.safetensors"))
 
 
-@pytest.mark.parametrize("case, batch", [(case, "b1") for case in INDEX["cases"]] + [(case, "b2") for case in INDEX["cases"] if "mistral" in case])
+@pytest.mark.parametrize("case, batch", [(case, "b1") for case in INDEX["cases"]]
+                         + [(case, "b2") for case in INDEX["cases"] if "mistral" in case])
 def test_inference(case, batch):
     """Chunk-parallel logits, S_1 .. S_3 of the streamed context and the adapted query; b2 has a right-padded chunk."""
     model, golden = golden_model(case)
     context, mask, query = INPUTS[f"ctx_{batch}"], INPUTS[f"ctx_{batch}_mask"], INPUTS[f"query_{batch}"]
     with torch.no_grad():
         logits = model.forward_segments(context, mask, [0, 1, 2])
-        torch.testing.assert_close(logits[mask.bool()], golden[f"{batch}/default_logits"][mask.bool()], atol=1e-4, rtol=0)
+        torch.testing.assert_close(logits[mask.bool()], golden[f"{batch}/default_logits"][mask.bool()], atol=1e-4,
+                                   rtol=0)
         memory = None
         for t in range(3):
             memory = model.contextualize(context[:, t], mask[:, t], memory)
@@ -62,7 +66,8 @@ def test_doubled_sequence(case):
     model, golden = golden_model(case)
     facts = INDEX["cases"][case]
     for data in ("copy", "windows"):
-        ids, mask, labels = (INPUTS[f"train{facts['segment_length']}_{data}_{part}"] for part in ("input_ids", "attention_mask", "labels"))
+        ids, mask, labels = (INPUTS[f"train{facts['segment_length']}_{data}_{part}"]
+                             for part in ("input_ids", "attention_mask", "labels"))
         model.zero_grad()
         nats, count = model.segment_losses(ids, mask, DOUBLED, labels)
         loss = nats.sum() / count.sum()
@@ -96,41 +101,54 @@ def test_checkpoint_of_the_hub(monkeypatch, capsys):
     base.name_or_path = "tiny-random-llama"
     model = AdaptedLM.from_pretrained(base, "owner/Generative-Adapter-v0.2")
     (name, options), = asked
-    assert name == "owner/Generative-Adapter-v0.2" and all(p.endswith((".json", ".safetensors")) for p in options["allow_patterns"])
-    assert model.config.scale == 0.5 and "scale 0.5" in (said := capsys.readouterr().out) and "base tiny-random-llama" in said
+    assert name == "owner/Generative-Adapter-v0.2"
+    assert all(p.endswith((".json", ".safetensors")) for p in options["allow_patterns"])
+    assert model.config.scale == 0.5
+    assert "scale 0.5" in (said := capsys.readouterr().out)
+    assert "base tiny-random-llama" in said
 
 
 def test_checkpoint_of_a_hub_out_of_reach(monkeypatch, tmp_path):
     monkeypatch.setattr(formats, "hub_reachable", lambda: False)
     monkeypatch.setattr(formats.huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    for name, words in (("owner/nothing-of-this-name", "not to be had from the hub"), (str(tmp_path / "nothing"), "no such directory"), ("../up/there", "not a hub id"), ("", "no such")):
+    for name, words in (("owner/nothing-of-this-name", "not to be had from the hub"),
+                        (str(tmp_path / "nothing"), "no such directory"), ("../up/there", "not a hub id"),
+                        ("", "no such")):
         with pytest.raises(InputError, match=words) as caught:
             locate_checkpoint(name)
         assert "\n" not in str(caught.value)
 
 
 def test_published_checkpoint_dry_run(monkeypatch):
-    """A checkpoint of the shape of the authors' Mistral-7B one, on the meta device: every key has its place and shape, and the adapter is the paper's 32 M floats."""
+    """A checkpoint of the shape of the authors' Mistral-7B one, on the meta device: every key has its place and shape,
+    and the adapter is the paper's 32 M floats."""
     with torch.device("meta"):
         base = MistralForCausalLM(MistralConfig(vocab_size=32000))
     base.name_or_path = "mistralai/Mistral-7B-Instruct-v0.2"
-    shapes = {"A1": (1024, 4096), "A2": (1024, 4096), "A3": (1024, 4096), "B": (4096, 1024), "hidden_state_norm": (4096,)}
-    theirs = {f"base_model.model.model.layers.{l}.base_layer.self_attn.o_proj.fastlora_{part}.weight": torch.empty(shape, dtype=torch.bfloat16, device="meta")
+    shapes = {"A1": (1024, 4096), "A2": (1024, 4096), "A3": (1024, 4096), "B": (4096, 1024),
+              "hidden_state_norm": (4096,)}
+    theirs = {f"base_model.model.model.layers.{l}.base_layer.self_attn.o_proj.fastlora_{part}.weight":
+              torch.empty(shape, dtype=torch.bfloat16, device="meta")
               for l in range(32) for part, shape in shapes.items()}
-    config = {"peft_type": "FASTLORA", "base_model_name_or_path": base.name_or_path, "fastlora_r": 1024, "fastlora_inter_size": None, "fastlora_max_rank": 128, "fastlora_alpha": 64,
-              "fastlora_norm": "svd", "fastlora_merge": "pre-norm-sum", "fastlora_param": ["o_proj"], "target_modules": ["o_proj"]}
+    config = {"peft_type": "FASTLORA", "base_model_name_or_path": base.name_or_path, "fastlora_r": 1024,
+              "fastlora_inter_size": None, "fastlora_max_rank": 128, "fastlora_alpha": 64,
+              "fastlora_norm": "svd", "fastlora_merge": "pre-norm-sum", "fastlora_param": ["o_proj"],
+              "target_modules": ["o_proj"]}
     monkeypatch.setattr("model.locate_checkpoint", lambda name: name)
     monkeypatch.setattr(formats.os.path, "isfile", lambda path: path.endswith("adapter_config.json"))
     monkeypatch.setattr(formats, "read_json", lambda path: config)
     monkeypatch.setattr(formats, "read_safetensors", lambda path: (theirs, {}))
     model = AdaptedLM.from_pretrained(base, "generative-adaptor/Generative-Adapter-Mistral-7B-Instruct-v0.2")
-    assert (model.config.d_r, model.config.rank, model.config.scale, model.config.damping, model.config.targets) == (1024, 128, 1 / 16, 0.0, ["o_proj"])
+    assert (model.config.d_r, model.config.rank, model.config.scale, model.config.damping,
+            model.config.targets) == (1024, 128, 1 / 16, 0.0, ["o_proj"])
     assert sum(p.numel() for p in model.generator.parameters()) == 32 * (4 * 1024 * 4096 + 4096)
     pairs = [layer.adapter(torch.empty(1, 1024, 1024, device="meta")) for layer in model.generator.layers]
     assert sum(A.numel() + B.numel() for A, B in pairs) == 32 * 128 * 8192                       # appendix B: 32 M
     key = "base_model.model.model.layers.7.base_layer.self_attn.o_proj.fastlora_B.weight"
-    for change, words in ((lambda: theirs.update({key: theirs[key].T}), "layers.7.self_attn.o_proj.A1 has shape"), (lambda: theirs.pop(key), "layers.7.self_attn.o_proj.A1 is missing"),
-                          (lambda: theirs.update({key + ".scale": theirs[next(iter(theirs))]}), "is not one of a FASTLORA checkpoint")):
+    for change, words in ((lambda: theirs.update({key: theirs[key].T}), "layers.7.self_attn.o_proj.A1 has shape"),
+                          (lambda: theirs.pop(key), "layers.7.self_attn.o_proj.A1 is missing"),
+                          (lambda: theirs.update({key + ".scale": theirs[next(iter(theirs))]}),
+                           "is not one of a FASTLORA checkpoint")):
         change()
         with pytest.raises(InputError, match=words):
             AdaptedLM.from_pretrained(base, "generative-adaptor/Generative-Adapter-Mistral-7B-Instruct-v0.2")

@@ -1,4 +1,5 @@
-"""The adapted model: one pass equals streaming, rows are independent, padding changes nothing, files round-trip, bad input is one sentence."""
+"""The adapted model: one pass equals streaming, rows are independent, padding changes nothing, files round-trip, bad
+input is one sentence."""
 
 import json
 import os
@@ -17,10 +18,15 @@ from generator import GeneratorConfig, InputError, Memory
 from model import AdaptedLM, load_base
 
 SHORT = dict(sliding_window=8, layer_types=["sliding_attention", "full_attention", "sliding_attention"])
-# name: kind and what differs from conftest's shape; between them q/k/v biases, q/k norms, tied and untied embeddings, sliding windows, a vision tower
-BASES = {"llama": ("llama", {}), "llama-tied-biased": ("llama", dict(tie_word_embeddings=True, attention_bias=True, mlp_bias=True)), "mistral": ("mistral", dict(sliding_window=8)),
-         "qwen2": ("qwen2", {}), "qwen2-tied": ("qwen2", dict(tie_word_embeddings=True)), "qwen3": ("qwen3", {}), "qwen3-tied-biased": ("qwen3", dict(tie_word_embeddings=True, attention_bias=True)),
-         "gemma3": ("gemma3_text", SHORT), "gemma3-untied": ("gemma3_text", dict(tie_word_embeddings=False, **SHORT)), "gemma3-vision": ("gemma3", SHORT)}
+# name: kind and what differs from conftest's shape; between them q/k/v biases, q/k norms, tied and untied embeddings,
+# sliding windows, a vision tower
+BASES = {"llama": ("llama", {}),
+         "llama-tied-biased": ("llama", dict(tie_word_embeddings=True, attention_bias=True, mlp_bias=True)),
+         "mistral": ("mistral", dict(sliding_window=8)),
+         "qwen2": ("qwen2", {}), "qwen2-tied": ("qwen2", dict(tie_word_embeddings=True)), "qwen3": ("qwen3", {}),
+         "qwen3-tied-biased": ("qwen3", dict(tie_word_embeddings=True, attention_bias=True)),
+         "gemma3": ("gemma3_text", SHORT), "gemma3-untied": ("gemma3_text", dict(tie_word_embeddings=False, **SHORT)),
+         "gemma3-vision": ("gemma3", SHORT)}
 ALL_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -45,13 +51,16 @@ def make_architecture(name):
     return base
 
 
-@pytest.mark.parametrize("name, targets, norm", [(name, ["o_proj"], "svd") for name in BASES] + [("qwen2", ALL_TARGETS, "svd"), ("llama", ["down_proj", "q_proj"], "svd-exact"),
-                                                 ("llama", ["o_proj"], "frobenius")])
+@pytest.mark.parametrize("name, targets, norm",
+                         [(name, ["o_proj"], "svd") for name in BASES]
+                         + [("qwen2", ALL_TARGETS, "svd"), ("llama", ["down_proj", "q_proj"], "svd-exact"),
+                            ("llama", ["o_proj"], "frobenius")])
 @torch.no_grad()
 def test_chunk_parallel_equals_streaming(name, targets, norm):
     """forward_segments on the doubled schedule against contextualize and forward, chunk by chunk."""
     base = make_architecture(name)
-    assert (base.get_output_embeddings().weight is base.get_input_embeddings().weight) == ("tied" in name.split("-") or name in ("gemma3", "gemma3-vision"))
+    tied = base.get_output_embeddings().weight is base.get_input_embeddings().weight
+    assert tied == ("tied" in name.split("-") or name in ("gemma3", "gemma3-vision"))
     model = make_model(base=base, targets=targets, norm=norm)
     B, C, L = 2, 3, 20
     chunks, probe = tokens(B, C, L), tokens(B, C, L, seed=1)
@@ -67,7 +76,8 @@ def test_chunk_parallel_equals_streaming(name, targets, norm):
 
 @torch.no_grad()
 def test_equals_the_formula_in_a_plain_loop():
-    """S, norm and W_Delta of one chunk from the paper's equations, token by token in float64, added to the base's own weight."""
+    """S, norm and W_Delta of one chunk from the paper's equations, token by token in float64, added to the base's own
+    weight."""
     model = make_model(rank=24, damping=0.0, norm="svd-exact")
     chunk, query = tokens(1, 40), tokens(1, 7, seed=1)
     hidden = model.base.model(chunk, output_hidden_states=True).hidden_states
@@ -81,7 +91,8 @@ def test_equals_the_formula_in_a_plain_loop():
             S += torch.outer(A2 @ h, h @ B1)                                # eq. 1-3
         U, _, Vh = torch.linalg.svd(S)
         adapted.model.layers[l].self_attn.o_proj.weight += (0.5 * A1 @ (U @ Vh) @ B2).float()       # eq. 7, 8
-    torch.testing.assert_close(model(query, memory=model.contextualize(chunk)), adapted(query).logits, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(model(query, memory=model.contextualize(chunk)), adapted(query).logits, atol=1e-4,
+                               rtol=1e-4)
 
 
 @torch.no_grad()
@@ -147,7 +158,8 @@ def test_losses_equal_plain_cross_entropy_and_checkpointing_changes_nothing():
     segments = tokens(2, 4, 20)
     visible = torch.tensor([0, 1, 1, 2])
     logits = model.forward_segments(segments, None, visible)
-    want = F.cross_entropy(logits[:, :, :-1].flatten(0, 2), segments[:, :, 1:].flatten(), reduction="none").view(2, 4, 19).sum(-1)
+    want = F.cross_entropy(logits[:, :, :-1].flatten(0, 2), segments[:, :, 1:].flatten(), reduction="none")
+    want = want.view(2, 4, 19).sum(-1)
     weights = torch.rand(2, 4, generator=torch.Generator().manual_seed(0))
     grads = []
     for checkpointing in (None, 0, 2, 3):               # of 3 blocks
@@ -200,7 +212,8 @@ def test_sum_of_memories():
         torch.testing.assert_close(both.states[name].double(), A2 @ (h.mT @ h) @ B1, atol=1e-3, rtol=1e-4)
     one = model.contextualize(b[:1])                                                # a batch of 1 is added to every row
     S = (model.contextualize(a) + one).states[name]
-    torch.testing.assert_close(S[1], model.contextualize(a[1:]).states[name][0] + one.states[name][0], atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(S[1], model.contextualize(a[1:]).states[name][0] + one.states[name][0], atol=1e-4,
+                               rtol=1e-5)
     torch.testing.assert_close((one + model.contextualize(a)).states[name], S, atol=1e-4, rtol=1e-5)
 
 
@@ -218,14 +231,18 @@ def test_every_user_in_one_batch_as_alone():
     served = model.generate(padded, together, attention_mask=mask, **options)[:, 7:]
     for b, (memory, prompt) in enumerate(zip(memories, prompts)):
         assert served[b].tolist() == model.generate(prompt, memory, **options)[0, prompt.shape[1]:].tolist()
-        torch.testing.assert_close(model(padded, mask, together)[b, 7 - prompt.shape[1]:], model(prompt, memory=memory)[0], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(model(padded, mask, together)[b, 7 - prompt.shape[1]:],
+                                   model(prompt, memory=memory)[0], atol=1e-4, rtol=1e-4)
     alone = model.generate(padded, memories[0], attention_mask=mask, **options)[:, 7:]
-    assert all(served[b].tolist() != alone[b].tolist() for b in (1, 2))             # another user's memory would say something else
+    # another user's memory would say something else
+    assert all(served[b].tolist() != alone[b].tolist() for b in (1, 2))
     # streaming goes on for all of them at once
     chunk = tokens(3, 8)
     more = model.contextualize(chunk, memory=together)
     name = "model.layers.2.self_attn.o_proj"
-    torch.testing.assert_close(more.states[name][1], model.contextualize(chunk[1:2], memory=memories[1]).states[name][0], atol=1e-3, rtol=1e-5)
+    torch.testing.assert_close(more.states[name][1],
+                               model.contextualize(chunk[1:2], memory=memories[1]).states[name][0], atol=1e-3,
+                               rtol=1e-5)
 
 
 @pytest.mark.parametrize("scale, alpha", [(0.5, 4), (0.3, 8)])
@@ -247,7 +264,8 @@ def test_exported_adapter_in_peft(tmp_path, scale, alpha):
 @pytest.mark.parametrize("name", BASES)
 @torch.no_grad()
 def test_exported_adapter_in_peft_for_every_base(tmp_path, name):
-    """The exported adapter, applied by peft beside the weights and merged into them, gives the adapted model's logits."""
+    """The exported adapter, applied by peft beside the weights and merged into them, gives the adapted model's
+    logits."""
     peft = pytest.importorskip("peft")
     model = make_model(base=make_architecture(name), targets=ALL_TARGETS)
     memory, query = model.contextualize(tokens(1, 30)), tokens(1, 12, seed=1)
@@ -268,9 +286,12 @@ def test_memory_in_another_process(tmp_path, base_directory):
     model.save_pretrained(tmp_path / "generator")
     memory.save(tmp_path / "user.safetensors")
     assert sorted(os.listdir(tmp_path)) == ["generator", "user.safetensors"]
-    script = ("import sys, torch; from model import *; base, _ = load_base(sys.argv[1], torch.float32, 'cpu'); m = AdaptedLM.from_pretrained(base, sys.argv[2]);"
-              "print(m.generate(torch.tensor([eval(sys.argv[4])]), Memory.load(sys.argv[3]), max_new_tokens=8, do_sample=False).tolist())")
-    out = subprocess.run([sys.executable, "-c", script, base_directory, tmp_path / "generator", tmp_path / "user.safetensors", str(query[0].tolist())],
+    script = ("import sys, torch; from model import *; base, _ = load_base(sys.argv[1], torch.float32, 'cpu');"
+              "model, memory = AdaptedLM.from_pretrained(base, sys.argv[2]), Memory.load(sys.argv[3]);"
+              "query = torch.tensor([eval(sys.argv[4])]);"
+              "print(model.generate(query, memory, max_new_tokens=8, do_sample=False).tolist())")
+    out = subprocess.run([sys.executable, "-c", script, base_directory, tmp_path / "generator",
+                          tmp_path / "user.safetensors", str(query[0].tolist())],
                          capture_output=True, text=True, cwd=ROOT, check=True).stdout
     assert json.loads(out) == model.generate(query, memory, max_new_tokens=8, do_sample=False).tolist()
 
@@ -293,7 +314,7 @@ def test_default_base():
     text = tokenizer("The capital of France is the city of Paris.", return_tensors="pt")["input_ids"]
     model = AdaptedLM(base, GeneratorConfig())
     nats, count = model.segment_losses(text[:, None].expand(1, 2, -1), None, [0, 1])
-    assert torch.equal(nats[0, 0], nats[0, 1]) and nats[0, 0] / count[0, 0] < 5          # A1 = 0: the adapter changes nothing
+    assert torch.equal(nats[0, 0], nats[0, 1]) and nats[0, 0] / count[0, 0] < 5  # A1 = 0: the adapter changes nothing
     nats[0, 1].backward()
     assert all(layer.A1.grad.abs().max() > 0 for layer in model.generator.layers)
 
@@ -301,7 +322,8 @@ def test_default_base():
 class TestErrors:
     def test_base(self, tmp_path, monkeypatch):
         monkeypatch.setattr("support.bases.CACHE", str(tmp_path / "cache"))
-        for name, words in ((str(tmp_path), "config.json"), ("no/such.gguf", "no such file"), ("/no/such/directory", "cannot be loaded")):
+        for name, words in ((str(tmp_path), "config.json"), ("no/such.gguf", "no such file"),
+                            ("/no/such/directory", "cannot be loaded")):
             with pytest.raises(InputError, match=words):
                 load_base(name)
         with pytest.raises(InputError, match="--device banana"):
@@ -315,14 +337,18 @@ class TestErrors:
             make_model(targets=["z_proj"])
         with pytest.raises(InputError, match="logits"):
             AdaptedLM(make_base("granite", logits_scaling=8.0), GeneratorConfig(d_r=8, rank=8))
-        # gpt2 has other blocks; those of phi have self_attn and mlp, but a dense where others have o_proj; mixtral's mlp is no linear layers
-        for kind, target, words in (("gpt2", "o_proj", "GPT2LMHeadModel is not a decoder"), ("opt", "o_proj", "OPTForCausalLM is not a decoder"),
-                                    ("phi", "o_proj", "no linear layer self_attn.o_proj"), ("mixtral", "down_proj", "no linear layer mlp.down_proj")):
+        # gpt2 has other blocks; those of phi have self_attn and mlp, but a dense where others have o_proj; mixtral's
+        # mlp is no linear layers
+        for kind, target, words in (("gpt2", "o_proj", "GPT2LMHeadModel is not a decoder"),
+                                    ("opt", "o_proj", "OPTForCausalLM is not a decoder"),
+                                    ("phi", "o_proj", "no linear layer self_attn.o_proj"),
+                                    ("mixtral", "down_proj", "no linear layer mlp.down_proj")):
             with pytest.raises(InputError, match=words):
                 AdaptedLM(make_base(kind), GeneratorConfig(targets=target))
 
     def test_config(self):
-        for values, words in (({"norm": "l2"}, "norm"), ({"d_r": 8, "rank": 9}, "rank"), ({"damping": -1}, "damping"), ({"targets": []}, "targets"), ({"d_r": 24.0}, "integers")):
+        for values, words in (({"norm": "l2"}, "norm"), ({"d_r": 8, "rank": 9}, "rank"), ({"damping": -1}, "damping"),
+                              ({"targets": []}, "targets"), ({"d_r": 24.0}, "integers")):
             with pytest.raises(InputError, match=words):
                 GeneratorConfig(**values)
 
@@ -343,15 +369,18 @@ class TestErrors:
         with pytest.raises(InputError, match="cannot be read as json"):
             AdaptedLM.from_pretrained(make_base(), tmp_path)
 
-    @pytest.mark.parametrize("change, words", [({"fastlora_inter_size": 12}, "inter_size"), ({"fastlora_merge": "mean"}, "pre-norm-sum"), ({"fastlora_norm": "softmax"}, "norm"),
-                                               ({"peft_type": "LORA"}, "peft_type"), ({"fastlora_alpha": None}, "malformed"), ({"fastlora_max_rank": 99, "fastlora_norm": "forbenius"}, None)])
+    @pytest.mark.parametrize("change, words",
+                             [({"fastlora_inter_size": 12}, "inter_size"), ({"fastlora_merge": "mean"}, "pre-norm-sum"),
+                              ({"fastlora_norm": "softmax"}, "norm"),
+                              ({"peft_type": "LORA"}, "peft_type"), ({"fastlora_alpha": None}, "malformed"),
+                              ({"fastlora_max_rank": 99, "fastlora_norm": "forbenius"}, None)])
     def test_authors_checkpoint(self, tmp_path, change, words):
         golden = os.path.join(ROOT, "tests", "golden", "ckpt_llama_o")
         config = json.load(open(os.path.join(golden, "adapter_config.json")))
         (tmp_path / "adapter_config.json").write_text(json.dumps({**config, **change}))
         save_file(load_file(os.path.join(golden, "adapter_model.safetensors")), tmp_path / "adapter_model.safetensors")
         base = make_base(intermediate_size=128, vocab_size=199, bos_token_id=1, eos_token_id=2, pad_token_id=0)
-        if words is None:                                                   # max_rank beyond d_r is capped, their spelling is read
+        if words is None:  # max_rank beyond d_r is capped, their spelling is read
             model = AdaptedLM.from_pretrained(base, tmp_path)
             assert model.config.rank == 24 and model.config.norm == "frobenius"
         else:

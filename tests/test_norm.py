@@ -18,8 +18,11 @@ def matmul_norm(S, rank, damping):
 
 
 # name: (the function of (S, rank, damping), whether it takes the full SVD)
-NORMS = {"svd": (svd_norm, False), "svd-exact": (lambda *arguments: svd_norm(*arguments, exact=True), True), "matmul": (matmul_norm, False)}
-damped = pytest.mark.parametrize("norm, damping", [("svd", 1e-2), ("svd", 0.0), ("svd-exact", 1e-2), ("svd-exact", 0.0), ("matmul", 1e-2), ("matmul", 1e-3)])
+NORMS = {"svd": (svd_norm, False), "svd-exact": (lambda *arguments: svd_norm(*arguments, exact=True), True),
+         "matmul": (matmul_norm, False)}
+damped = pytest.mark.parametrize("norm, damping",
+                                 [("svd", 1e-2), ("svd", 0.0), ("svd-exact", 1e-2), ("svd-exact", 0.0),
+                                  ("matmul", 1e-2), ("matmul", 1e-3)])
 
 
 def matrix(d, spectrum, seed=0):
@@ -32,7 +35,8 @@ def matrix(d, spectrum, seed=0):
 
 
 def plain_norm(S, rank, damping, exact):
-    """The formula step by step in float64: range finder, SVD, sigma / sqrt(sigma^2 + lambda^2). lambda is held at its value in S."""
+    """The formula step by step in float64: range finder, SVD, sigma / sqrt(sigma^2 + lambda^2). lambda is held at its
+    value in S."""
     U, sigma, Vh = torch.linalg.svd(S)
     if not exact:
         Q = torch.linalg.qr(S @ sketch(len(S), rank, S.device).double()).Q
@@ -60,9 +64,11 @@ def test_value_in_fp32(condition, damping, norm):
 
 
 @damped
-@pytest.mark.parametrize("spectrum", [range(5, 0, -1), [3, 3, 3, 1, 1], [2] * 8, list(range(24, 0, -1))], ids=["short", "tied", "all tied", "full"])
+@pytest.mark.parametrize("spectrum", [range(5, 0, -1), [3, 3, 3, 1, 1], [2] * 8, list(range(24, 0, -1))],
+                         ids=["short", "tied", "all tied", "full"])
 def test_gradient_against_finite_differences(spectrum, damping, norm):
-    """Exact wherever rank(S) <= r, ties included; the full spectrum is exact for svd-exact, and for the others at rank = d_r."""
+    """Exact wherever rank(S) <= r, ties included; the full spectrum is exact for svd-exact, and for the others at rank
+    = d_r."""
     d, (function, exact) = 24, NORMS[norm]
     rank = 8 if len(spectrum) <= 8 or exact else d
     S = matrix(d, list(spectrum)).requires_grad_()
@@ -74,15 +80,18 @@ def test_gradient_against_finite_differences(spectrum, damping, norm):
         random = torch.Generator().manual_seed(10 + seed)
         L, R = (torch.randn(d, d, dtype=torch.float64, generator=random) for _ in range(2))
         with torch.no_grad():
-            step = 1e-6 * (L @ S + S @ R)                                       # keeps the rank, so that norm stays differentiable
-            numeric = ((plain_norm(S + step, rank, damping, exact) - plain_norm(S - step, rank, damping, exact)) * G).sum() / 2
+            step = 1e-6 * (L @ S + S @ R)  # keeps the rank, so that norm stays differentiable
+            change = plain_norm(S + step, rank, damping, exact) - plain_norm(S - step, rank, damping, exact)
+            numeric = (change * G).sum() / 2
             analytic = (S.grad * step).sum()
         assert abs(numeric - analytic) < 1e-4 * step.norm() * S.grad.norm()
     plain_norm.lam = None
 
 
 @damped
-@pytest.mark.parametrize("S", [torch.zeros(24, 24), torch.eye(24), matrix(24, [5, 3, 1]).float(), matrix(24, [4, 4, 4, 4]).float()],
+@pytest.mark.parametrize("S",
+                         [torch.zeros(24, 24), torch.eye(24), matrix(24, [5, 3, 1]).float(),
+                          matrix(24, [4, 4, 4, 4]).float()],
                          ids=["zero", "identity", "three tokens", "ties"])
 def test_corners(S, damping, norm):
     """Null directions give 0, not noise; values and gradients are finite; two calls agree to the bit."""
@@ -103,10 +112,12 @@ def test_corners(S, damping, norm):
 @pytest.mark.parametrize("tail", [False, True], ids=["short", "long"])
 @pytest.mark.parametrize("condition", [1, 1e2, 1e4])
 def test_gradient_in_fp32(condition, tail, damping):
-    """Both ways of computing the gradient, in fp32, against the Daleckii-Krein formula in float64: contexts shorter and longer than r."""
+    """Both ways of computing the gradient, in fp32, against the Daleckii-Krein formula in float64: contexts shorter and
+    longer than r."""
     d, r = 64, 16
     spectrum = falling(condition, r if tail else r - 4)
-    S = matrix(d, torch.cat([spectrum, spectrum[-1] * torch.logspace(-0.5, -3, d - r, dtype=torch.float64)]) if tail else spectrum).float()
+    S = matrix(d, torch.cat([spectrum, spectrum[-1] * torch.logspace(-0.5, -3, d - r, dtype=torch.float64)]) if tail
+               else spectrum).float()
     want = value_and_gradient(svd_norm, S.double(), r, damping)[1]
     for function in (svd_norm, matmul_norm):
         assert (value_and_gradient(function, S, r, damping)[1] - want).norm() < 1e-2 * want.norm()
@@ -140,7 +151,8 @@ def test_rank_of_the_tokens_read(condition, tokens, damping):
     for function in (svd_norm, matmul_norm):
         short, full = (value_and_gradient(function, S, rank, damping) for rank in (tokens, 32))
         assert function(S, tokens, damping)[0].shape == (64, tokens) and error(short[0], full[0]) < 1e-4
-        # the matrix products lose the difference of two terms 1 / damping large at the first direction's tie with itself
+        # the matrix products lose the difference of two terms 1 / damping large at the first direction's tie with
+        # itself
         assert error(short[1], full[1]) < (1e-4 if function is svd_norm else 2e-7 / damping**2)
 
 
@@ -211,9 +223,11 @@ def test_full_precision_where_products_are_rounded(precision, norm):
     assert all(error(*pair) < 1e-4 for pair in zip(got, want))
 
 
-@pytest.mark.parametrize("switch", ["torch.set_float32_matmul_precision('high')", "torch.set_float32_matmul_precision('medium')",
-                                    "torch.backends.cuda.matmul.allow_tf32 = True", "torch.backends.cuda.matmul.fp32_precision = 'tf32'",
-                                    "torch.backends.fp32_precision = 'tf32'"])
+@pytest.mark.parametrize("switch",
+                         ["torch.set_float32_matmul_precision('high')", "torch.set_float32_matmul_precision('medium')",
+                          "torch.backends.cuda.matmul.allow_tf32 = True",
+                          "torch.backends.cuda.matmul.fp32_precision = 'tf32'",
+                          "torch.backends.fp32_precision = 'tf32'"])
 def test_every_switch_of_tf32_is_seen(precision, switch):
     on_cuda = SimpleNamespace(is_cuda=True, dtype=torch.float32)
     assert product_dtype(on_cuda) == torch.float32
@@ -230,7 +244,9 @@ class OnCuda(torch.Tensor):
 def test_gradient_on_cuda_at_any_damping(damping, monkeypatch):
     """Matrix products where the damping is enough for their gradient."""
     S, went = matrix(64, [5] * 12).float(), []
-    monkeypatch.setattr(generator, "MatmulNorm", SimpleNamespace(apply=lambda *arguments: went.append(arguments) or MatmulNorm.apply(*arguments)))
+    monkeypatch.setattr(generator, "MatmulNorm",
+                        SimpleNamespace(apply=lambda *arguments: went.append(arguments)
+                                        or MatmulNorm.apply(*arguments)))
     got = value_and_gradient(svd_norm, S.as_subclass(OnCuda), 16, damping)
     assert len(went) == (damping >= 1e-4)
     want = value_and_gradient(svd_norm, S.double(), 16, damping)

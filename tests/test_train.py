@@ -1,4 +1,5 @@
-"""The training loop as a command: resuming after a kill, several processes, accumulation, instruction tuning, the fine-tuned baselines, refusals."""
+"""The training loop as a command: resuming after a kill, several processes, accumulation, instruction tuning, the
+fine-tuned baselines, refusals."""
 
 import json
 import math
@@ -27,9 +28,12 @@ from support.text import user_turn
 
 
 def command(base, text, out, *flags, processes=1):
-    launcher = [sys.executable] if processes == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    return launcher + ["train.py", "--base", base, "--data", text, "--out", str(out), "--device", "cpu", "--dtype", "float32", "--chunk", "16", "--chunks", "2", "--batch", "4",
-                       "--d-r", "16", "--rank", "8", "--lr", "1e-2", "--warmup", "2", "--eval-sequences", "3", "--eval-every", "1000", *flags]
+    launcher = [sys.executable] if processes == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                                                        f"--nproc_per_node={processes}"]
+    return launcher + ["train.py", "--base", base, "--data", text, "--out", str(out), "--device", "cpu", "--dtype",
+                       "float32", "--chunk", "16", "--chunks", "2", "--batch", "4",
+                       "--d-r", "16", "--rank", "8", "--lr", "1e-2", "--warmup", "2", "--eval-sequences", "3",
+                       "--eval-every", "1000", *flags]
 
 
 def run(*args, **options):
@@ -57,7 +61,8 @@ def test_killed_and_resumed_is_bit_identical(tmp_path, base_directory, text_file
     whole = run(base_directory, text_file, tmp_path / "whole", *flags, cache=cache)
     assert whole.returncode == 0, whole.stderr
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GENERATIVE_ADAPTER_CACHE": cache}
-    killed = subprocess.Popen(command(base_directory, text_file, tmp_path / "killed", *flags), cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    killed = subprocess.Popen(command(base_directory, text_file, tmp_path / "killed", *flags), cwd=ROOT,
+                              env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     log = tmp_path / "killed" / "log.jsonl"
     while killed.poll() is None and not (log.exists() and len(log.read_text().splitlines()) >= 10):
         time.sleep(0.002)
@@ -78,7 +83,8 @@ def test_sigterm_and_time_limit_leave_a_checkpoint(tmp_path, base_directory, tex
     """Both end the run after the step under way, with exit code 0 and a checkpoint of that step."""
     cache, flags = str(tmp_path / "cache"), ("--steps", "100000", "--save-every", "100000")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GENERATIVE_ADAPTER_CACHE": cache}
-    process = subprocess.Popen(command(base_directory, text_file, tmp_path / "term", *flags), cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    process = subprocess.Popen(command(base_directory, text_file, tmp_path / "term", *flags), cwd=ROOT, env=environment,
+                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     log = tmp_path / "term" / "log.jsonl"
     while process.poll() is None and not (log.exists() and log.read_text().count("\n") >= 3):
         time.sleep(0.01)
@@ -116,7 +122,8 @@ if __name__ == "__main__":
     start, whole, broken = multiprocessing.get_context("fork"), sys.argv[1:], sys.argv[1:]
     broken[broken.index("--out") + 1] += "-broken"
     draw, ends = random.Random(0), []
-    for argv, life in [(whole, 0), *((broken + ["--resume"], draw.randint(1, 16)) for _ in range(20)), (broken + ["--resume"], 0)]:
+    kills = [(broken + ["--resume"], draw.randint(1, 16)) for _ in range(20)]
+    for argv, life in [(whole, 0), *kills, (broken + ["--resume"], 0)]:
         run = start.Process(target=go, args=(argv, life)); run.start(); run.join()
         ends.append(run.exitcode)
     print(*ends)
@@ -165,9 +172,11 @@ def test_two_machines_without_a_shared_disk(tmp_path, base_directory, text_file)
 
 
 def test_processes_and_micro_batches_agree(tmp_path, base_directory, text_file):
-    """torchrun with two and four gloo processes, one process, and one process without accumulation: the same weights after 5 steps up to rounding."""
+    """torchrun with two and four gloo processes, one process, and one process without accumulation: the same weights
+    after 5 steps up to rounding."""
     cache, flags = str(tmp_path / "cache"), ("--steps", "5", "--windows", "--save-every", "1", "--keep", "9")
-    for name, more, processes in (("one", (), 1), ("two", (), 2), ("four", (), 4), ("whole", ("--micro-batch", "4", "--checkpointing"), 1)):
+    for name, more, processes in (("one", (), 1), ("two", (), 2), ("four", (), 4),
+                                  ("whole", ("--micro-batch", "4", "--checkpointing"), 1)):
         done = run(base_directory, text_file, tmp_path / name, *flags, *more, processes=processes, cache=cache)
         assert done.returncode == 0, done.stderr
     one = weights(tmp_path / "one", 5)
@@ -187,14 +196,18 @@ def test_loss_is_eq_5():
     nats, count = make_model().segment_losses(segments, mask, visible, labels)
     reconstruction = nats[:, C:].sum() / count[:, C:].sum()
     completion = nats[:, 1:C].sum() / count[:, 1:C].sum()
-    for objective, want in (("both", reconstruction + completion), ("reconstruction", reconstruction), ("completion", completion)):
+    for objective, want in (("both", reconstruction + completion), ("reconstruction", reconstruction),
+                            ("completion", completion)):
         torch.testing.assert_close((nats * train.loss_weights(labels, C, objective)).sum(), want)
 
 
 def test_learning_rate():
     args = train.arguments(["--data", "x", "--out", "y", "--steps", "110", "--warmup", "10", "--lr", "2"])
     rates = [train.learning_rate(args, step) for step in range(110)]
-    assert rates[0] == pytest.approx(0.2) and max(rates) == rates[9] == rates[10] == 2 and rates[60] == pytest.approx(1) and 0 < rates[-1] <= 0.02
+    assert rates[0] == pytest.approx(0.2)
+    assert max(rates) == rates[9] == rates[10] == 2
+    assert rates[60] == pytest.approx(1)
+    assert 0 < rates[-1] <= 0.02
 
 
 def main(base, text, out, *flags):
@@ -226,7 +239,8 @@ def test_refusals(tmp_path, base_directory, text_file, monkeypatch):
     monkeypatch.setattr("data.CACHE", str(tmp_path / "cache"))
     main(base_directory, text_file, tmp_path / "run", "--steps", "2")
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*")}
-    for flags, words in ((("--steps", "2"), "already holds checkpoints"), (("--steps", "3", "--resume"), "was trained with --steps 2, not 3"),
+    for flags, words in ((("--steps", "2"), "already holds checkpoints"),
+                         (("--steps", "3", "--resume"), "was trained with --steps 2, not 3"),
                          (("--steps", "2", "--resume", "--lr", "1"), "--lr")):
         with pytest.raises(InputError, match=words):
             main(base_directory, text_file, tmp_path / "run", *flags)
@@ -234,11 +248,15 @@ def test_refusals(tmp_path, base_directory, text_file, monkeypatch):
     (tmp_path / "file").write_text("")
     short = str(tmp_path / "short.txt")
     (tmp_path / "short.txt").write_text("a line of text")
-    for args, words in (((base_directory, text_file, tmp_path / "file"), "cannot be a directory"), ((base_directory, str(tmp_path / "no.jsonl"), tmp_path / "x"), "no such file"),
+    for args, words in (((base_directory, text_file, tmp_path / "file"), "cannot be a directory"),
+                        ((base_directory, str(tmp_path / "no.jsonl"), tmp_path / "x"), "no such file"),
                         ((base_directory, text_file, tmp_path / "x", "--chunks", "200"), "the training text has"),
-                        ((base_directory, text_file, tmp_path / "x", "--validation", short), "validation needs at least 2"),
-                        ((base_directory, text_file, tmp_path / "x", "--targets", "z_proj"), "z_proj"), ((base_directory, text_file, tmp_path / "x", "--rank", "17"), "rank"),
-                        ((base_directory, text_file, tmp_path / "x", "--chunk", "1"), "--chunk"), ((str(tmp_path), text_file, tmp_path / "x"), "config.json")):
+                        ((base_directory, text_file, tmp_path / "x", "--validation", short),
+                         "validation needs at least 2"),
+                        ((base_directory, text_file, tmp_path / "x", "--targets", "z_proj"), "z_proj"),
+                        ((base_directory, text_file, tmp_path / "x", "--rank", "17"), "rank"),
+                        ((base_directory, text_file, tmp_path / "x", "--chunk", "1"), "--chunk"),
+                        ((str(tmp_path), text_file, tmp_path / "x"), "config.json")):
         with pytest.raises(InputError, match=words):
             main(*args)
         assert not (tmp_path / "x").exists()
@@ -253,7 +271,8 @@ def test_exit_code(tmp_path, base_directory):
 # instruction tuning and fine-tuning
 
 
-CHATML = "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}</s>\n{% endfor %}{% if add_generation_prompt %}<s>assistant: {% endif %}"
+CHATML = ("{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}</s>\n{% endfor %}"
+          "{% if add_generation_prompt %}<s>assistant: {% endif %}")
 
 
 @pytest.fixture(scope="module")
@@ -261,9 +280,13 @@ def qa_file(tmp_path_factory):
     """Twelve documents with two questions each, and a task."""
     path = tmp_path_factory.mktemp("qa") / "qa.jsonl"
     rows = [{"context": f"{name} lives in {place} and has {n} goats. " + "The hill is green. " * (n % 4),
-             "qas": [{"question": f"Where does {name} live?", "answers": [place, f"in {place}"]}, {"question": f"How many goats has {name}?", "answers": [str(n)]}]}
-            for n, (name, place) in enumerate(zip("Ana Bo Cy Di Ed Flo Gus Hal Ida Jo Kim Lea".split(), "Rome Oslo Bern Lima Cork Nice Bath Graz Linz Ghent Turin Vaasa".split()))]
-    rows += [{"task": "upper", "input": word, "output": word.upper(), "options": []} for word in "red green blue black white grey pink".split()]
+             "qas": [{"question": f"Where does {name} live?", "answers": [place, f"in {place}"]},
+                     {"question": f"How many goats has {name}?", "answers": [str(n)]}]}
+            for n, (name, place) in enumerate(zip(
+                "Ana Bo Cy Di Ed Flo Gus Hal Ida Jo Kim Lea".split(),
+                "Rome Oslo Bern Lima Cork Nice Bath Graz Linz Ghent Turin Vaasa".split()))]
+    rows += [{"task": "upper", "input": word, "output": word.upper(), "options": []}
+             for word in "red green blue black white grey pink".split()]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
 
@@ -272,48 +295,63 @@ def test_conversation_labels(tokenizer):
     """Only the answers and the token that ends each are targets; the first question is the prompt of evaluation."""
     tokenizer.chat_template = CHATML
     ids, labels = conversation(tokenizer, [("Who?", "Ana."), ("x" * 200, "y"), ("Où?", "Nîmes")], limit=100)
-    assert tokenizer.decode(ids) == "<s>user: Who?</s>\n<s>assistant: Ana.</s>\n<s>user: Où?</s>\n<s>assistant: Nîmes</s>\n"
-    assert tokenizer.decode([t for t in labels if t != -100]) == "Ana.</s>Nîmes</s>" and all(t in (-100, i) for t, i in zip(labels, ids))
+    assert tokenizer.decode(ids) == ("<s>user: Who?</s>\n<s>assistant: Ana.</s>\n"
+                                     "<s>user: Où?</s>\n<s>assistant: Nîmes</s>\n")
+    assert tokenizer.decode([t for t in labels if t != -100]) == "Ana.</s>Nîmes</s>"
+    assert all(t in (-100, i) for t, i in zip(labels, ids))
     prompt = user_turn(tokenizer, "Who?")
     assert ids[:len(prompt)] == prompt and len(conversation(tokenizer, [("x" * 200, "y")], limit=100)[0]) == 100
     # a template that writes the last turn in its own way (Qwen3's thinking): one question, its labels in place
-    tokenizer.chat_template = CHATML.replace("{{ m['content'] }}", "{% if loop.last and m['role'] == 'assistant' %}~{% endif %}{{ m['content'] }}")
+    tokenizer.chat_template = CHATML.replace(
+        "{{ m['content'] }}", "{% if loop.last and m['role'] == 'assistant' %}~{% endif %}{{ m['content'] }}")
     ids, labels = conversation(tokenizer, [("Who?", "Ana."), ("b", "c")], limit=100)
-    assert tokenizer.decode(ids) == "<s>user: Who?</s>\n<s>assistant: ~Ana.</s>\n" and tokenizer.decode([t for t in labels if t != -100]) == "~Ana.</s>"
+    assert tokenizer.decode(ids) == "<s>user: Who?</s>\n<s>assistant: ~Ana.</s>\n"
+    assert tokenizer.decode([t for t in labels if t != -100]) == "~Ana.</s>"
     tokenizer.chat_template = None
     ids, labels = conversation(tokenizer, [("Who? ", "Ana"), ("b", "c")], limit=100)
-    assert tokenizer.decode(ids) == "<s>Who? Ana</s>" and tokenizer.decode([t for t in labels if t != -100]) == "Ana</s>"
+    assert tokenizer.decode(ids) == "<s>Who? Ana</s>"
+    assert tokenizer.decode([t for t in labels if t != -100]) == "Ana</s>"
 
 
 def test_instruction_schemas(tmp_path):
     """One row of each set of Table 3, and what is asked of it."""
     rows = {"stanfordnlp/coqa": {"story": "S", "questions": ["q1", "q2"], "answers": {"input_text": ["a1", "a2"]}},
-            "ucinlp/drop": {"passage": "S", "question": "q1", "answers_spans": {"spans": ["a1", "b"], "types": ["span", "span"]}},
-            "deepmind/narrativeqa": {"document": {"summary": {"text": "S"}}, "question": {"text": "q1"}, "answers": [{"text": "a1"}, {"text": "b"}]},
-            "qiaojin/PubMedQA": {"question": "q1", "context": {"contexts": ["S", "T"]}, "long_answer": "a1", "final_decision": "yes"},
+            "ucinlp/drop": {"passage": "S", "question": "q1",
+                            "answers_spans": {"spans": ["a1", "b"], "types": ["span", "span"]}},
+            "deepmind/narrativeqa": {"document": {"summary": {"text": "S"}}, "question": {"text": "q1"},
+                                     "answers": [{"text": "a1"}, {"text": "b"}]},
+            "qiaojin/PubMedQA": {"question": "q1", "context": {"contexts": ["S", "T"]}, "long_answer": "a1",
+                                 "final_decision": "yes"},
             "textmachinelab/quail": {"context": "S", "question": "q1", "answers": ["x", "a1"], "correct_answer_id": 1},
             "microsoft/ms_marco": {"query": "q1", "passages": {"passage_text": ["S", "T"]}, "answers": ["a1"]},
-            "kmfoda/booksum": {"chapter": "S", "summary_text": "a1"}, "sggetao/PwC": {"input": "S", "prompt": "q1", "answer": "a1"},
+            "kmfoda/booksum": {"chapter": "S", "summary_text": "a1"},
+            "sggetao/PwC": {"input": "S", "prompt": "q1", "answer": "a1"},
             "rajpurkar/squad": {"context": "S", "question": "q1", "answers": {"text": ["a1"], "answer_start": [0]}}}
     for name, row in rows.items():
         path = tmp_path / (name.replace("/", "_") + ".jsonl")
         path.write_text(json.dumps(row) + "\n" + json.dumps(row) + "\n")
         (source, context, pairs), = load_instructions([str(path)])[0]
-        assert source == str(path) and context.startswith("S") and pairs[0][1][0] == "a1" and pairs[0][0] in ("q1", "Write a summary of the text."), name
+        assert source == str(path) and context.startswith("S") and pairs[0][1][0] == "a1", name
+        assert pairs[0][0] in ("q1", "Write a summary of the text."), name
         assert len(pairs) in (2, 4)                     # two rows of one context are one document
-    for row, words in (({"text": "x"}, "known instruction set"), ({"context": "S", "qas": [{"question": "q"}]}, "missing or malformed"), ({"task": "t", "input": "x"}, "'output'")):
+    for row, words in (({"text": "x"}, "known instruction set"),
+                       ({"context": "S", "qas": [{"question": "q"}]}, "missing or malformed"),
+                       ({"task": "t", "input": "x"}, "'output'")):
         (tmp_path / "bad.jsonl").write_text(json.dumps(row) + "\n")
         with pytest.raises(InputError, match=words):
             load_instructions([str(tmp_path / "bad.jsonl")])
 
 
 def test_instruction_loss_against_streaming(qa_file, tokenizer):
-    """A batch of contexts of 1 to 4 chunks: the loss of the padded, trimmed pass equals plain cross-entropy after streaming each context by itself."""
+    """A batch of contexts of 1 to 4 chunks: the loss of the padded, trimmed pass equals plain cross-entropy after
+    streaming each context by itself."""
     tokenizer.chat_template = CHATML
     model, (documents, tasks) = make_model(), load_instructions([qa_file])
     units = instruction_units(documents, tasks)
     assert units == [*range(12), "upper"]
-    examples = [instruction_example(tokenizer, documents, tasks, unit, 24, 6, np.random.default_rng(unit if unit != "upper" else 98)) for unit in (0, 5, 7, "upper")]
+    examples = [instruction_example(tokenizer, documents, tasks, unit, 24, 6,
+                                    np.random.default_rng(unit if unit != "upper" else 98))
+                for unit in (0, 5, 7, "upper")]
     assert len({-(-len(context) // 24) for context, *_ in examples}) > 1
     assert "Input: " in tokenizer.decode(examples[3][0]) and "\n\nInput: " in tokenizer.decode(examples[3][0])
     segments, mask, visible, labels = instruction_batch(examples, tokenizer.pad_token_id, 24)
@@ -326,7 +364,8 @@ def test_instruction_loss_against_streaming(qa_file, tokenizer):
             size = -(-len(context) // n)
             for at in range(0, len(context), size):
                 memory = model.contextualize(torch.tensor([context[at:at + size]]), memory=memory)
-            want = F.cross_entropy(model(torch.tensor([ids]), memory=memory)[0, :-1], torch.tensor(targets[1:]), ignore_index=-100, reduction="sum")
+            want = F.cross_entropy(model(torch.tensor([ids]), memory=memory)[0, :-1], torch.tensor(targets[1:]),
+                                   ignore_index=-100, reduction="sum")
             torch.testing.assert_close(nats[k].sum(), want, rtol=1e-4, atol=1e-4)
             assert count[k, :-1].sum() == 0 and count[k, -1] == sum(t != -100 for t in targets[1:])
 
@@ -337,17 +376,20 @@ def test_instruct_stage(tmp_path, base_directory, qa_file):
     make_model(base=base, d_r=16).save_pretrained(tmp_path / "pretrained")
 
     def go(name, *more, processes=1):
-        flags = ["--stage", "instruct", "--checkpoint", str(tmp_path / "pretrained"), "--chunk", "64", "--chunks", "3", "--steps", "8", "--save-every", "1", "--keep", "9", *more]
+        flags = ["--stage", "instruct", "--checkpoint", str(tmp_path / "pretrained"), "--chunk", "64", "--chunks", "3",
+                 "--steps", "8", "--save-every", "1", "--keep", "9", *more]
         line = command(base_directory, qa_file, tmp_path / name, *flags, processes=processes)
         for flag in ("--d-r", "--rank"):                # the checkpoint's
             del line[line.index(flag):line.index(flag) + 2]
-        done = subprocess.run(line, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+        done = subprocess.run(line, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True,
+                              text=True)
         assert done.returncode == 0, done.stderr
         return weights(tmp_path / name, 8)
 
     one, log = go("one"), [json.loads(line) for line in open(tmp_path / "one" / "log.jsonl")]
     assert log[-1]["answer"] < log[0]["answer"] - 0.1 and "completion" not in log[0]
-    assert set(json.loads(open(tmp_path / "one" / "validation.jsonl").readline())) == {"step", "answer", "answer_shuffled", "sequences"}
+    row = json.loads(open(tmp_path / "one" / "validation.jsonl").readline())
+    assert set(row) == {"step", "answer", "answer_shuffled", "sequences"}
     go("two", "--micro-batch", "2", processes=2)
     assert_same_gradient(tmp_path / "one", tmp_path / "two")
     for a, b in zip(map(json.loads, open(tmp_path / "two" / "log.jsonl")), log):
@@ -360,9 +402,11 @@ def test_instruct_stage(tmp_path, base_directory, qa_file):
 
 
 def test_fit_base_is_adamw_on_the_token_mean():
-    """One step in several passes equals one plain AdamW step on the whole batch; early stopping leaves the best weights."""
+    """One step in several passes equals one plain AdamW step on the whole batch; early stopping leaves the best
+    weights."""
     random = torch.Generator().manual_seed(0)
-    examples = [(row := torch.randint(0, 256, (n,), generator=random).tolist(), [-100] * (n // 2) + row[n // 2:]) for n in (5, 9, 14, 7)]
+    examples = [(row := torch.randint(0, 256, (n,), generator=random).tolist(), [-100] * (n // 2) + row[n // 2:])
+                for n in (5, 9, 14, 7)]
     base, plain = make_base(), make_base()
     history = fit_base(base, examples, [], 1e-3, batch_size=4, epochs=1, patience=None, seed=0, pad=259, pass_tokens=16)
     optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-3, weight_decay=0.01)
@@ -380,21 +424,26 @@ def test_fit_base_is_adamw_on_the_token_mean():
     assert len(history) == best + 4 if best else len(history) == 4
     again = fit_base(base, examples, other, 1e-9, batch_size=4, epochs=1, patience=1, seed=0, pad=259)
     assert again[0] == pytest.approx(min(history), rel=1e-4)
-    worse = fit_base(base, examples, [(ids, [1] * len(ids)) for ids, _ in examples], 1e-1, batch_size=4, epochs=9, patience=2, seed=0, pad=259)
+    worse = fit_base(base, examples, [(ids, [1] * len(ids)) for ids, _ in examples], 1e-1, batch_size=4, epochs=9,
+                     patience=2, seed=0, pad=259)
     unchanged = fit_base(base, examples, other, 1e-9, batch_size=4, epochs=1, patience=1, seed=0, pad=259)
-    assert len(worse) == 3 and unchanged[0] == pytest.approx(again[0], rel=1e-4)              # it only got worse, and left what it was given
+    # it only got worse, and left what it was given
+    assert len(worse) == 3 and unchanged[0] == pytest.approx(again[0], rel=1e-4)
 
 
 def test_finetune_stage(tmp_path, base_directory, qa_file):
-    """CPT and SFT write a transformers directory that loads as a base and has learnt the documents and the answers; nothing is overwritten."""
+    """CPT and SFT write a transformers directory that loads as a base and has learnt the documents and the answers;
+    nothing is overwritten."""
     out = tmp_path / "sft"
-    flags = ["--stage", "finetune", "--base", base_directory, "--data", qa_file, "--documents", qa_file.replace("qa.jsonl", "docs.jsonl"), "--validation", qa_file, "--out", str(out), "--device", "cpu",
+    flags = ["--stage", "finetune", "--base", base_directory, "--data", qa_file, "--documents",
+             qa_file.replace("qa.jsonl", "docs.jsonl"), "--validation", qa_file, "--out", str(out), "--device", "cpu",
              "--lr", "3e-3", "--batch", "8", "--epochs", "4"]
     rows = [json.loads(line) for line in open(qa_file)]
     with open(qa_file.replace("qa.jsonl", "docs.jsonl"), "w") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows if "context" in row)
     train.finetune(train.arguments(flags))
-    (before, tokenizer), (after, _) = load_base(base_directory, torch.float32, "cpu"), load_base(str(out), torch.float32, "cpu")
+    before, tokenizer = load_base(base_directory, torch.float32, "cpu")
+    after, _ = load_base(str(out), torch.float32, "cpu")
 
     def nats(base, text):
         ids = torch.tensor([tokenizer(text)["input_ids"]])
@@ -404,7 +453,8 @@ def test_finetune_stage(tmp_path, base_directory, qa_file):
     assert nats(after, rows[3]["context"]) < nats(before, rows[3]["context"]) - 0.5
     history = json.load(open(out / "finetune.json"))["validation_nats"]
     assert min(history) < history[0] - 0.5
-    for change, words in (([], "exists already"), (["--out", str(tmp_path / "y"), "--lr", "-1"], "--lr"), (["--out", str(tmp_path / "y"), "--data", "no.jsonl"], "no.jsonl: no such file")):
+    for change, words in (([], "exists already"), (["--out", str(tmp_path / "y"), "--lr", "-1"], "--lr"),
+                          (["--out", str(tmp_path / "y"), "--data", "no.jsonl"], "no.jsonl: no such file")):
         with pytest.raises(InputError, match=words):
             train.finetune(train.arguments(flags + change))
     assert not (tmp_path / "y").exists()
@@ -414,8 +464,11 @@ def test_instruct_refusals(tmp_path, base_directory, qa_file):
     base, _ = load_base(base_directory, torch.float32, "cpu")
     make_model(base=base).save_pretrained(tmp_path / "pretrained")
     start = ("--stage", "instruct", "--checkpoint", str(tmp_path / "pretrained"))
-    for flags, words in ((("--stage", "instruct"), "--checkpoint"), ((*start, "--d-r", "17"), "--d-r 17 is not what --checkpoint"), ((*start, "--chunk", "4", "--d-r", "24"), "at most 8 tokens"),
-                         ((*start, "--excerpts", "1.5"), "--excerpts is a probability"), ((*start, "--chunk", "256", "--weights", "nothing=2"), "--weights nothing=2")):
+    for flags, words in ((("--stage", "instruct"), "--checkpoint"),
+                         ((*start, "--d-r", "17"), "--d-r 17 is not what --checkpoint"),
+                         ((*start, "--chunk", "4", "--d-r", "24"), "at most 8 tokens"),
+                         ((*start, "--excerpts", "1.5"), "--excerpts is a probability"),
+                         ((*start, "--chunk", "256", "--weights", "nothing=2"), "--weights nothing=2")):
         with pytest.raises(InputError, match=words):
             main(base_directory, qa_file, tmp_path / "x", "--d-r", "24", *flags)
         assert not (tmp_path / "x").exists()
