@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 import tempfile
+from unittest import mock
 
 import torch
 import torch._dynamo  # noqa: F401   the first step of an optimiser would import it
@@ -31,7 +32,9 @@ def start(line, printed, cwd=ROOT, cache=None, life=0, **environment):
     file `printed`. cache: of packed texts, by default beside that file; life: see kill_at."""
     cache = str(cache or os.path.join(os.path.dirname(printed), "cache"))
     process = context.Process(target=child, args=(line, str(printed), str(cwd), cache, life, environment))
-    process.start()
+    # the server that forks, started with the first process, looks for its preload here and nowhere else
+    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join([os.path.join(ROOT, "tests"), ROOT])):
+        process.start()
     return process
 
 
