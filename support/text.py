@@ -47,10 +47,8 @@ def tokenize(tokenizer, texts):
 def apply_template(tokenizer, messages, **options):
     """Token ids of messages in the base's chat template. Control tokens in their content are plain text."""
     control = control_tokens(tokenizer, str(tokenizer.chat_template))[0]
-    messages = [{**m, "content": without_surrogates(m["content"])} for m in messages]
-    if not any(control.search(m["content"]) for m in messages):
-        return tokenizer.apply_chat_template(messages, return_dict=True, **options)["input_ids"]
-    messages = [{**m, "content": break_up(control, m["content"].replace(BREAK, ""))} for m in messages]
+    messages = [{**m, "content": break_up(control, without_surrogates(m["content"]).replace(BREAK, ""))}
+                for m in messages]
     pieces = [p for p in tokenizer.apply_chat_template(messages, tokenize=False, **options).split(BREAK) if p]
     return [t for ids in tokenizer(pieces, add_special_tokens=False, verbose=False)["input_ids"] for t in ids]
 

@@ -120,7 +120,7 @@ def test_keyed_by_content_and_version(cache, tiny, monkeypatch):
     load_base(tiny, torch.float32, "cpu")
     write_gguf(tiny, seed=1)                                                    # another base under the same name
     assert same(tiny, directly(tiny)) and len(converted(cache)) == 2
-    monkeypatch.setattr(transformers, "__version__", "0.0.0")
+    monkeypatch.setattr(bases.transformers, "__version__", "0.0.0")   # importing may replace the module in sys.modules
     assert same(tiny, directly(tiny)) and len(converted(cache)) == 3
 
 
