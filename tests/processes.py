@@ -1,4 +1,4 @@
-"""train.py as a command, in processes forked from one that has done the imports, which take longer than the runs."""
+"""Commands in processes forked from one that has done the imports, which take longer than most of the runs."""
 
 import itertools
 import multiprocessing
@@ -15,6 +15,7 @@ import torch
 import torch._dynamo  # noqa: F401   the first step of an optimiser would import it
 
 import data
+import support.bases
 import train  # noqa: F401
 from conftest import ROOT, make_base, make_tokenizer
 from model import load_base
@@ -28,8 +29,8 @@ with tempfile.TemporaryDirectory() as directory:                # what transform
 
 
 def start(line, printed, cwd=ROOT, cache=None, life=0, **environment):
-    """A multiprocessing.Process that runs `line`, a command line from train.py on, in cwd; what it prints goes to the
-    file `printed`. cache: of packed texts, by default beside that file; life: see kill_at."""
+    """A multiprocessing.Process that runs python with the command line `line`, train.py or -c, in cwd; what it prints
+    goes to the file `printed`. cache: the project's, by default beside that file; life: see kill_at."""
     cache = str(cache or os.path.join(os.path.dirname(printed), "cache"))
     process = context.Process(target=child, args=(line, str(printed), str(cwd), cache, life, environment))
     # the server that forks, started with the first process, looks for its preload here and nowhere else
@@ -44,10 +45,14 @@ def child(line, printed, cwd, cache, life, environment):
     os.environ.update(environment)
     os.chdir(cwd)
     torch.set_num_threads(1)
-    data.CACHE, sys.argv = cache, line
+    data.CACHE = support.bases.CACHE = cache
+    sys.argv = line if line[0] != "-c" else ["-c", *line[2:]]
     if life:
         kill_at(life)
-    runpy.run_path(os.path.join(ROOT, "train.py"), run_name="__main__")
+    if line[0] == "-c":
+        exec(line[1], {"__name__": "__main__"})
+    else:
+        runpy.run_path(os.path.join(ROOT, line[0]), run_name="__main__")
 
 
 def kill_at(life):
