@@ -278,8 +278,9 @@ def arguments(argv=None):
     add("--stage", choices=["pretrain", "instruct", "finetune"], default="pretrain")
     add("--base", default=DEFAULT_BASE, help="frozen base model: hub id, directory or .gguf file")
     add("--checkpoint", help="start from this trained generator; its config decides " + ", ".join(SHAPE))
+    # torchrun stops at --start, which abbreviates two options of its own
     add("--start", "--init", choices=["aligned", "random"], default="aligned", help="without --checkpoint: A2, B1, B2 "
-        "from the base's own statistics (support/aligned.py), or the paper's random ones")
+        "from the base's own statistics (support/aligned.py), or the paper's random ones; under torchrun: --init")
     add("--data", nargs="+", help=".parquet, .jsonl(.gz), .txt(.gz) files, a hub data set id, or one packed .bin file; "
         "instruct: default the hub sets of Table 3")
     add("--documents", nargs="+", help="finetune: learn these texts first, by log-likelihood (CPT)")

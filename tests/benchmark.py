@@ -5,6 +5,7 @@
     python tests/benchmark.py --shape mistral --output h200.json           # Mistral-7B's, made on the device: 80 GB
     python tests/benchmark.py --shape tiny                                 # a rehearsal in seconds
     python tests/benchmark.py --shape tiny --stream --output stream.json   # only a million tokens into one memory
+    python tests/benchmark.py --only chunk                                 # steps of one chunk over the bare base
     python tests/benchmark.py --shape mistral --count                      # a step counted without a GPU, in minutes
 
 Every measurement runs in a process of its own, so that peak memory is its own too; times are the best of --repeats
@@ -359,6 +360,7 @@ def main():
     add("--repeats", type=int, default=3)
     add("--stream", nargs="?", type=int, const=1_000_000, metavar="TOKENS",
         help="only read a context of this many tokens chunk by chunk (default 1,000,000)")
+    add("--only", default="", help="measure only what starts with this, and print no table")
     add("--count", action="store_true", help="only count a training step as a GPU would run it (tests/count.py)")
     add("--chunk", type=int, help="--count: tokens of a chunk; default the shape's")
     add("--checkpointing", type=int, default=0, metavar="N", help="--count: also with the first N blocks recomputed")
@@ -385,6 +387,8 @@ def main():
         jobs = [("stream", stream, {}), *([("stream_bfloat16", stream, {})] if both else [])]
     results, pool = {}, multiprocessing.get_context("spawn")
     for name, function, options in jobs:
+        if not name.startswith(args.only):
+            continue
         if name.endswith("bfloat16"):
             args = argparse.Namespace(**{**vars(args), "dtype": "bfloat16"})
         with pool.Pool(1) as worker:
@@ -392,6 +396,8 @@ def main():
         print(f"{name:18s} " + "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}"
                                          for k, v in results[name].items()), flush=True)
 
+    if args.only:
+        return
     ratios = {}
     if args.stream:
         for name, row in results.items():

@@ -4,8 +4,6 @@ import errno
 import json
 import os
 import resource
-import subprocess
-import sys
 
 import gguf
 import numpy as np
@@ -14,9 +12,9 @@ import torch
 import transformers
 from tokenizers import pre_tokenizers
 
-from conftest import ROOT
 from generator import InputError
 from model import load_base, load_tokenizer
+from processes import finish, start
 from support import bases
 
 TEXT = "hello hello,\n  é 漢字 <|im_start|>user"
@@ -169,7 +167,7 @@ def test_a_cache_that_cannot_be_written_is_no_error(cache, tiny, tmp_path, monke
     assert why == "no directory" or not converted(cache)
 
 
-def test_processes_at_once(cache, tiny):
+def test_processes_at_once(cache, tiny, tmp_path):
     """Two of them on a damaged cache: one converts, both load the same base."""
     reference = directly(tiny)
     load_base(tiny, torch.float32, "cpu")
@@ -179,16 +177,16 @@ def test_processes_at_once(cache, tiny):
               "base, tokenizer = load_base(sys.argv[1], torch.float32, 'cpu');"
               "weights = sum(p.double().sum().item() for p in base.parameters());"
               "print(json.dumps([weights, tokenizer(sys.argv[2])['input_ids']]))")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GENERATIVE_ADAPTER_CACHE": bases.CACHE}
-    processes = [subprocess.Popen([sys.executable, "-c", script, tiny, TEXT], cwd=ROOT, env=environment,
-                                  stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    outs = [process.communicate() for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outs
+    files = [tmp_path / f"printed-{n}" for n in range(2)]
+    ended = finish(*[start(["-c", script, tiny, TEXT], file, cache=bases.CACHE)
+                     for file in files])
+    printed = [file.read_text() for file in files]
+    assert ended == [0, 0], printed
     base, _ = load_base(tiny, torch.float32, "cpu")
     want = [sum(p.double().sum().item() for p in base.parameters()), reference[1]]
-    assert [json.loads(out) for out, _ in outs] == [want] * 2
-    assert sum("is converted for quick starts" in err for _, err in outs) == 1
-    assert not any("read anew" in err for _, err in outs)
+    assert [json.loads(text.splitlines()[-1]) for text in printed] == [want] * 2
+    assert sum("is converted for quick starts" in text for text in printed) == 1
+    assert not any("read anew" in text for text in printed)
 
 
 def test_damaged_gguf(cache, tiny):

@@ -3,8 +3,6 @@ input is one sentence."""
 
 import json
 import os
-import subprocess
-import sys
 import threading
 
 import pytest
@@ -16,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from conftest import ROOT, make_base, make_model
 from generator import GeneratorConfig, InputError, Memory
 from model import AdaptedLM, load_base
+from processes import finish, start
 
 SHORT = dict(sliding_window=8, layer_types=["sliding_attention", "full_attention", "sliding_attention"])
 # name: kind and what differs from conftest's shape; between them q/k/v biases, q/k norms, tied and untied embeddings,
@@ -290,9 +289,10 @@ def test_memory_in_another_process(tmp_path, base_directory):
               "model, memory = AdaptedLM.from_pretrained(base, sys.argv[2]), Memory.load(sys.argv[3]);"
               "query = torch.tensor([eval(sys.argv[4])]);"
               "print(model.generate(query, memory, max_new_tokens=8, do_sample=False).tolist())")
-    out = subprocess.run([sys.executable, "-c", script, base_directory, tmp_path / "generator",
-                          tmp_path / "user.safetensors", str(query[0].tolist())],
-                         capture_output=True, text=True, cwd=ROOT, check=True).stdout
+    line = ["-c", script, base_directory, str(tmp_path / "generator"), str(tmp_path / "user.safetensors"),
+            str(query[0].tolist())]
+    assert finish(start(line, tmp_path / "printed")) == [0], (tmp_path / "printed").read_text()
+    out = (tmp_path / "printed").read_text().splitlines()[-1]
     assert json.loads(out) == model.generate(query, memory, max_new_tokens=8, do_sample=False).tolist()
 
 

@@ -128,7 +128,7 @@ def test_training_step_by_matrix_products(tmp_path, base_directory, text_file, m
         monkeypatch.setattr(generator, "svd_norm", norm)
         line = command(base_directory, text_file, tmp_path / name, "--d-r", "48", "--rank", "32", "--steps", "2",
                        "--save-every", "1", *flags)
-        train.train(train.arguments(line[2:]))
+        train.train(train.arguments(line[1:]))
         logs.append([json.loads(row) for row in open(tmp_path / name / "log.jsonl")])
     assert logs[0] != logs[1]
     for ours, theirs in zip(*logs):

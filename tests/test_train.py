@@ -4,9 +4,10 @@ fine-tuned baselines, refusals."""
 import json
 import math
 import os
+import random
+import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,29 +17,23 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from torch.distributed.run import get_args_parser
 
 import train
 from conftest import ROOT, make_base, make_model
 from data import conversation, doubled, instruction_batch, instruction_example, instruction_units
 from generator import InputError
 from model import load_base
+from processes import finish, start, start_group
 from support.finetune import fit_base
 from support.instructions import load_instructions
 from support.text import user_turn
 
 
-def command(base, text, out, *flags, processes=1):
-    launcher = [sys.executable] if processes == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone",
-                                                        f"--nproc_per_node={processes}"]
-    return launcher + ["train.py", "--base", base, "--data", text, "--out", str(out), "--device", "cpu", "--dtype",
-                       "float32", "--chunk", "16", "--chunks", "2", "--batch", "4",
-                       "--d-r", "16", "--rank", "8", "--lr", "1e-2", "--warmup", "2", "--eval-sequences", "3",
-                       "--eval-every", "1000", *flags]
-
-
-def run(*args, **options):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GENERATIVE_ADAPTER_CACHE": options.pop("cache")}
-    return subprocess.run(command(*args, **options), cwd=ROOT, env=environment, capture_output=True, text=True)
+def command(base, text, out, *flags):
+    return ["train.py", "--base", base, "--data", text, "--out", str(out), "--device", "cpu", "--dtype", "float32",
+            "--chunk", "16", "--chunks", "2", "--batch", "4", "--d-r", "16", "--rank", "8", "--lr", "1e-2",
+            "--warmup", "2", "--eval-sequences", "3", "--eval-every", "1000", *flags]
 
 
 def weights(out, step):
@@ -55,25 +50,21 @@ def assert_same_gradient(out, other):
         torch.testing.assert_close(theirs[name], ours[name], rtol=1e-3, atol=1e-4 * ours[name].abs().max().item())
 
 
+def assert_same_weights(out, other, step):
+    for name, tensor in weights(out, step).items():
+        assert torch.equal(tensor, weights(other, step)[name]), name
+
+
 def test_killed_and_resumed_is_bit_identical(tmp_path, base_directory, text_file):
     """SIGKILL in the middle of a run; random windows, so that the draw of the data is resumed too."""
-    cache, flags = str(tmp_path / "cache"), ("--steps", "30", "--save-every", "4", "--windows")
-    whole = run(base_directory, text_file, tmp_path / "whole", *flags, cache=cache)
-    assert whole.returncode == 0, whole.stderr
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GENERATIVE_ADAPTER_CACHE": cache}
-    killed = subprocess.Popen(command(base_directory, text_file, tmp_path / "killed", *flags), cwd=ROOT,
-                              env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    log = tmp_path / "killed" / "log.jsonl"
-    while killed.poll() is None and not (log.exists() and len(log.read_text().splitlines()) >= 10):
-        time.sleep(0.002)
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
-    assert not (tmp_path / "killed" / "step-000030").exists(), "the run ended before it could be killed"
-    resumed = run(base_directory, text_file, tmp_path / "killed", *flags, "--resume", cache=cache)
-    assert resumed.returncode == 0 and "from step 0;" not in resumed.stdout, resumed.stdout + resumed.stderr
-    for name, tensor in weights(tmp_path / "whole", 30).items():
-        assert torch.equal(tensor, weights(tmp_path / "killed", 30)[name]), name
-    lines = [[json.loads(line) for line in open(tmp_path / run_ / "log.jsonl")] for run_ in ("whole", "killed")]
+    whole, killed = (command(base_directory, text_file, tmp_path / name, "--steps", "30", "--save-every", "4",
+                             "--windows") for name in ("whole", "killed"))
+    ended = [finish(start(line, tmp_path / "printed", life=life))[0]
+             for line, life in ((whole, 0), (killed, 30), (killed + ["--resume"], 0))]
+    printed = (tmp_path / "printed").read_text()
+    assert ended == [0, -signal.SIGKILL, 0] and "from step 8;" in printed, printed
+    assert_same_weights(tmp_path / "whole", tmp_path / "killed", 30)
+    lines = [[json.loads(line) for line in open(tmp_path / name / "log.jsonl")] for name in ("whole", "killed")]
     assert [(r["step"], r["loss"]) for r in lines[0]] == [(r["step"], r["loss"]) for r in lines[1]]
     assert lines[0][-1]["reconstruction"] < lines[0][0]["reconstruction"] - 0.1               # and it learns
     assert sorted(p.name for p in (tmp_path / "whole").glob("step-*")) == ["step-000028", "step-000030"]
@@ -81,110 +72,85 @@ def test_killed_and_resumed_is_bit_identical(tmp_path, base_directory, text_file
 
 def test_sigterm_and_time_limit_leave_a_checkpoint(tmp_path, base_directory, text_file):
     """Both end the run after the step under way, with exit code 0 and a checkpoint of that step."""
-    cache, flags = str(tmp_path / "cache"), ("--steps", "100000", "--save-every", "100000")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GENERATIVE_ADAPTER_CACHE": cache}
-    process = subprocess.Popen(command(base_directory, text_file, tmp_path / "term", *flags), cwd=ROOT, env=environment,
-                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    log = tmp_path / "term" / "log.jsonl"
-    while process.poll() is None and not (log.exists() and log.read_text().count("\n") >= 3):
+    flags, log = ("--steps", "100000", "--save-every", "100000"), tmp_path / "term" / "log.jsonl"
+    term = start(command(base_directory, text_file, tmp_path / "term", *flags), tmp_path / "term.txt")
+    limit = start(command(base_directory, text_file, tmp_path / "limit", *flags, "--max-minutes", "0.0001"),
+                  tmp_path / "limit.txt")
+    while term.is_alive() and not (log.exists() and log.read_text().count("\n") >= 3):
         time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    out, _ = process.communicate(timeout=60)
-    done = run(base_directory, text_file, tmp_path / "limit", *flags, "--max-minutes", "0.0001", cache=cache)
-    assert process.returncode == done.returncode == 0
-    for name, printed in (("term", out), ("limit", done.stdout)):
+    term.terminate()
+    assert finish(term, limit) == [0, 0]
+    for name in ("term", "limit"):
         step = sum(1 for _ in open(tmp_path / name / "log.jsonl"))
-        assert f"stopped at step {step} of 100000" in printed and weights(tmp_path / name, step)
+        assert f"stopped at step {step} of 100000" in (tmp_path / f"{name}.txt").read_text()
+        assert weights(tmp_path / name, step)
 
 
 def test_killed_twenty_times(tmp_path, base_directory, text_file):
     """SIGKILL twenty times, between any two of a run's optimiser steps, flushes, renames and removals: each restart
-    resumes from a whole checkpoint, and the end is bit-identical to an unbroken run. The runs are forks of one process
-    that has done its imports."""
-    script = f"""
-import itertools, multiprocessing, os, random, shutil, signal, sys
-sys.path.insert(0, {ROOT!r})
-import torch, train
-torch.set_num_threads(1)
-def go(argv, life):
-    sys.stdout = sys.stderr = open(os.devnull, "w")
-    events = itertools.count(1)
-    def counted(function):
-        def call(*args, **kwargs):
-            if next(events) == life:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return function(*args, **kwargs)
-        return call
-    for owner, name in ((os, "fsync"), (os, "rename"), (shutil, "rmtree"), (torch.optim.AdamW, "step")):
-        setattr(owner, name, counted(getattr(owner, name)))
-    train.train(train.arguments(argv))
-if __name__ == "__main__":
-    start, whole, broken = multiprocessing.get_context("fork"), sys.argv[1:], sys.argv[1:]
-    broken[broken.index("--out") + 1] += "-broken"
-    draw, ends = random.Random(0), []
-    kills = [(broken + ["--resume"], draw.randint(1, 16)) for _ in range(20)]
-    for argv, life in [(whole, 0), *kills, (broken + ["--resume"], 0)]:
-        run = start.Process(target=go, args=(argv, life)); run.start(); run.join()
-        ends.append(run.exitcode)
-    print(*ends)
-"""
-    flags = command(base_directory, text_file, tmp_path / "run", "--steps", "80", "--save-every", "2", "--batch", "2",
-                    "--windows")[2:]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GENERATIVE_ADAPTER_CACHE": str(tmp_path / "cache")}
-    (tmp_path / "kill.py").write_text(script)
-    done = subprocess.run([sys.executable, str(tmp_path / "kill.py"), *flags], env=environment, capture_output=True,
-                          text=True)
-    assert done.stdout.split() == ["0"] + ["-9"] * 20 + ["0"], done.stdout + done.stderr
-    for name, tensor in weights(tmp_path / "run", 80).items():
-        assert torch.equal(tensor, weights(tmp_path / "run-broken", 80)[name]), name
+    resumes from a whole checkpoint, and the end is bit-identical to an unbroken run."""
+    whole, broken = (command(base_directory, text_file, tmp_path / name, "--steps", "80", "--save-every", "2",
+                             "--batch", "2", "--windows") for name in ("whole", "broken"))
+    draw = random.Random(0)
+    lives = [draw.randint(1, 16) for _ in range(20)]
+    ended = finish(start(whole, tmp_path / "whole.txt"))
+    for life in (*lives, 0):
+        ended += finish(start(broken + ["--resume"], tmp_path / "broken.txt", life=life))
+    assert ended == [0] + [-signal.SIGKILL] * 20 + [0], (tmp_path / "broken.txt").read_text()
+    assert_same_weights(tmp_path / "whole", tmp_path / "broken", 80)
 
 
 def test_two_machines_without_a_shared_disk(tmp_path, base_directory, text_file):
     """Only the first has the checkpoints: the second resumes from them all the same, and both end where one would."""
-    flags = ["--steps", "6", "--save-every", "3"]
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-
-    def both(*flags):
-        runs = []
-        for rank in range(2):
-            disk = tmp_path / f"machine-{rank}"
-            disk.mkdir(exist_ok=True)
-            line = command(base_directory, text_file, "run", *flags)
-            line[line.index("train.py")] = os.path.join(ROOT, "train.py")
-            environment = {**os.environ, "OMP_NUM_THREADS": "1", "GENERATIVE_ADAPTER_CACHE": str(disk / "cache"),
-                           "RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost",
-                           "MASTER_PORT": port}
-            runs.append(subprocess.Popen(line, cwd=disk, env=environment, stdout=subprocess.PIPE,
-                                         stderr=subprocess.STDOUT, text=True))
-        outputs = [run.communicate()[0] for run in runs]
-        assert all(run.returncode == 0 for run in runs), outputs
-        return outputs[0]
-
-    both(*flags)
-    whole = weights(tmp_path / "machine-0" / "run", 6)
-    assert not (tmp_path / "machine-1" / "run").exists()
-    shutil.rmtree(tmp_path / "machine-0" / "run" / "step-000006")
-    assert "from step 3;" in both(*flags, "--resume")
-    for name, tensor in weights(tmp_path / "machine-0" / "run", 6).items():
-        assert torch.equal(tensor, whole[name]), name
+    disks, line = [tmp_path / "machine-0", tmp_path / "machine-1"], command(base_directory, text_file, "run", "--steps",
+                                                                            "6", "--save-every", "3")
+    for disk in disks:
+        disk.mkdir()
+    assert finish(*start_group(line, tmp_path / "printed", disks, machines=True)) == [0, 0]
+    assert not (disks[1] / "run").exists()
+    (disks[0] / "run" / "step-000006").rename(tmp_path / "step-000006")
+    assert finish(*start_group(line + ["--resume"], tmp_path / "printed", disks, machines=True)) == [0, 0]
+    assert "from step 3;" in (tmp_path / "printed-0").read_text()
+    assert_same_weights(tmp_path, disks[0] / "run", 6)
 
 
 def test_processes_and_micro_batches_agree(tmp_path, base_directory, text_file):
-    """torchrun with two and four gloo processes, one process, and one process without accumulation: the same weights
-    after 5 steps up to rounding."""
-    cache, flags = str(tmp_path / "cache"), ("--steps", "5", "--windows", "--save-every", "1", "--keep", "9")
-    for name, more, processes in (("one", (), 1), ("two", (), 2), ("four", (), 4),
-                                  ("whole", ("--micro-batch", "4", "--checkpointing"), 1)):
-        done = run(base_directory, text_file, tmp_path / name, *flags, *more, processes=processes, cache=cache)
-        assert done.returncode == 0, done.stderr
+    """torchrun with two gloo processes, four processes, one, and one without accumulation: the same gradients in the
+    first step and losses in 5 steps up to rounding."""
+    def line(name, *more):
+        return command(base_directory, text_file, tmp_path / name, "--steps", "5", "--windows", "--save-every", "1",
+                       "--keep", "9", "--init", "random", *more)
+
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *line("two")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GENERATIVE_ADAPTER_CACHE": str(tmp_path / "cache-two")}
+    two = subprocess.Popen(torchrun, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                           text=True)
+    ended = finish(start(line("one"), tmp_path / "one.txt"), *start_group(line("four"), tmp_path / "four.txt",
+                                                                          [ROOT] * 4))
+    ended += finish(start(line("whole", "--micro-batch", "4", "--checkpointing"), tmp_path / "whole.txt"))
+    assert ended == [0] * 6, [path.read_text() for path in tmp_path.glob("*.txt*")]
+    printed, _ = two.communicate()
+    assert two.returncode == 0, printed
     one = weights(tmp_path / "one", 5)
     assert max(tensor.abs().max() for name, tensor in one.items() if name.endswith("A1")) > 1e-2
     for other in ("two", "four", "whole"):
         assert_same_gradient(tmp_path / "one", tmp_path / other)
         losses = [[json.loads(line)["loss"] for line in open(tmp_path / name / "log.jsonl")] for name in ("one", other)]
         assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+def test_torchrun_lets_every_option_pass(capsys):
+    """torchrun's own parser meets the script's options too, and refuses one that abbreviates several of its own."""
+    with pytest.raises(SystemExit):
+        train.arguments(["--help"])
+    options = set(re.findall(r"--[a-z][a-z0-9-]*", capsys.readouterr().out)) - {"--nproc", "--standalone"}
+    assert len(options) > 40 and {"--start", "--init", "--help"} < options
+    for option in options - {"--start"}:
+        line = ["--standalone", "--nproc_per_node=8", "train.py", "--data", "corpus.parquet", option, "x"]
+        assert get_args_parser().parse_args(line).training_script_args == line[3:]
+    with pytest.raises(SystemExit):
+        get_args_parser().parse_args(["--standalone", "train.py", "--start", "random"])
+    assert train.arguments(["--out", "x", "--init", "random"]).start == "random"
 
 
 def test_loss_is_eq_5():
@@ -211,7 +177,7 @@ def test_learning_rate():
 
 
 def main(base, text, out, *flags):
-    train.train(train.arguments(command(base, text, out, *flags)[2:]))
+    train.train(train.arguments(command(base, text, out, *flags)[1:]))
 
 
 def test_a_bad_gradient_is_skipped_and_ten_in_a_row_stop_the_run(tmp_path, base_directory, text_file, monkeypatch):
@@ -263,8 +229,9 @@ def test_refusals(tmp_path, base_directory, text_file, monkeypatch):
 
 
 def test_exit_code(tmp_path, base_directory):
-    done = run(base_directory, "missing.jsonl", tmp_path / "x", cache=str(tmp_path))
-    assert done.returncode == 2 and done.stderr.strip().splitlines()[-1] == "error: missing.jsonl: no such file"
+    process = start(command(base_directory, "missing.jsonl", tmp_path / "x"), tmp_path / "printed")
+    assert finish(process) == [2]
+    assert (tmp_path / "printed").read_text().splitlines()[-1] == "error: missing.jsonl: no such file"
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -378,12 +345,12 @@ def test_instruct_stage(tmp_path, base_directory, qa_file):
     def go(name, *more, processes=1):
         flags = ["--stage", "instruct", "--checkpoint", str(tmp_path / "pretrained"), "--chunk", "64", "--chunks", "3",
                  "--steps", "8", "--save-every", "1", "--keep", "9", *more]
-        line = command(base_directory, qa_file, tmp_path / name, *flags, processes=processes)
+        line = command(base_directory, qa_file, tmp_path / name, *flags)
         for flag in ("--d-r", "--rank"):                # the checkpoint's
             del line[line.index(flag):line.index(flag) + 2]
-        done = subprocess.run(line, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True,
-                              text=True)
-        assert done.returncode == 0, done.stderr
+        started = start_group(line, tmp_path / "printed", [ROOT] * 2) if processes == 2 else [
+            start(line, tmp_path / "printed")]
+        assert finish(*started) == [0] * processes, [path.read_text() for path in tmp_path.glob("printed*")]
         return weights(tmp_path / name, 8)
 
     one, log = go("one"), [json.loads(line) for line in open(tmp_path / "one" / "log.jsonl")]
