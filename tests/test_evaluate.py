@@ -6,6 +6,7 @@ import math
 import os
 import random
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -83,6 +84,14 @@ def plain_nats(model, tokenizer, prompt, gold, memory=None):
         nats.append(-model(torch.tensor([ids]), memory=memory)[0, -1].double().log_softmax(-1)[t].item())
         ids.append(t)
     return sum(nats) / len(nats)
+
+
+def streamed(model, tokenizer, text, chunk):
+    """Memory of a text, evenly split into chunks of at most so many tokens."""
+    ids, memory = ids_of(tokenizer, text), None
+    for piece in ids.split(-(-ids.shape[1] // -(-ids.shape[1] // chunk)), 1):
+        memory = model.contextualize(piece, memory=memory)
+    return memory
 
 
 def drawn_texts(path):
@@ -258,17 +267,6 @@ def test_the_released_count_gives_table_1():
         assert costs.released_flops(base, tokens, kept) / 1e12 == pytest.approx(tflops, abs=5e-4)
 
 
-def test_released_column_stands_in_msc(tmp_path, base_directory):
-    result, _ = run(tmp_path, base_directory, "msc", "--data", MSC_SAMPLE, "--checkpoint", "none", "--limit", "1",
-                    "--method", "full-conversation", "--method", "closed-book")
-    base, _ = load_base(base_directory, torch.float32, "cpu")
-    full, closed = result["rows"]
-    weights = sum(p.numel() for name, p in base.named_parameters() if "norm" not in name and "embed" not in name)
-    tokens = round(closed["released_tflops"] * 1e12 / weights)
-    assert closed["released_tflops"] * 1e12 == pytest.approx(tokens * weights)
-    assert full["released_tflops"] > closed["released_tflops"]
-
-
 def test_fine_tuned_base_brings_its_cost(tmp_path, base_directory, squad_file):
     """train.py --stage finetune writes what it cost, by FLOPs counted from the examples; closed-book rows show it."""
     write_rows(tmp_path / "docs.jsonl", [{"text": "x" * 100}])
@@ -431,38 +429,23 @@ def test_msc_untrained_adapter_is_closed_book(tmp_path, base_directory, capsys):
     for row in rows.values():
         assert set(METRICS) <= set(row) and all(m + "_stderr" in row for m in METRICS) and row["n"] == 3
     assert rows["adapter"]["best-of-5"] >= 0 and rows["adapter"]["chance"] == 20        # four controls by default
-    tflops = {method: row["inference_tflops"] for method, row in rows.items()}
+    tflops, released = ({method: row[key] for method, row in rows.items()}
+                        for key in ("inference_tflops", "released_tflops"))
     assert tflops["adapter"] == tflops["closed-book"] < tflops["full-conversation"]
+    base, _ = load_base(base_directory, torch.float32, "cpu")
+    weights = sum(p.numel() for name, p in base.named_parameters() if "norm" not in name and "embed" not in name)
+    tokens = predictions[0]["released_tflops"] * 1e12 / weights                # closed-book: no attention to a context
+    assert tokens == pytest.approx(round(tokens)) and released["full-conversation"] > released["closed-book"]
     assert [result[key] for key in ("task", "n", "seed", "checkpoint", "base")] == ["msc", 3, 0, "none", base_directory]
     assert set(result["versions"]) == {"python", "torch", "transformers"}
     assert "Question: {question}" in result["prompts"]["full-conversation"]
-    out = capsys.readouterr().out
+    out = " ".join(capsys.readouterr().out.split())
     assert "| adapter-shuffled |" in out and "untrained" in out
 
 
-def test_msc_scores_follow_from_the_predictions(tmp_path, base_directory):
-    """A trained-looking generator of chunks of 300 tokens; each row of the table recomputed from the JSONL, each answer
-    from the model."""
-    base, tokenizer = load_base(base_directory, torch.float32, "cpu")
-    make_model(base=base, chunk=300).save_pretrained(tmp_path / "generator")
-    result, predictions = run(tmp_path, base_directory, "msc", "--data", MSC_SAMPLE, "--checkpoint",
-                              str(tmp_path / "generator"), "--limit", "2", "--method", "adapter",
-                              "--method", "adapter-shuffled")
-    for row in result["rows"]:
-        mine = [p for p in predictions if p["method"] == row["method"]]
-        assert row["f1"] == pytest.approx(100 * sum(f1_score(p["prediction"], p["gold"]) for p in mine) / 2)
-    model, item = AdaptedLM.from_pretrained(base, tmp_path / "generator"), load_msc()[1]
-    ids, memory = ids_of(tokenizer, "\n\n".join(item["sessions"])), None
-    size = -(-ids.shape[1] // -(-ids.shape[1] // 300))
-    for chunk in ids.split(size, 1):
-        memory = model.contextualize(chunk, memory=memory)
-    assert predictions[1]["prediction"] == greedy(model, tokenizer, item["question"], [memory])
-    assert predictions[1]["prediction"] != predictions[3]["prediction"]
-
-
-def test_msc_nats_gap_and_reading_once(tmp_path, base_directory, tokenizer, monkeypatch, capsys):
-    """The table's nats and gap recomputed from the model; every conversation is read once for its question, its nats
-    and all questions whose control it is."""
+def test_msc_scores_nats_gap_and_reading_once(tmp_path, base_directory, tokenizer, monkeypatch, capsys):
+    """A trained-looking generator of chunks of 300 tokens; answers, nats and gap recomputed from the model, the table
+    from the JSONL. Every conversation is read once for its question, its nats and all questions whose control it is."""
     base, _ = load_base(base_directory, torch.float32, "cpu")
     make_model(base=base, chunk=300).save_pretrained(tmp_path / "generator")
     reads, encode = [], evaluate.encode
@@ -474,7 +457,7 @@ def test_msc_nats_gap_and_reading_once(tmp_path, base_directory, tokenizer, monk
     rows, items = by_method(result), load_msc()[:4]
     model = AdaptedLM.from_pretrained(base, tmp_path / "generator")
     prompts = [ids_of(tokenizer, item["question"])[0].tolist() for item in items]
-    memories = [encode(model, ids_of(tokenizer, "\n\n".join(item["sessions"]))[0].tolist()) for item in items]
+    memories = [streamed(model, tokenizer, "\n\n".join(item["sessions"]), 300) for item in items]
     with torch.no_grad():
         table = [[plain_nats(model, tokenizer, prompt, item["answer"], memory) for memory in (*memories, None)]
                  for prompt, item in zip(prompts, items)]
@@ -485,14 +468,18 @@ def test_msc_nats_gap_and_reading_once(tmp_path, base_directory, tokenizer, monk
     assert rows["closed-book"]["nats"] == pytest.approx(sum(row[-1] for row in table) / 4, rel=1e-4)
     assert (rows["adapter"]["gap"], rows["adapter"]["gap_stderr"]) == pytest.approx(gap, abs=1e-4)
     assert rows["adapter"]["best-of-3"] == pytest.approx(25 * sum(n < min(o) for n, o in zip(own, other)))
-    for method in rows:
+    for method, row in rows.items():
         mine = [p for p in predictions if p["method"] == method]
-        assert rows[method]["nats"] == pytest.approx(sum(p["nats"] for p in mine) / 4)
-        assert rows[method]["nats_stderr"] > 0
+        assert row["nats"] == pytest.approx(sum(p["nats"] for p in mine) / 4) and row["nats_stderr"] > 0
+        assert row["f1"] == pytest.approx(100 * sum(f1_score(p["prediction"], p["gold"]) for p in mine) / 4)
     shuffled = [p for p in predictions if p["method"] == "adapter-shuffled"]
     assert [p["control_nats"] for p in shuffled] == [pytest.approx(o, rel=1e-4) for o in other]
-    assert [p["prediction"] for p in shuffled] == [greedy(model, tokenizer, item["question"], [memories[some[0]]])
-                                                   for item, some in zip(items, others)]         # F1 is of the first
+    assert [p["nats"] for p in shuffled] == pytest.approx([sum(o) / 2 for o in other], rel=1e-4)
+    first = [memories[some[0]] for some in others]                      # whose answers F1 scores
+    for method, under in (("adapter", memories), ("adapter-shuffled", first)):
+        want = [greedy(model, tokenizer, item["question"], [memory]) for item, memory in zip(items, under)]
+        assert [p["prediction"] for p in predictions if p["method"] == method] == want
+    assert want != [greedy(model, tokenizer, item["question"], [memory]) for item, memory in zip(items, memories)]
     assert "| method | n | nats | gap | best-of-3 | chance | f1 |" in " ".join(capsys.readouterr().out.split())
 
 
@@ -533,7 +520,7 @@ def test_msc_by_evidence(tmp_path, base_directory, generator_directory, tokenize
     (got,) = [p for p in predictions if (p["method"], p["context"], p["question"])
               == ("adapter", "oracle turn ± 2", item["question"])]
     assert got["nats"] == pytest.approx(want, rel=1e-4)
-    for words in ("gap to other contexts", "answer, nats", "F1"):
+    for words in ("gap to other contexts", "answer, nats", "F1", "context, tokens"):
         assert words in drawn_texts(tmp_path / "p.svg")
 
 
@@ -621,6 +608,11 @@ def test_qa_rows_groups_and_answers(tmp_path, base_directory, squad_file, genera
                   if (p["method"], p["question"], p["parts"]) == (method, "Which river?", 2)]
         assert got["prediction"] == want and got["golds"] == ["Öre", "the river Öre"]
         assert got["f1"] == f1_score(want, "Öre")
+    memory = model.contextualize(ids_of(tokenizer, SQUAD[2][0]))
+    with torch.no_grad():                                            # "wind", the shortest of two golds
+        want = plain_nats(model, tokenizer, ids_of(tokenizer, "Who walks?")[0].tolist(), "wind", memory)
+    assert [p["nats"] for p in predictions if (p["method"], p["question"], p["parts"]) == ("adapter", "Who walks?", 3)
+            ] == [pytest.approx(want, rel=1e-4)]
     assert len({p["key"] for p in predictions}) == len(predictions) == 6 * (1 + 3 + 3 + 2)
     assert (tmp_path / "p.png").read_bytes()[:4] == b"\x89PNG"
 
@@ -800,29 +792,17 @@ def test_metaicl_rows_answers_and_resumption(tmp_path, base_directory, metaicl_d
     assert timeless(again) == timeless(result)
 
 
-def test_permuted_demonstrations(tmp_path, base_directory, metaicl_directory, generator_directory, tokenizer):
-    """The second control reads the task's own demonstrations, each with the output of the next one drawn."""
-    _, predictions = run(tmp_path, base_directory, "metaicl", "--data", str(metaicl_directory), "--checkpoint",
-                         generator_directory, "--shots", "3", "--demo-seeds", "13", "--limit", "1", "--method",
-                         "adapter-permuted")
-    drawn = random.Random(0).sample(range(16), 16)
-    context = "\n\n".join(f"Input: quarel train 13 {i} é\nOutput: {'yes' if j % 2 else 'no'}"
-                          for i, j in zip(drawn[:3], drawn[1:4]))
-    model = load_adapted(base_directory, generator_directory)
-    memory = model.contextualize(ids_of(tokenizer, context))
-    (got,) = [p for p in predictions if p["name"] == "quarel"]
-    with torch.no_grad():
-        want = plain_nats(model, tokenizer, ids_of(tokenizer, got["question"])[0].tolist(), got["golds"][0], memory)
-    assert got["nats"] == pytest.approx(want, rel=1e-4)
-
-
-def test_metaicl_gap_is_clustered_by_demonstrations(tmp_path, base_directory, metaicl_directory, generator_directory):
+def test_metaicl_gap_by_demonstrations_and_permuted_ones(tmp_path, base_directory, metaicl_directory, tokenizer,
+                                                         generator_directory):
+    """The gap's error is clustered by demonstrations. The second control reads the task's own, each with the output of
+    the next one drawn."""
     result, predictions = run(tmp_path, base_directory, "metaicl", "--data", str(metaicl_directory), "--checkpoint",
-                              generator_directory, "--shots", "1", "--demo-seeds", "100", "13", "--limit", "2",
-                              "--controls", "2", "--method", "adapter", "--method", "adapter-shuffled")
+                              generator_directory, "--shots", "3", "--demo-seeds", "100", "13", "--limit", "2",
+                              "--controls", "2", "--method", "adapter", "--method", "adapter-shuffled", "--method",
+                              "adapter-permuted")
     rows = {(row["method"], row["task"]): row for row in result["rows"]}
-    own, other = ([p for p in predictions if (p["method"], p["name"]) == (m, "quarel")]
-                  for m in ("adapter", "adapter-shuffled"))
+    own, other, permuted = ([p for p in predictions if (p["method"], p["name"]) == (method, "quarel")]
+                            for method in ("adapter", "adapter-shuffled", "adapter-permuted"))
     gaps = [sum(o["control_nats"]) / 2 - p["nats"] for p, o in zip(own, other)]
     assert [p["cluster"] for p in own] == [100, 100, 13, 13] and [p["id"] for p in own] == [p["id"] for p in other]
     row = rows["adapter", "quarel"]
@@ -830,6 +810,14 @@ def test_metaicl_gap_is_clustered_by_demonstrations(tmp_path, base_directory, me
     tasks = [rows["adapter", name] for name in ("poem_sentiment", "quarel", "superglue-copa")]
     assert rows["adapter", "all"]["gap"] == pytest.approx(sum(r["gap"] for r in tasks) / 3)
     assert rows["adapter", "all"]["gap_stderr"] == pytest.approx(sum(r["gap_stderr"]**2 for r in tasks) ** 0.5 / 3)
+    drawn = random.Random(0).sample(range(16), 16)
+    context = "\n\n".join(f"Input: quarel train 13 {i} é\nOutput: {'yes' if j % 2 else 'no'}"
+                          for i, j in zip(drawn[:3], drawn[1:4]))
+    model = load_adapted(base_directory, generator_directory)
+    memory, got = model.contextualize(ids_of(tokenizer, context)), permuted[2]
+    with torch.no_grad():
+        want = plain_nats(model, tokenizer, ids_of(tokenizer, got["question"])[0].tolist(), got["golds"][0], memory)
+    assert got["nats"] == pytest.approx(want, rel=1e-4)
 
 
 def test_fine_tuned_is_left_out_where_it_does_not_fit(tmp_path, base_directory, metaicl_directory, monkeypatch):
@@ -893,10 +881,8 @@ def test_ppl_of_other_lengths_in_the_generators_chunks(tmp_path, base_directory)
     rows = {(row["method"], row["context_length"]): row for row in result["rows"]}
     assert list(rows) == [("closed-book", 40), ("adapter", 40), ("closed-book", 100), ("adapter", 100)]
     want = ([], [])
-    for ids in (ids_of(tokenizer, text) for text in texts):
-        memory = None
-        for chunk in ids[:, :40].split(14, 1):
-            memory = model.contextualize(chunk, memory=memory)
+    for text in texts:
+        ids, memory = ids_of(tokenizer, text), streamed(model, tokenizer, text[:39], 16)             # <s> and 39 bytes
         for values, target in zip(want, (ids[:, :40], ids[:, 40:80])):
             values.append(F.cross_entropy(model(target, memory=memory)[0, :-1], target[0, 1:]).item())
     row = rows["adapter", 40]
@@ -1030,9 +1016,8 @@ def test_ask(tmp_path, base_directory, capsys, monkeypatch):
     evaluate.main([*common, "--context", str(tmp_path / "b.txt"), "--memory", memory, "--question", "Who?",
                    "--question", "Where?", "--export", str(tmp_path / "lora")])
     out = capsys.readouterr().out.split("\n")
-    want, first = None, ids_of(tokenizer, (tmp_path / "a.txt").read_text(encoding="utf-8"))
-    for chunk in (*first.split(721, 1), ids_of(tokenizer, (tmp_path / "b.txt").read_text(encoding="utf-8"))):
-        want = model.contextualize(chunk, memory=want)
+    want = streamed(model, tokenizer, (tmp_path / "a.txt").read_text(encoding="utf-8"), 1024)
+    want = model.contextualize(ids_of(tokenizer, (tmp_path / "b.txt").read_text(encoding="utf-8")), memory=want)
     kept = Memory.load(memory)
     for name, S in want.states.items():
         torch.testing.assert_close(kept.states[name], S, rtol=1e-4, atol=1e-4 * S.abs().max().item())
@@ -1101,6 +1086,19 @@ def test_exit_codes(tmp_path):
                          (["--task", "msc", "--data", str(tmp_path / "no.jsonl")], "no.jsonl: no such file")):
         done = subprocess.run([sys.executable, "evaluate.py", *flags], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr
+
+
+def test_commands_of_the_documentation_parse(tmp_path, monkeypatch):
+    """Every command of docs/evaluation.md and of evaluate.py's own help, the block for a GPU and the hub included."""
+    docs = open(os.path.join(ROOT, "docs", "evaluation.md"), encoding="utf-8").read()
+    block = docs[docs.index("hf auth login"):]
+    C = re.search(r"^C=(\S+)", block, re.M)[1]
+    assert all(f"--task {task} --checkpoint $C" in block for task in ("msc", "squad")) and "/" in C
+    monkeypatch.chdir(tmp_path)
+    commands = re.findall(r"^ *python evaluate.py (.*)", docs + evaluate.__doc__, re.M)
+    assert len(commands) > 15
+    for command in commands:
+        evaluate.arguments(shlex.split(command.replace("$C", C), comments=True))
 
 
 @torch.no_grad()
