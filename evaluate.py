@@ -129,11 +129,10 @@ def memory_gap(own, controls):
         return {}
     K, labels = len(pairs[0][1]), [label for _, _, label in pairs]
     gap, error = mean_and_stderr([statistics.fmean(others) - nats for nats, others, _ in pairs], labels)
-    first = [(nats <= min(others)) / (1 + others.count(nats)) for nats, others, _ in pairs]
+    first = [100 * (nats <= min(others)) / (1 + others.count(nats)) for nats, others, _ in pairs]
     best, best_error = mean_and_stderr(first, labels)
     name = f"best-of-{K + 1}"
-    return {"gap": gap, "gap_stderr": error, name: 100 * best, "chance": 100 / (K + 1),
-            name + "_stderr": None if best_error is None else 100 * best_error,
+    return {"gap": gap, "gap_stderr": error, name: best, name + "_stderr": best_error, "chance": 100 / (K + 1),
             **({"pairs": len(pairs)} if len(pairs) < len(own) else {})}
 
 
@@ -164,7 +163,7 @@ def in_context(run, template, contexts, items):
 
 
 def fine_tuned(run, template, contexts, items):
-    """The context, (training rows, validation rows), in all weights of the base."""
+    """All weights of the base fitted to the context: (training rows, validation rows)."""
     costs = fit_task(run.model.base, run.tokenizer, *contexts[0], run.args.seed)
     return closed_book(run, template, contexts, items)[0], {}, [costs]
 
@@ -174,8 +173,8 @@ def adapter(run, template, contexts, items):
     read = [[run.read(text) for text in ((context,) if isinstance(context, str) else context)] for context in contexts]
     memory, *controls = [{name: tuple(map(torch.cat, zip(*(pairs[name] for pairs, _ in column))))
                           for name in column[0][0]} for column in zip(*read)]     # of the k-th text of each context
-    prompts, _, _ = closed_book(run, template, contexts, items)
-    return prompts, {"memory": memory, "controls": controls}, [row[0][1] for row in read]
+    kept = {"memory": memory, "controls": controls}
+    return closed_book(run, template, contexts, items)[0], kept, [row[0][1] for row in read]
 
 
 def read_adapter(model, tokenizer, text):
@@ -187,12 +186,13 @@ def read_adapter(model, tokenizer, text):
                    "contextualisation_seconds": clock(model.base.device) - began}
 
 
+# the methods that read a context; all others are closed-book
 WITH_CONTEXT = {**dict.fromkeys(IN_CONTEXT, in_context), "fine-tuned": fine_tuned,
                 **dict.fromkeys(("adapter", "adapter-shuffled", "adapter-permuted"), adapter)}
 
 
 def read_contexts(run, method, contexts, items):
-    """(prompts, keyword arguments of solve, costs of the context of each item)"""
+    """The same of any method, with the costs of each item's context."""
     template = prompt_template(run.args.task, method)
     prompts, kept, costs = WITH_CONTEXT.get(method, closed_book)(run, template, contexts, items)
     return prompts, kept, costs * (len(items) // len(costs))
@@ -222,7 +222,7 @@ def msc(run, rows):
     def conditions(method):
         asked = [item for item in items if method != "adapter-shuffled" or others[item["number"]]]
         size = 1 if method in IN_CONTEXT else args.batch_size      # adapters of different contexts work side by side
-        for span in SPANS if args.evidence and method in WITH_CONTEXT else [SPANS[-1]]:
+        for span in SPANS if args.evidence and method in WITH_CONTEXT else SPANS[-1:]:
             texts = [row["spans"][span] if args.evidence else "\n\n".join(row["sessions"]) for row in rows]
             if method == "adapter-shuffled":
                 texts = [tuple(texts[j] for j in some) for some in others]
@@ -406,8 +406,7 @@ def main(argv=None):
     if "fine-tuned" in args.method and not args.named and (lack := lacking_memory(base)):
         args.method.remove("fine-tuned")
         note(f"fine-tuned is left out: {lack}; --method fine-tuned tries")
-    versions = {"python": platform.python_version(), "torch": torch.__version__,
-                "transformers": transformers.__version__}
+    versions = {"python": platform.python_version(), **{m.__name__: m.__version__ for m in (torch, transformers)}}
     facts = [args.base, stamps(args.base), args.data, stamps(args.data), args.limit, args.seed, args.demo_seeds,
              args.batch_size, dtype, base.device.type, versions]
     kept = max(args.controls + 1, int(PAIR_FLOATS / adapter_floats(model)))              # contexts; more are read again

@@ -91,8 +91,8 @@ def training_flops(base, train, validation, history):
 
 
 def fit_task(base, tokenizer, train, validation, seed):
-    """Costs of MetaICL's fine-tuned baseline (appendix C), fitted on rows with question and golds. The base's parameters
-    get new data, so that the caller, who kept theirs, can put it back."""
+    """Costs of MetaICL's fine-tuned baseline (appendix C), fitted on rows with question and golds. Parameters of the base
+    get new data: the caller, who kept the old, puts it back."""
     began = clock(base.device)
     examples = [[conversation(tokenizer, [(row["question"], row["golds"][0])], window(base)) for row in rows]
                 for rows in (train, validation)]
@@ -140,9 +140,8 @@ def finetune(args):
     args.batch, args.epochs = 64 if args.batch is None else args.batch, 10 if args.epochs is None else args.epochs
     if lr <= 0 or min(args.batch, args.epochs, args.patience) < 1:
         raise InputError("--lr must be positive, --batch, --epochs and --patience at least 1")
-    pairs = load_instructions(args.data)[0] if args.data else []
-    held_out = load_instructions(args.validation)[0] if args.validation else []
-    texts = load_texts(args.documents) if args.documents else []
+    pairs, held_out = (load_instructions(files or [])[0] for files in (args.data, args.validation))
+    texts = load_texts(args.documents or [])
     if args.data and not args.validation:               # of other contexts, so that it measures what carries over
         random.Random(args.seed).shuffle(pairs)
         held_out, pairs = pairs[:len(pairs) // 10], pairs[len(pairs) // 10:]

@@ -1,6 +1,7 @@
 """The table of an evaluation, its JSON and its figures, of one run or of several. evaluate.py needs it."""
 
 import json
+import math
 import os
 
 from support.answers import average
@@ -31,8 +32,10 @@ def markdown(rows, costs):
     """The scores of the rows as a Markdown table or, with costs, their costs; a metric has its standard error."""
     def cell(row, key):
         value, error = row.get(key), row.get(key + "_stderr")
-        text = "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
-        return text + (f" ± {error:.2g}" if error is not None else "")
+        if error:                                                            # two digits of the error
+            digits = max(0, 1 - math.floor(math.log10(error)))
+            return f"{value:.{digits}f} ± {error:.{digits}f}"
+        return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
     longest_first = sorted(rows, key=len, reverse=True)                      # the row of the adapter orders the columns
     keys = [key for key in dict.fromkeys(key for row in longest_first for key in row) if not key.endswith("_stderr")]
@@ -108,7 +111,7 @@ def plot(path, rows):
             elif points:
                 style = {"marker": "osD^vP*X<>"[n % 10], "linestyle": ":" if "shuffled" in label else "-", "capsize": 3}
                 lines[label] = axes.errorbar([row[x] for row in points], values, errors, color=f"C{n % 10}", **style)
-        axes.set_title(title)
+        axes.set(title=title, axisbelow=True)
         axes.grid(alpha=0.3)
         floor = None if key == "gap" else 0
         if x:
