@@ -91,8 +91,8 @@ def training_flops(base, train, validation, history):
 
 
 def fit_task(base, tokenizer, train, validation, seed):
-    """Costs of MetaICL's fine-tuned baseline (appendix C), fitted on rows with question and golds. Parameters of the base
-    get new data: the caller, who kept the old, puts it back."""
+    """Costs of MetaICL's fine-tuned baseline (appendix C), fitted on rows with question and golds. The parameters
+    of the base get new data: the caller, who kept the old, puts it back."""
     began = clock(base.device)
     examples = [[conversation(tokenizer, [(row["question"], row["golds"][0])], window(base)) for row in rows]
                 for rows in (train, validation)]
