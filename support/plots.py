@@ -116,6 +116,7 @@ def plot(path, rows):
         floor = None if key == "gap" else 0
         if x:
             ticks = sorted({row[x] for row in drawn if row.get(x)})
+            ticks = [tick for tick, before in zip(ticks, [0, *ticks]) if tick > 1.3 * before]      # no two in one place
             axes.set_xscale("log", base=2)
             axes.set_xticks(ticks, [f"{tick // 1024}K" if tick % 1024 == 0 else tick for tick in ticks])
             axes.set(ylim=(floor, None), xlabel=AXES[x])

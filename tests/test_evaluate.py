@@ -992,6 +992,10 @@ def test_lines_are_keyed_by_checkpoint_and_panels_by_task(tmp_path):
     plots.plot(str(tmp_path / "m.svg"), rows)
     assert all(f"{kind}: accuracy" in drawn_texts(tmp_path / "m.svg") for kind in ("classification", "quarel", "sick"))
     assert "all: accuracy" not in drawn_texts(tmp_path / "m.svg")
+    plots.plot(str(tmp_path / "t.svg"), [{"method": m, "context_tokens": k, "nats": 1.0}
+                                         for m, k in (("adapter", 41), ("adapter-shuffled", 43), ("adapter", 977))])
+    words = drawn_texts(tmp_path / "t.svg").split(" | ")
+    assert "41" in words and "977" in words and "43" not in words                  # ticks do not overlap
 
 
 # ---- the reader's own text
