@@ -30,12 +30,11 @@ import torch.nn.functional as F
 import transformers
 from tqdm import tqdm
 
-from support.answers import NEW_TOKENS, average, encode, fingerprint, load_models, predict
+from support.answers import average, encode, fingerprint, load_models, NEW_TOKENS, predict
 from support.ask import ask
-from support.benchmarks import (IN_CONTEXT, IN_CONTEXT_PROMPT, INSTRUCTED, METAICL_CLASSIFICATION, METAICL_OTHER,
-                                METAICL_PROMPT, SPANS, context_clusters, control_contexts, first_ids,
-                                in_context_prompts, load_answers, load_data, other_contexts, prompt_text)
-from support.costs import COSTS, adapter_floats, base_flops, clock, context_flops, kv_cache_floats
+from support.benchmarks import (context_clusters, control_contexts, first_ids, IN_CONTEXT, in_context_prompts,
+                                load_answers, load_data, METAICL_KINDS, prompt_template, SPANS)
+from support.costs import COSTS, adapter_floats, base_flops, clock, context_flops, kv_cache_floats, window
 from support.files import InputError, open_predictions, run_command, stamps
 from support.finetune import cost_of_base, fit_task, lacking_memory
 from support.flags import arguments
@@ -43,9 +42,7 @@ from support.plots import mean_row, merge, write_table
 from support.text import context_ids, tokenize, user_turn
 
 QA_LENGTHS = [512, 1024, 2048, 4096, 8192, 16384, 32768]
-PPL_TOKENS = 1024         # of a context, and of the text that follows it
 PAIR_FLOATS = 1e9         # of the LoRA pairs of contexts that are kept for later questions
-WITH_CONTEXT = (*IN_CONTEXT, "fine-tuned", "adapter", "adapter-shuffled", "adapter-permuted")
 METRICS = ("f1", "em", "f1_max", "em_max", "recall", "rougeL_recall", "accuracy")
 
 
@@ -100,7 +97,7 @@ def qa_scores(prediction, golds):
     """Against the shortest gold, as the authors score (f1, em, rougeL_recall); the best over the golds, as SQuAD does
     (_max); recall of any."""
     gold = min(golds, key=len)
-    best = {name: max(metric(prediction, g) for g in golds)
+    best = {name: max(metric(prediction, each) for each in golds)
             for name, metric in (("f1_max", f1_score), ("em_max", exact_match), ("recall", recall))}
     return {"f1": f1_score(prediction, gold), "em": exact_match(prediction, gold), **best,
             "rougeL_recall": rouge_l_recall(prediction, gold)}
@@ -132,46 +129,28 @@ def memory_gap(own, controls):
         return {}
     K, labels = len(pairs[0][1]), [label for _, _, label in pairs]
     gap, error = mean_and_stderr([statistics.fmean(others) - nats for nats, others, _ in pairs], labels)
-    first = [(nats <= min(others)) / (1 + others.count(nats)) for nats, others, _ in pairs]
+    first = [100 * (nats <= min(others)) / (1 + others.count(nats)) for nats, others, _ in pairs]
     best, best_error = mean_and_stderr(first, labels)
     name = f"best-of-{K + 1}"
-    return {"gap": gap, "gap_stderr": error, name: 100 * best, "chance": 100 / (K + 1),
-            name + "_stderr": None if best_error is None else 100 * best_error,
+    return {"gap": gap, "gap_stderr": error, name: best, name + "_stderr": best_error, "chance": 100 / (K + 1),
             **({"pairs": len(pairs)} if len(pairs) < len(own) else {})}
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# methods: what each makes of a context before its questions are asked
+# methods: what each makes of contexts before questions (items) are asked -> (prompts, keyword arguments of solve,
+# costs of each context). contexts: one for all items or, for adapters, one each
 
 
-def read_adapter(model, tokenizer, text):
-    """(LoRA pairs of a context in the base's dtype, its costs), the last norm included."""
-    ids, began, dtype = context_ids(tokenizer, text), clock(model.base.device), model.base.dtype
-    pairs = model.lora(encode(model, [ids], tokenizer.pad_token_id))
-    pairs = {name: tuple(m.to(dtype) for m in pair) for name, pair in pairs.items()}
-    return pairs, {"contextualisation_tflops": context_flops(model, len(ids)) / 1e12,
-                   "storage_mfloats": adapter_floats(model) / 1e6, "context_tokens": len(ids),
-                   "contextualisation_seconds": clock(model.base.device) - began}
+def closed_book(run, template, contexts, items):
+    """The bare question, or with an instruction; nothing is read. A base that was fine-tuned brings what that cost."""
+    return [user_turn(run.tokenizer, template.format(question=item["question"])) for item in items], {}, [run.free]
 
 
-def adapters(run, contexts):
-    """The context in the weights. contexts: a text each, or for the control a tuple of texts, of which the first
-    answers -> ({"memory": LoRA pairs, "controls": those of the other texts}, costs)."""
-    read = [[run.read(text) for text in ([context] if isinstance(context, str) else context)] for context in contexts]
-    stacked = []
-    for column in zip(*read):                                                # the k-th text of each context
-        each = [pairs for pairs, _ in column]
-        stacked.append(each[0] if len(each) == 1 else
-                       {name: tuple(map(torch.cat, zip(*(pairs[name] for pairs in each)))) for name in each[0]})
-    return {"memory": stacked[0], "controls": stacked[1:]}, [row[0][1] for row in read]
-
-
-def in_context(run, context, items, template):
-    """The context in the prompt, read once for its questions -> (prompts, the KV cache of what they share, costs)."""
-    tokenizer, base = run.tokenizer, run.model.base
-    room = base.config.get_text_config().max_position_embeddings - NEW_TOKENS
-    prompts, lost = in_context_prompts(tokenizer, template, context, [item["question"] for item in items], room)
-    past, began = len(prompts[0]) - len(user_turn(tokenizer, items[0]["question"])), clock(base.device)
+def in_context(run, template, contexts, items):
+    """The context in the prompt: its questions share the KV cache of what their prompts begin with."""
+    tokenizer, base, questions = run.tokenizer, run.model.base, [item["question"] for item in items]
+    prompts, lost = in_context_prompts(tokenizer, template, contexts[0], questions, window(base) - NEW_TOKENS)
+    past, began = len(prompts[0]) - len(user_turn(tokenizer, questions[0])), clock(base.device)
     same = itertools.takewhile(lambda column: len(set(column)) == 1, zip(*(prompt[:-1] for prompt in prompts)))
     prefix = [column[0] for column in same]
     with torch.no_grad():
@@ -183,62 +162,44 @@ def in_context(run, context, items, template):
         "contextualisation_seconds": clock(base.device) - began}]
 
 
-def read_contexts(run, method, contexts, items, template):
-    """What a method makes of contexts before the questions are asked: (prompts, keyword arguments of solve, costs of
-    each item's context, base weights to put back). contexts: one for all items or, for adapters, one each."""
-    prompts = [user_turn(run.tokenizer, INSTRUCTED.get(method, "{question}").format(question=item["question"]))
-               for item in items]
-    kept, weights, costs = {}, (), [{}]
-    if method.startswith("adapter"):
-        kept, costs = adapters(run, contexts)
-    elif method in IN_CONTEXT:
-        prompts, kept, costs = in_context(run, contexts[0], items, template)
-    elif method == "fine-tuned":
-        weights, costs[0] = fit_task(run.model.base, run.tokenizer, *contexts[0], run.args.seed)
-    else:
-        costs = [run.free]
-    return prompts, kept, costs * (len(items) // len(costs)), weights
+def fine_tuned(run, template, contexts, items):
+    """All weights of the base fitted to the context: (training rows, validation rows)."""
+    costs = fit_task(run.model.base, run.tokenizer, *contexts[0], run.args.seed)
+    return closed_book(run, template, contexts, items)[0], {}, [costs]
+
+
+def adapter(run, template, contexts, items):
+    """The context in the weights. The control's is a tuple of texts: the first answers, all of them score the gold."""
+    read = [[run.read(text) for text in ((context,) if isinstance(context, str) else context)] for context in contexts]
+    memory, *controls = [{name: tuple(map(torch.cat, zip(*(pairs[name] for pairs, _ in column))))
+                          for name in column[0][0]} for column in zip(*read)]     # of the k-th text of each context
+    kept = {"memory": memory, "controls": controls}
+    return closed_book(run, template, contexts, items)[0], kept, [row[0][1] for row in read]
+
+
+def read_adapter(model, tokenizer, text):
+    """(LoRA pairs of a context in the base's dtype, its costs), the last norm included."""
+    ids, began, dtype = context_ids(tokenizer, text), clock(model.base.device), model.base.dtype
+    pairs = {name: tuple(m.to(dtype) for m in pair) for name, pair in model.lora(encode(model, ids)).items()}
+    return pairs, {"contextualisation_tflops": context_flops(model, len(ids)) / 1e12,
+                   "storage_mfloats": adapter_floats(model) / 1e6, "context_tokens": len(ids),
+                   "contextualisation_seconds": clock(model.base.device) - began}
+
+
+# the methods that read a context; all others are closed-book
+WITH_CONTEXT = {**dict.fromkeys(IN_CONTEXT, in_context), "fine-tuned": fine_tuned,
+                **dict.fromkeys(("adapter", "adapter-shuffled", "adapter-permuted"), adapter)}
+
+
+def read_contexts(run, method, contexts, items):
+    """The same of any method, with the costs of each item's context."""
+    template = prompt_template(run.args.task, method)
+    prompts, kept, costs = WITH_CONTEXT.get(method, closed_book)(run, template, contexts, items)
+    return prompts, kept, costs * (len(items) // len(costs))
 
 
 # --------------------------------------------------------------------------------------------------------------------
 # tasks: what is asked under which context
-
-
-def table_row(records, seconds, controls=None, **what):
-    """what, then n questions, nats (and, with the records of the controls, memory_gap), mean and standard error of
-    every metric, 0 to 100, and mean costs: a query's, and its context's. A question asked under several demonstration
-    seeds counts once."""
-    numbers = [record.get("number", i) for i, record in enumerate(records)]
-    row = {**what, "n": len(set(numbers))}
-    if scored := [(r["nats"], number) for r, number in zip(records, numbers) if r.get("nats") is not None]:
-        row["nats"], row["nats_stderr"] = mean_and_stderr(*zip(*scored))
-    row |= memory_gap(records, controls) if controls else {}
-    for key in METRICS:
-        if key in records[0]:
-            mean, error = mean_and_stderr([record[key] for record in records], numbers)
-            row[key], row[key + "_stderr"] = 100 * mean, None if error is None else 100 * error
-    costs = {key: average(record.get(key) for record in records)
-             for key in (COSTS[0], "released_tflops", *COSTS[1:]) if key in records[0]}
-    return {**row, **costs, "seconds": seconds}
-
-
-def table(run, conditions, score, template=IN_CONTEXT_PROMPT):
-    """The rows of a task. conditions: (method, what names its row, what else keys its records, groups)."""
-    results = {}
-    for method, what, where, groups in tqdm(list(conditions), desc=run.args.task, unit="row"):
-        began = time.time()
-        if method in run.rows:                                               # another program answered
-            given = run.rows[method][what.get("context_length", what.get("shots", 0))]
-            records = [{**item, **given[item["id"]], **score(given[item["id"]]["prediction"], item["golds"])}
-                       for _, items in groups for item in items]
-        else:
-            records = predict(run, read_contexts, method, groups, score, template, **where)
-        results[method, str(what)] = records, time.time() - began, what
-    for (method, place), (records, seconds, what) in results.items():
-        controls = results.get(("adapter-shuffled", place), [None])[0] if method == "adapter" else None
-        if run.args.evidence and method in WITH_CONTEXT:
-            what = {**what, "context_tokens": round(average(record["context_tokens"] for record in records))}
-        yield table_row(records, seconds, controls, method=method, **what)
 
 
 def msc(run, rows):
@@ -261,7 +222,7 @@ def msc(run, rows):
     def conditions(method):
         asked = [item for item in items if method != "adapter-shuffled" or others[item["number"]]]
         size = 1 if method in IN_CONTEXT else args.batch_size      # adapters of different contexts work side by side
-        for span in SPANS if args.evidence and method in WITH_CONTEXT else [SPANS[-1]]:
+        for span in SPANS if args.evidence and method in WITH_CONTEXT else SPANS[-1:]:
             texts = [row["spans"][span] if args.evidence else "\n\n".join(row["sessions"]) for row in rows]
             if method == "adapter-shuffled":
                 texts = [tuple(texts[j] for j in some) for some in others]
@@ -271,14 +232,15 @@ def msc(run, rows):
             if groups:
                 yield method, where, where, groups
 
-    for row in table(run, itertools.chain(*map(conditions, (*args.method, *run.rows))), qa_scores):
+    for row in table(run, itertools.chain(*map(conditions, (*args.method, *run.rows)))):
         yield {key: value for key, value in row.items() if "_max" not in key}              # a question has one gold
 
 
 def qa(run, documents):
-    """Fig. 2, Fig. 3, Table 5: documents in the order of the data, split evenly into ceil(tokens / k) groups, each the
-    context of all its questions. Closed-book has no context: one row, of length 0. Lengths that make the same groups
-    share their answers. --groups: the first so many of a length; closed-book then answers those of the longest."""
+    """Fig. 2, Fig. 3, Table 5: documents in the order of the data, split evenly into ceil(tokens / length) groups, but
+    never one document; a group is the context of all its questions. Closed-book has no context: one row, of length 0.
+    Lengths that make the same groups share their answers. --groups: the first so many of a length; closed-book then
+    answers those of the longest."""
     args, lengths, documents = run.args, run.args.context_lengths or QA_LENGTHS, documents[:run.args.limit]
     total = sum(map(len, tokenize(run.tokenizer, [document["text"] for document in documents])))
     if alike := [length for length in lengths if len(documents) == 1 or length >= total]:
@@ -301,7 +263,7 @@ def qa(run, documents):
                 what, where = {"context_length": length, "groups": len(groups)}, {"parts": count if length else 1}
                 yield method, what, where, groups
 
-    return table(run, itertools.chain(*map(conditions, (*args.method, *run.rows))), qa_scores)
+    return table(run, itertools.chain(*map(conditions, (*args.method, *run.rows))))
 
 
 def metaicl(run, tasks):
@@ -334,8 +296,8 @@ def metaicl(run, tasks):
                       for seed in (args.demo_seeds if method in WITH_CONTEXT else [None])]
             yield method, {"task": name, "shots": shots}, {"name": name, "shots": shots}, groups
 
-    rows = list(table(run, itertools.chain(*map(conditions, methods)), icl_scores, METAICL_PROMPT))
-    kinds = {"classification": METAICL_CLASSIFICATION, "non-classification": METAICL_OTHER, "all": names}
+    rows = list(table(run, itertools.chain(*map(conditions, methods))))
+    kinds = {**METAICL_KINDS, "all": names}
     for (method, shots), kind in itertools.product(dict.fromkeys((row["method"], row["shots"]) for row in rows), kinds):
         part = [row for row in rows if (row["method"], row["shots"]) == (method, shots) and row["task"] in kinds[kind]]
         rows += [mean_row(part, method=method, task=kind, shots=shots)] if part else []
@@ -347,21 +309,20 @@ def ppl(run, texts):
     """Table 2: perplexity of a document's first 1,024 tokens (reconstruction) and of the next 1,024 (completion), exp
     of the mean over documents of the token-mean nats; other lengths by --context-lengths. Documents too short for the
     longest are left out; the first token of a target is no target. What no generator touches is computed once."""
-    args, device, lengths = run.args, run.model.base.device, run.args.context_lengths or [PPL_TOKENS]
-    if 2 * max(lengths) > (window := run.model.base.config.get_text_config().max_position_embeddings):
+    args, device, lengths = run.args, run.model.base.device, run.args.context_lengths or [1024]
+    if 2 * max(lengths) > window(run.model.base):
         raise InputError(f"--context-lengths {max(lengths)}: context and completion must fit the base's window of "
-                         f"{window} tokens together")
+                         f"{window(run.model.base)} tokens together")
     documents = first_ids(texts, run.tokenizer, 2 * max(lengths), args.limit or 100)
     if len(documents) < 2:
         raise InputError(f"{args.data}: ppl needs 2 documents of {2 * max(lengths)} tokens, found {len(documents)}")
-    others = other_contexts([{i} for i in range(len(documents))], args.seed)
+    others = control_contexts([{i} for i in range(len(documents))], args.seed, 1)
 
     def nats(model, method, i, L):
         """Of document i, a token."""
         context, memory, values = documents[i][:L], None, {}
         if method.startswith("adapter"):
-            read = documents[others[i]][:L] if method == "adapter-shuffled" else context
-            memory = encode(model, [read], run.tokenizer.pad_token_id)
+            memory = encode(model, documents[others[i][0]][:L] if method == "adapter-shuffled" else context)
         for key, target in (("reconstruction_nats", context), ("completion_nats", documents[i][L:2 * L])):
             ids = torch.tensor([context + target if method == "in-context" else target], device=device)  # (1, L or 2 L)
             values[key] = F.cross_entropy(model(ids, memory=memory)[0, -L:-1].float(), ids[0, 1 - L:]).item()
@@ -385,6 +346,47 @@ def ppl(run, texts):
             yield {**row, "seconds": time.time() - began}
 
 
+# --------------------------------------------------------------------------------------------------------------------
+# the table
+
+
+def table_row(records, seconds, controls=None, **what):
+    """what, then n questions, nats (and, with the records of the controls, memory_gap), mean and standard error of
+    every metric, 0 to 100, and mean costs: a query's, and its context's. A question asked under several demonstration
+    seeds counts once."""
+    numbers = [record["number"] for record in records]
+    row = {**what, "n": len(set(numbers))}
+    if scored := [(record["nats"], record["number"]) for record in records if record.get("nats") is not None]:
+        row["nats"], row["nats_stderr"] = mean_and_stderr(*zip(*scored))
+    row |= memory_gap(records, controls) if controls else {}
+    for key in METRICS:
+        if key in records[0]:
+            mean, error = mean_and_stderr([record[key] for record in records], numbers)
+            row[key], row[key + "_stderr"] = 100 * mean, None if error is None else 100 * error
+    costs = {key: average(record.get(key) for record in records)
+             for key in (COSTS[0], "released_tflops", *COSTS[1:]) if key in records[0]}
+    return {**row, **costs, "seconds": seconds}
+
+
+def table(run, conditions):
+    """The rows of a task. conditions: (method, what names its row, what else keys its records, groups)."""
+    results = {}
+    for method, what, where, groups in tqdm(list(conditions), desc=run.args.task, unit="row"):
+        began = time.time()
+        if method in run.rows:                                               # another program answered
+            given = run.rows[method][what.get("context_length", what.get("shots", 0))]
+            records = [{**item, **given[item["id"]], **run.score(given[item["id"]]["prediction"], item["golds"])}
+                       for _, items in groups for item in items]
+        else:
+            records = predict(run, read_contexts, method, groups, **where)
+        results[method, str(what)] = records, time.time() - began, what
+    for (method, place), (records, seconds, what) in results.items():
+        controls = results.get(("adapter-shuffled", place), [None])[0] if method == "adapter" else None
+        if run.args.evidence and method in WITH_CONTEXT:
+            what = {**what, "context_tokens": round(average(record["context_tokens"] for record in records))}
+        yield table_row(records, seconds, controls, method=method, **what)
+
+
 def main(argv=None):
     args, notes = arguments(argv, __doc__), []
     if args.merge:
@@ -404,14 +406,13 @@ def main(argv=None):
     if "fine-tuned" in args.method and not args.named and (lack := lacking_memory(base)):
         args.method.remove("fine-tuned")
         note(f"fine-tuned is left out: {lack}; --method fine-tuned tries")
-    versions = {"python": platform.python_version(), "torch": torch.__version__,
-                "transformers": transformers.__version__}
+    versions = {"python": platform.python_version(), **{m.__name__: m.__version__ for m in (torch, transformers)}}
     facts = [args.base, stamps(args.base), args.data, stamps(args.data), args.limit, args.seed, args.demo_seeds,
              args.batch_size, dtype, base.device.type, versions]
     kept = max(args.controls + 1, int(PAIR_FLOATS / adapter_floats(model)))              # contexts; more are read again
     run = types.SimpleNamespace(
         args=args, models=models, model=model, tokenizer=tokenizer, facts=facts, done=done, write=write, note=note,
-        rows=given, free=cost_of_base(args.base),
+        rows=given, free=cost_of_base(args.base), score=icl_scores if args.task == "metaicl" else qa_scores,
         read=functools.lru_cache(kept)(functools.partial(read_adapter, model, tokenizer)))
     rows = list({"msc": msc, "squad": qa, "streamingqa": qa, "metaicl": metaicl, "ppl": ppl}[args.task](run, data))
     if not rows:
@@ -421,7 +422,7 @@ def main(argv=None):
         "note": " ".join(notes) or None, "n": max(row["n"] for row in rows), "limit": args.limit, "seed": args.seed,
         "base": args.base, "checkpoint": models[0][0] if len(models) == 1 else [name for name, _ in models],
         "dtype": dtype, "versions": versions,
-        "prompts": {method: prompt_text(args.task, method) for method in args.method}})
+        "prompts": {method: prompt_template(args.task, method) for method in args.method if args.task != "ppl"}})
     print("".join(f"NOTE: {text}\n" for text in notes), end="")
 
 

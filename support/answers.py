@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import split_into_chunks
-from generator import GeneratorConfig, Memory
+from generator import GeneratorConfig
 from model import AdaptedLM, load_base
 from support.bases import DEFAULT_BASE
+from support.benchmarks import prompt_template
 from support.costs import base_flops, kv_cache_floats, released_flops
 from support.formats import checkpoint_base, locate_checkpoint
 from support.text import left_pad, tokenize
@@ -26,33 +27,28 @@ KV_FLOATS = 4e9           # of the copies of a KV cache that stand in memory at 
 def load_models(args):
     """([(name, AdaptedLM)] for each --checkpoint on one base, tokenizer). Without --base it is the base that the first
     checkpoint was trained for; without a checkpoint the generator is untrained and says so."""
-    shipped = args.base in (None, DEFAULT_BASE) and os.path.isdir(DEFAULT_CHECKPOINT)
-    names = args.checkpoint or [DEFAULT_CHECKPOINT if shipped else "none"]
+    names = args.checkpoint or [DEFAULT_CHECKPOINT if args.base in (None, DEFAULT_BASE) else "none"]
     directories = {name: locate_checkpoint(name) for name in names if name != "none"}
     args.base = args.base or next(filter(None, map(checkpoint_base, directories.values())), DEFAULT_BASE)
     base, tokenizer = load_base(args.base, getattr(torch, args.dtype) if args.dtype else None, args.device)
     models = []
     for name in names:
-        if name == "none":
-            print("NOTE: the generator is untrained (A1 = 0), so the adapter rows equal closed-book; train one with "
-                  "train.py and name it with --checkpoint")
-            torch.manual_seed(args.seed)
-        models.append((name, AdaptedLM(base, GeneratorConfig()) if name == "none"
-                       else AdaptedLM.from_pretrained(base, directories[name])))
+        if name in directories:
+            models.append((name, AdaptedLM.from_pretrained(base, directories[name])))
+            continue
+        print("NOTE: the generator is untrained (A1 = 0), so the adapter rows equal closed-book; train one with "
+              "train.py and name it with --checkpoint")
+        torch.manual_seed(args.seed)
+        models.append((name, AdaptedLM(base, GeneratorConfig())))
     return models, tokenizer
 
 
-def encode(model, contexts, pad, memory=None):
-    """Memory of contexts (lists of ids), one row each, streamed chunk by chunk; equal contexts of a batch are read
-    once. memory: what was read before."""
-    unique = list({tuple(ids): None for ids in contexts})
-    ids, mask = split_into_chunks(unique, pad, model.config.chunk)                                 # (U, N, L)
-    ids, mask = ids.to(model.base.device), mask.to(model.base.device)
-    for t in range(ids.shape[1]):
-        memory = model.contextualize(ids[:, t], mask[:, t], memory)
-    rows = torch.tensor([unique.index(tuple(ids)) for ids in contexts])
-    states = {name: S[rows.to(S.device)] for name, S in memory.states.items()}
-    return Memory(states, memory.tokens[rows], memory.fingerprint)
+def encode(model, ids, memory=None):
+    """Memory of a context (list of ids), streamed chunk by chunk. memory: what was read before."""
+    ids, mask = split_into_chunks([ids], 0, model.config.chunk)                                    # (1, N, L)
+    for chunk, real in zip(ids.to(model.base.device).unbind(1), mask.to(model.base.device).unbind(1)):
+        memory = model.contextualize(chunk, real, memory)
+    return memory
 
 
 def copies(cache, rows):
@@ -100,28 +96,28 @@ def answer_nats(model, tokenizer, prompts, golds, memory=None, prefix=(), cache=
     return nats
 
 
-def solve(run, method, items, prompts, costs, score, memory=None, controls=(), prefix=(), cache=None):
+def solve(run, method, items, prompts, costs, memory=None, controls=(), prefix=(), cache=None):
     """Records of a batch: greedy answers, their scores, nats of the shortest gold under memory (for the control: the
     mean over all controls) and costs. A KV cache too large to copy for the whole batch serves a part at a time."""
-    model, tokenizer, args, records = run.model, run.tokenizer, run.args, []
+    model, tokenizer, task, records = run.model, run.tokenizer, run.args.task, []
     fit = max(1, int(KV_FLOATS / kv_cache_floats(model.base, len(prefix)))) if cache is not None else len(prompts)
     for at in range(0, len(prompts), fit):
         part, golds = prompts[at:at + fit], [min(item["golds"], key=len) for item in items[at:at + fit]]
-        answers = answer(model, tokenizer, part, memory, prefix, cache, 10 if args.task == "metaicl" else NEW_TOKENS)
+        answers = answer(model, tokenizer, part, memory, prefix, cache, 10 if task == "metaicl" else NEW_TOKENS)
         nats = [answer_nats(model, tokenizer, part, golds, m, prefix, cache) for m in (memory, *controls)]
         for item, gold, prompt, text, new, each in zip(items[at:], golds, part, *answers, zip(*nats)):
             cost = costs[len(records)]
             past = cost.get("past", 0)        # the KV cache of a context is reused, as in Table 1; an adapter is merged
             tokens = len(prompt) - past + new
-            record = {**item, "gold": gold, "prediction": text, **score(text, item["golds"]), "nats": average(each),
+            record = {**item, "gold": gold, "prediction": text, **run.score(text, item["golds"]), "nats": average(each),
                       "inference_tflops": base_flops(model.base, tokens, past) / 1e12, **cost}
-            if args.task == "msc":
+            if task == "msc":
                 record["released_tflops"] = released_flops(model.base, tokens, past) / 1e12
             records.append({**record, "control_nats": each} if method == "adapter-shuffled" else record)
     return records
 
 
-def predict(run, read_contexts, method, groups, score, template, **where):
+def predict(run, read_contexts, method, groups, **where):
     """Records of the answers to groups; from the predictions file where it has them. A group is (contexts, items): one
     context for all its items or one each; an item has number, id, question, golds and cluster (label of its context);
     where is the condition, part of a record's key.
@@ -129,32 +125,32 @@ def predict(run, read_contexts, method, groups, score, template, **where):
     A batch is computed whole if one of its answers is missing: padded as in an unbroken run, it gives the same answers
     to the last bit."""
     args, name, records = run.args, " ".join([method, *map(str, where.values())]), []
-    digest, size = fingerprint(run, method, template), args.batch_size
+    digest, size, base = fingerprint(run, method), args.batch_size, run.model.base
     with tqdm(total=sum(len(items) for _, items in groups), desc=name, unit="question", leave=None) as bar:
         for group, (contexts, items) in enumerate(groups):
-            read = None
+            read, weights = None, [p.data for p in base.parameters()]
             for at in range(0, len(items), size):
                 batch, part = items[at:at + size], slice(at, at + size)
                 keys = [f"{args.task} {name} group {group} item {item['number']} {digest}" for item in batch]
                 if not all(key in run.done for key in keys):
-                    prompts, kept, costs, _ = read = read or read_contexts(run, method, contexts, items, template)
-                    solved = solve(run, method, batch, prompts[part], costs[part], score, **kept)
-                    for key, record in zip(keys, solved):
+                    prompts, kept, costs = read = read or read_contexts(run, method, contexts, items)
+                    for key, record in zip(keys, solve(run, method, batch, prompts[part], costs[part], **kept)):
                         run.write({"key": key, "task": args.task, "method": method, **where, **record})
-                records += [{**run.done[key], **score(run.done[key]["prediction"], item["golds"])}
+                records += [{**run.done[key], **run.score(run.done[key]["prediction"], item["golds"])}
                             for key, item in zip(keys, batch)]
                 bar.update(len(keys))
-            for p, before in zip(run.model.base.parameters(), read[-1] if read else ()):
-                p.data = before
+            for p, data in zip(base.parameters(), weights):                  # fine-tuned has changed them
+                p.data = data
     if lost := sum(record.get("lost", 0) > 0 for record in records):
         run.note(f"{name}: {lost} of {len(records)} prompts do not fit the base's window and lose the beginning of "
                  "their context")
     return records
 
 
-def fingerprint(run, method, template=""):
+def fingerprint(run, method):
     """Hash of what an answer depends on beside its question: base, data and flags, and for adapters the generator."""
-    facts = [*run.facts, template, run.model.generator.fingerprint() if method.startswith("adapter") else "", "nats",
+    facts = [*run.facts, prompt_template(run.args.task, method), "nats",
+             run.model.generator.fingerprint() if method.startswith("adapter") else "",
              [run.args.controls, run.args.groups] if method == "adapter-shuffled" else 0]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 

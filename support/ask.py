@@ -8,7 +8,7 @@ import time
 from generator import Memory
 from support.answers import answer, encode, load_models
 from support.benchmarks import IN_CONTEXT_PROMPT, in_context_prompts
-from support.costs import adapter_floats, kv_cache_floats
+from support.costs import adapter_floats, kv_cache_floats, window
 from support.files import InputError
 from support.text import context_ids, user_turn
 
@@ -24,7 +24,6 @@ def ask(args):
         raise InputError("--task ask has nothing to read: give a text with --context, or a --memory that exists")
     models, tokenizer = load_models(args)
     model = models[0][1]
-    window = model.base.config.get_text_config().max_position_embeddings
     if memory is not None:
         model.lora(memory)                      # refused here, before anything is read, if another generator wrote it
         if len(memory.tokens) != 1:
@@ -32,36 +31,32 @@ def ask(args):
                              "ask takes one of them")
     before, loaded = 0 if memory is None else int(memory.tokens), time.time()
     for text in texts:
-        memory = encode(model, [context_ids(tokenizer, text)], tokenizer.pad_token_id, memory)
+        memory = encode(model, context_ids(tokenizer, text), memory)
     if args.memory and texts:
         memory.save(args.memory)
     if args.export:
         model.export_peft(memory, args.export)
         print(f"LoRA adapter of the context in {args.export}")
-    S, tokens = sum(state.numel() for state in memory.states.values()), int(memory.tokens)
-    seconds = time.time() - loaded
-    lora, cache = adapter_floats(model) / 1e6, kv_cache_floats(model.base, tokens) / 1e6
+    tokens, seconds = int(memory.tokens), time.time() - loaded
+    S, lora, cache = (floats / 1e6 for floats in (sum(state.numel() for state in memory.states.values()),
+                                                  adapter_floats(model), kv_cache_floats(model.base, tokens)))
     print(f"{tokens - before} tokens read in {seconds:.1f} s (the model loaded in {loaded - began:.1f} s), {tokens} "
-          f"remembered in {S / 1e6:.2f} M floats of S or {lora:.2f} M of LoRA; their KV cache is {cache:.2f} M")
-
-    def say(name, prompt, memory=None):
-        t0, (words, counts) = time.time(), answer(model, tokenizer, [prompt], memory, new_tokens=NEW_TOKENS)
-        cost = f"   [{len(prompt)} prompt tokens, {counts[0]} new, {time.time() - t0:.1f} s]"
-        print(f"{name}: {words[0]}{cost}" if args.compare else words[0])
-
+          f"remembered in {S:.2f} M floats of S or {lora:.2f} M of LoRA; their KV cache is {cache:.2f} M")
     for question in args.question or typed_questions():
         bare = user_turn(tokenizer, question)
-        say("adapter", bare, memory)
-        if args.compare:
-            say("closed-book", bare)
-            if texts:
-                room = window - NEW_TOKENS
-                prompts, lost = in_context_prompts(tokenizer, IN_CONTEXT_PROMPT, "\n\n".join(texts), [question], room)
-                cut = f" (the first {lost} tokens of the context do not fit)" if lost else ""
-                say("in-context" + cut, prompts[0])
-            if before:
-                print(f"in-context does not see the {before} tokens that {args.memory} remembers from before: "
-                      "their text is not kept")
+        asked = [("adapter", bare, memory), *([("closed-book", bare, None)] if args.compare else [])]
+        if args.compare and texts:
+            prompts, lost = in_context_prompts(tokenizer, IN_CONTEXT_PROMPT, "\n\n".join(texts), [question],
+                                               window(model.base) - NEW_TOKENS)
+            cut = f" (the first {lost} tokens of the context do not fit)" if lost else ""
+            asked.append(("in-context" + cut, prompts[0], None))
+        for name, prompt, weights in asked:
+            t0, ((words,), (new,)) = time.time(), answer(model, tokenizer, [prompt], weights, new_tokens=NEW_TOKENS)
+            cost = f"   [{len(prompt)} prompt tokens, {new} new, {time.time() - t0:.1f} s]"
+            print(f"{name}: {words}{cost}" if args.compare else words)
+        if args.compare and before:
+            print(f"in-context does not see the {before} tokens that {args.memory} remembers from before: "
+                  "their text is not kept")
 
 
 def typed_questions():

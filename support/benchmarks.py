@@ -1,6 +1,5 @@
 """The benchmarks of §4 and their prompts: MSC, SQuAD, StreamingQA, MetaICL. evaluate.py needs it, training not."""
 
-import csv
 import itertools
 import os
 import random
@@ -16,42 +15,39 @@ HUB_IDS = {"msc": "MemGPT/MSC-Self-Instruct", "squad": "rajpurkar/squad", "metai
 MSC_SAMPLE = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "assets", "msc_sample.jsonl")
 SPANS = ("oracle turn", "oracle turn ± 2", "oracle session", "conversation")      # the gold located the oracle ones
 
-# Fig. 7, document question answering: one user turn. Closed-book: the same without the words about a context
+# Fig. 7: one user turn. Of MetaICL the context are demonstrations joined by blank lines, the question is one without an
+# output. Without a context: the same but for the words about it
+SHORT = "without any explanation or additional words"
 IN_CONTEXT_PROMPT = (
     "{context}\n\nInstruction: Answer the question based on the context above. Respond with a short phrase only. "
-    "Keep the answer short and concise, without any explanation or additional words\n\nQuestion: {question}\n\nAnswer:")
-CLOSED_BOOK_PROMPT = (
-    "Instruction: Answer the question. Respond with a short phrase only. "
-    "Keep the answer short and concise, without any explanation or additional words\n\nQuestion: {question}\n\nAnswer:")
-# Fig. 7, MetaICL: the context are demonstrations joined by blank lines, the question is one without an output
+    f"Keep the answer short and concise, {SHORT}\n\nQuestion: {{question}}\n\nAnswer:")
 METAICL_PROMPT = (
     "{context}\n\nInstruction: Based on the demonstration above, provide a short and concise answer, "
-    "without any explanation or additional words.\n\n{question}")
-ZERO_SHOT_PROMPT = (
-    "Instruction: Provide a short and concise answer, without any explanation or additional words.\n\n{question}")
+    f"{SHORT}.\n\n{{question}}")
+CLOSED_BOOK_PROMPT = IN_CONTEXT_PROMPT.replace("{context}\n\n", "").replace(" based on the context above", "")
+ZERO_SHOT_PROMPT = f"Instruction: Provide a short and concise answer, {SHORT}.\n\n{{question}}"
 
 IN_CONTEXT = ("in-context", "full-conversation", "few-shot")         # the methods with the context in the prompt
-INSTRUCTED = {"closed-book-instructed": CLOSED_BOOK_PROMPT, "zero-shot-instructed": ZERO_SHOT_PROMPT}
 
 METAICL_SEEDS = [100, 13, 21, 42, 87]
 # the 26 test tasks of MetaICL's hr_to_lr setting (Table 4), split by the task_type of its configuration files
-METAICL_CLASSIFICATION = (
-    "financial_phrasebank", "glue-mrpc", "sick", "medical_questions_pairs", "poem_sentiment", "glue-wnli",
-    "climate_fever", "ethos-national_origin", "ethos-race", "ethos-religion", "hate_speech18", "glue-rte",
-    "superglue-cb", "tweet_eval-hate", "tweet_eval-stance_atheism", "tweet_eval-stance_feminist")
-METAICL_OTHER = (
-    "quarel", "openbookqa", "codah", "qasc", "dream", "commonsense_qa", "quartz-with_knowledge",
-    "quartz-no_knowledge", "ai2_arc", "superglue-copa")
+METAICL_KINDS = {
+    "classification": (
+        "financial_phrasebank", "glue-mrpc", "sick", "medical_questions_pairs", "poem_sentiment", "glue-wnli",
+        "climate_fever", "ethos-national_origin", "ethos-race", "ethos-religion", "hate_speech18", "glue-rte",
+        "superglue-cb", "tweet_eval-hate", "tweet_eval-stance_atheism", "tweet_eval-stance_feminist"),
+    "non-classification": (
+        "quarel", "openbookqa", "codah", "qasc", "dream", "commonsense_qa", "quartz-with_knowledge",
+        "quartz-no_knowledge", "ai2_arc", "superglue-copa")}
 
 
-def prompt_text(task, method):
-    """How a method asks, for the record."""
-    if task == "ppl":
-        return "context + text" if method in IN_CONTEXT else "none: the text itself is scored"
-    query = demonstration("{input}", "") if task == "metaicl" else "{question}"
+def prompt_template(task, method):
+    """What a method puts into its user turn."""
     if method in IN_CONTEXT:
-        return (METAICL_PROMPT if task == "metaicl" else IN_CONTEXT_PROMPT).replace("{question}", query)
-    return INSTRUCTED.get(method, "{question} as one user turn").replace("{question}", query)
+        return METAICL_PROMPT if task == "metaicl" else IN_CONTEXT_PROMPT
+    if method.endswith("-instructed"):
+        return ZERO_SHOT_PROMPT if task == "metaicl" else CLOSED_BOOK_PROMPT
+    return "{question}"
 
 
 def in_context_prompts(tokenizer, template, context, questions, room):
@@ -78,11 +74,13 @@ def load_data(args, note):
         note(f"the hub is out of reach: this is the built-in sample of {len(load_msc())} conversations, NOT the "
              f"paper's benchmark ({HUB_IDS['msc']})")
     args.data = args.data or HUB_IDS[args.task]
+    if args.task == "msc":
+        return load_msc(args.data, args.evidence)
     if args.task == "ppl":
         texts = read_rows(args.data, split="validation")
         return itertools.chain([next(texts)], texts)
     if args.task != "metaicl":
-        return load_msc(args.data, args.evidence) if args.task == "msc" else load_qa(args.data, args.task)
+        return load_qa(args.data, args.task)
     tasks, missing = load_metaicl(args.data, args.demo_seeds, max(args.shots), "fine-tuned" in args.method)
     note(f"{len(tasks)} of MetaICL's 26 test tasks are averaged; not in {args.data}: {', '.join(missing) or 'none'}")
     return tasks
@@ -118,9 +116,9 @@ def load_msc(source=None, evidence=False):
 def evidence_spans(sessions, answer):
     """{span of SPANS: text} round the first turn that holds the answer word for word, but for case; None where none
     does. sessions: lists of turns."""
-    for session in sessions:
+    for session in sessions if answer.strip() else ():
         for i, turn in enumerate(session):
-            if answer.strip() and answer.strip().lower() in turn.lower():
+            if answer.strip().lower() in turn.lower():
                 near, whole = session[max(0, i - 2):i + 3], "\n\n".join("\n".join(turns) for turns in sessions)
                 return dict(zip(SPANS, (turn, "\n".join(near), "\n".join(session), whole)))
 
@@ -140,8 +138,7 @@ def load_qa(source, task):
     split on a backslash, from a .csv with these columns. Rows of one text are one document.
     """
     documents, text_key = {}, "context" if task == "squad" else "text"
-    table = task == "streamingqa" and source.endswith(".csv")
-    for number, (where, row) in enumerate(read_csv(source) if table else read_rows(source, split="validation")):
+    for number, (where, row) in enumerate(read_rows(source, split="validation")):
         if task == "squad":
             golds = field(field(row, "answers", dict, where), "text", list, where)
         else:
@@ -157,28 +154,12 @@ def load_qa(source, task):
     return [{"text": text, "questions": questions} for text, questions in documents.items()]
 
 
-def read_csv(path):
-    """(where, row) for each row of a .csv file with a header. Raises InputError when it is missing, empty or
-    malformed."""
-    where = path
-    csv.field_size_limit(2**31 - 1)                                  # the module's own limit is 131,072 characters
-    try:
-        with open(path, encoding="utf-8", newline="") as file:
-            for number, row in enumerate(csv.DictReader(file), 2):
-                where = f"{path} row {number}"
-                yield where, row
-    except (OSError, ValueError, csv.Error) as error:
-        raise InputError(f"{where} cannot be read: {error}") from None
-    if where == path:
-        raise InputError(f"{path} is empty: it needs a header and at least one row")
-
-
 def load_metaicl(source, seeds, shots, dev):
     """MetaICL's test tasks found in a directory of its layout, <task>/<task>_16_<seed>_{train,dev,test}.jsonl, or in
     such a data set on the hub: {task: {"test": rows, seed: (train rows, dev rows)}}, a row {"number", "id", "question",
     "golds": [text]}; and the names of those not found. The test items are those of seed 100, as in the released code;
     dev: whether dev files are read (only fine-tuning wants them)."""
-    directory, names = source, METAICL_CLASSIFICATION + METAICL_OTHER
+    directory, names = source, sum(METAICL_KINDS.values(), ())
     if not os.path.exists(source) and re.fullmatch(r"[\w.-]+/[\w.-]+", source):
         files = [f"data/{name}/{name}_16_{part}.jsonl" for name in names
                  for part in ("100_test", *(f"{seed}_{split}" for seed in seeds for split in ("train", "dev")))]
@@ -209,36 +190,31 @@ def load_metaicl(source, seeds, shots, dev):
     return tasks, [task for task in names if task not in tasks]
 
 
-def item_ids(task, data, limit=None):
-    """Ids of the questions that --limit leaves, as in the predictions file."""
-    if task == "msc":
-        return [row["id"] for row in data[:limit]]
-    if task == "metaicl":
-        return [row["id"] for rows in data.values() for row in rows["test"][:limit]]
-    return [item["id"] for document in data[:limit] for item in document["questions"]]
-
-
 def load_answers(path, task, data, limit):
     """Answers of another program: {context_length or shots, 0 where a line names neither: {id: its prediction and
-    costs}} of a .jsonl file. Those to the first `limit` of the data must be there at every length. Raises InputError
-    for an id that is missing, unknown or told twice."""
-    known, needed = item_ids(task, data), item_ids(task, data, limit)
-    answers, places, key = {}, set(known), {"msc": None, "metaicl": "shots"}.get(task, "context_length")
-    if len(places) < len(known):
+    costs}} of a .jsonl file, its ids those of the predictions file. Those to the first `limit` of the data must be
+    there at every length. Raises InputError for an id that is missing, unknown or told twice."""
+    def ids(limit):
+        if task == "metaicl":
+            return [row["id"] for rows in data.values() for row in rows["test"][:limit]]
+        return [row["id"] for part in data[:limit] for row in part.get("questions", [part])]
+
+    answers, known, key = {}, set(ids(None)), {"msc": None, "metaicl": "shots"}.get(task, "context_length")
+    if len(known) < len(ids(None)):
         raise InputError("--rows needs data whose ids are all different, which these are not")
     for where, row in read_rows(path):
         costs = ("inference_tflops", "contextualisation_tflops", "storage_mfloats")
         given = {cost: row[cost] for cost in costs if row.get(cost) is not None}
-        name, part = str(row.get("id")), row.get(key, 0)
-        if not all(isinstance(value, (int, float)) for value in (part, *given.values())):
+        name, place = str(row.get("id")), row.get(key, 0)
+        if not all(isinstance(value, (int, float)) for value in (place, *given.values())):
             raise InputError(f"{where}: costs, context_length and shots must be numbers")
-        if name not in places or name in answers.setdefault(part, {}):
+        if name not in known or name in answers.setdefault(place, {}):
             raise InputError(f"{where}: id {name!r} is not one of the data's, or stands there twice")
-        answers[part][name] = {"prediction": field(row, "prediction", str, where), **given}
+        answers[place][name] = {"prediction": field(row, "prediction", str, where), **given}
     for told in answers.values():
-        if missing := [name for name in needed if name not in told]:
-            raise InputError(f"{path}: {len(missing)} of {len(needed)} answers are missing, the first of them that to "
-                             f"{missing[0]!r}; the ids are those of the data, as --predictions writes them")
+        if missing := [name for name in ids(limit) if name not in told]:
+            raise InputError(f"{path}: {len(missing)} of {len(ids(limit))} answers are missing, the first of them that "
+                             f"to {missing[0]!r}; the ids are those of the data, as --predictions writes them")
     return answers
 
 
@@ -253,11 +229,6 @@ def control_contexts(keys, seed, count, first=None):
         others.append(list(itertools.islice((j for j in near if not own & keys[j]), count)))
     count = min((len(some) for some in others if some), default=0)
     return [some[:count] for some in others]
-
-
-def other_contexts(keys, seed):
-    """The first of control_contexts, or None."""
-    return [some[0] if some else None for some in control_contexts(keys, seed, 1)]
 
 
 def context_clusters(keys):

@@ -10,28 +10,39 @@ from model import find_blocks
 COSTS = ("inference_tflops", "contextualisation_tflops", "storage_mfloats", "contextualisation_seconds")
 
 
-def head_dim(c):                                            # c: a transformers config
-    return getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+def widths(base):
+    """(weights of the blocks' linear layers, weights of lm_head, width of a token's queries in all blocks, of its
+    keys)."""
+    c = base.config.get_text_config()
+    width = c.num_hidden_layers * (getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads)
+    weights = sum(m.weight.numel() for m in find_blocks(base)[1].modules() if isinstance(m, torch.nn.Linear))
+    lm_head = base.get_output_embeddings().weight.numel()
+    return weights, lm_head, width * c.num_attention_heads, width * c.num_key_value_heads
+
+
+def window(base):
+    """Tokens that the base can read at once."""
+    return base.config.get_text_config().max_position_embeddings
 
 
 def base_flops(base, tokens, past=0, head=True):
     """FLOPs of the base for that many tokens after `past` cached ones; embeddings are looked up.
     head=False leaves lm_head out: reading a context asks for no logits."""
-    c = base.config.get_text_config()
-    blocks = find_blocks(base)[1]
-    weights = sum(m.weight.numel() for m in blocks.modules() if isinstance(m, torch.nn.Linear))
-    weights += base.get_output_embeddings().weight.numel() if head else 0
-    keys = tokens * past + tokens * (tokens + 1) / 2
-    return 2 * weights * tokens + 4 * len(blocks) * c.num_attention_heads * head_dim(c) * keys  # 2 for q k, 2 for v
+    weights, lm_head, queries, _ = widths(base)
+    pairs = tokens * past + tokens * (tokens + 1) / 2                  # of a query and a key
+    return 2 * (weights + head * lm_head) * tokens + 4 * queries * pairs               # 2 for q k, 2 for v
 
 
 def released_flops(base, tokens, context):
     """Inference as the released code counts it (fastlora/eval_utils.py, estimate_flops), for the figures of Table 1:
     one operation a multiply-add, and attention of q tokens as q (q context) d, quadratic in q."""
-    c = base.config.get_text_config()
-    weights = sum(m.weight.numel() for m in find_blocks(base)[1].modules() if isinstance(m, torch.nn.Linear))
-    weights += base.get_output_embeddings().weight.numel()
-    return tokens * weights + c.num_hidden_layers * tokens * (tokens * context) * c.num_attention_heads * head_dim(c)
+    weights, lm_head, queries, _ = widths(base)
+    return tokens * (weights + lm_head) + queries * tokens * (tokens * context)
+
+
+def kv_cache_floats(base, tokens):
+    """Floats of the keys and values of that many tokens."""
+    return 2 * widths(base)[3] * tokens
 
 
 def generator_flops(model, tokens, chunks):
@@ -52,12 +63,6 @@ def context_flops(model, tokens):
     chunks = -(-tokens // model.config.chunk)
     sizes = [tokens // chunks + (i < tokens % chunks) for i in range(chunks)]
     return sum(base_flops(model.base, n, head=False) for n in sizes) + generator_flops(model, tokens, chunks)
-
-
-def kv_cache_floats(base, tokens):
-    """Floats of the keys and values of that many tokens."""
-    c = base.config.get_text_config()
-    return 2 * c.num_hidden_layers * c.num_key_value_heads * head_dim(c) * tokens
 
 
 def adapter_floats(model):

@@ -4,6 +4,7 @@ The rule, for every function of the project: bad input from outside raises Input
 or flag and what to do. The commands print it and exit with code 2; nothing is overwritten.
 """
 
+import csv
 import functools
 import gzip
 import json
@@ -138,6 +139,11 @@ def _rows(source, split):
             for number, line in enumerate(file, 1):
                 if line.strip():
                     yield f"{source} line {number}", line
+    elif source.endswith(".csv"):
+        csv.field_size_limit(2**31 - 1)                      # the module's own limit is 131,072 characters
+        with open(source, encoding="utf-8", newline="") as file:
+            for number, row in enumerate(csv.DictReader(file), 2):
+                yield f"{source} row {number}", row
     else:
         import datasets
         if source.endswith(".parquet"):

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from data import conversation
 from model import find_blocks, load_base
-from support.costs import COSTS, base_flops, clock
+from support.costs import COSTS, base_flops, clock, window
 from support.files import InputError, make_directory, read_json
 from support.instructions import load_instructions, load_texts
 from support.text import context_ids, document_marks
@@ -22,10 +22,8 @@ from support.text import context_ids, document_marks
 
 def fit_base(base, train, validation, lr, batch_size, epochs, patience, seed, pad, pass_tokens=2048):
     """Fine-tune ALL weights of base in place on examples (ids, labels), -100 is no target; the loss is the token mean
-    of a batch.
-
-    With validation examples it stops after `patience` worse epochs in a row and leaves the best weights, which may be
-    those it began with; without, it runs all epochs.
+    of a batch. With validation examples it stops `patience` epochs after the best one and leaves the best weights,
+    which may be those it began with; without, it runs all epochs.
     Returns the validation nats a token, before training and after each epoch. pass_tokens: padded tokens of one forward
     and backward pass.
     """
@@ -34,45 +32,39 @@ def fit_base(base, train, validation, lr, batch_size, epochs, patience, seed, pa
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value).to(base.device)     # (B, L)
 
     def nats_sum(examples):
-        ids, targets = padded([ids for ids, _ in examples], pad), padded([labels for _, labels in examples], -100)
+        ids, labels = (padded(rows, value) for rows, value in zip(zip(*examples), (pad, -100)))
         hidden = base.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]      # (B, L-1, d_h)
-        at = targets[:, 1:] != -100                                                                # (B, L-1)
+        at = labels[:, 1:] != -100                                                                 # (B, L-1)
         logits = base.get_output_embeddings()(hidden[at]).float()                                  # (T, V)
-        return F.cross_entropy(logits, targets[:, 1:][at], reduction="sum")
+        return F.cross_entropy(logits, labels[:, 1:][at], reduction="sum")
 
     def passes(examples):
-        examples, group = sorted(examples, key=lambda e: len(e[0])), []
-        for example in examples:
-            if group and (len(group) + 1) * len(example[0]) > pass_tokens:
-                yield group
-                group = []
-            group.append(example)
-        yield group
-
-    def targets(examples):
-        return max(1, sum(label != -100 for _, labels in examples for label in labels[1:]))
+        """Examples of like length together, each part with its token mean's share of all targets."""
+        targets = max(1, sum(label != -100 for _, labels in examples for label in labels[1:]))
+        parts = [[]]
+        for example in sorted(examples, key=lambda example: len(example[0])):
+            if parts[-1] and (len(parts[-1]) + 1) * len(example[0]) > pass_tokens:
+                parts.append([])
+            parts[-1].append(example)
+        return (nats_sum(part) / targets for part in parts)
 
     @torch.no_grad()
     def score():
-        if not validation:
-            return math.nan
-        return sum(nats_sum(group).item() for group in passes(validation)) / targets(validation)
+        return sum(nats.item() for nats in passes(validation)) if validation else math.nan
 
     def weights():
         return {name: p.detach().cpu().clone() for name, p in base.named_parameters()} if validation else {}
 
     fused = base.device.type == "cuda"
     optimizer = torch.optim.AdamW(base.requires_grad_(True).parameters(), lr=lr, weight_decay=0.01, fused=fused)
-    history, best, worse = [score()], weights(), 0
+    history, best = [score()], weights()
     bar = tqdm(total=epochs * -(-len(train) // batch_size), desc="fine-tuning", unit="step", leave=False)
     for epoch in range(epochs):
         order = random.Random(f"{seed} {epoch}").sample(train, len(train))
         for at in range(0, len(order), batch_size):
-            examples = order[at:at + batch_size]
-            for group in passes(examples):
-                (nats_sum(group) / targets(examples)).backward()
-            norm = torch.nn.utils.clip_grad_norm_(base.parameters(), 1.0)
-            if not norm.isfinite():
+            for nats in passes(order[at:at + batch_size]):
+                nats.backward()
+            if not torch.nn.utils.clip_grad_norm_(base.parameters(), 1.0).isfinite():
                 raise InputError(f"fine-tuning: the gradient is not finite in epoch {epoch + 1}: lower --lr or use "
                                  "--dtype float32")
             optimizer.step()
@@ -80,13 +72,11 @@ def fit_base(base, train, validation, lr, batch_size, epochs, patience, seed, pa
             bar.update()
         history.append(score())
         bar.set_postfix(validation=f"{history[-1]:.3f}")
-        if validation:
-            if history[-1] < min(history[:-1]):
-                best, worse = weights(), 0
-            else:
-                worse += 1
-            if worse == patience:
-                break
+        since = len(history) - 1 - history.index(min(history))        # epochs since the best
+        if validation and since == 0:
+            best = weights()
+        if validation and since == patience:
+            break
     bar.close()
     base.requires_grad_(False)
     for name, p in base.named_parameters():
@@ -101,17 +91,16 @@ def training_flops(base, train, validation, history):
 
 
 def fit_task(base, tokenizer, train, validation, seed):
-    """MetaICL's fine-tuned baseline (appendix C), in place, on rows with question and golds: (weights from before, to
-    be put back as each parameter's data; costs)."""
-    began, weights = clock(base.device), [p.data for p in base.parameters()]
-    window = base.config.get_text_config().max_position_embeddings
-    examples = [[conversation(tokenizer, [(row["question"], row["golds"][0])], window) for row in rows]
+    """Costs of MetaICL's fine-tuned baseline (appendix C), fitted on rows with question and golds. The parameters
+    of the base get new data: the caller, who kept the old, puts it back."""
+    began = clock(base.device)
+    examples = [[conversation(tokenizer, [(row["question"], row["golds"][0])], window(base)) for row in rows]
                 for rows in (train, validation)]
     for p in base.parameters():                         # steps of 1e-5 would be lost in bfloat16
         p.data = p.data.to(torch.float32, copy=True)
     history = fit_base(base, *examples, lr=1e-5, batch_size=16, epochs=40, patience=3, seed=seed,
                        pad=tokenizer.pad_token_id)
-    return weights, costs_of(base, training_flops(base, *examples, history), began)
+    return costs_of(base, training_flops(base, *examples, history), began)
 
 
 def costs_of(base, flops, began):
@@ -151,9 +140,8 @@ def finetune(args):
     args.batch, args.epochs = 64 if args.batch is None else args.batch, 10 if args.epochs is None else args.epochs
     if lr <= 0 or min(args.batch, args.epochs, args.patience) < 1:
         raise InputError("--lr must be positive, --batch, --epochs and --patience at least 1")
-    pairs = load_instructions(args.data)[0] if args.data else []
-    held_out = load_instructions(args.validation)[0] if args.validation else []
-    texts = load_texts(args.documents) if args.documents else []
+    pairs, held_out = (load_instructions(files or [])[0] for files in (args.data, args.validation))
+    texts = load_texts(args.documents or [])
     if args.data and not args.validation:               # of other contexts, so that it measures what carries over
         random.Random(args.seed).shuffle(pairs)
         held_out, pairs = pairs[:len(pairs) // 10], pairs[len(pairs) // 10:]
@@ -175,8 +163,7 @@ def finetune(args):
         print(f"supervised fine-tuning on {len(examples[0])} questions, early stopping on {len(examples[1])}")
         history = fit_base(base, *examples, lr, args.batch, args.epochs, args.patience, args.seed, pad)
         flops += training_flops(base, *examples, history)
-        print("validation nats an answer token, before and after each epoch: "
-              + " ".join(f"{nats:.4f}" for nats in history))
+        print("validation nats an answer token, before and after each epoch:", *(f"{nats:.4f}" for nats in history))
     part = args.out.rstrip("/") + ".part"
     make_directory(part)
     base.save_pretrained(part)

@@ -4,7 +4,7 @@ import argparse
 import os
 
 from support.bases import DEFAULT_BASE
-from support.benchmarks import HUB_IDS, METAICL_SEEDS
+from support.benchmarks import METAICL_SEEDS
 from support.files import InputError
 
 QA = ["closed-book", "in-context", "adapter", "adapter-shuffled"]
@@ -54,50 +54,44 @@ def arguments(argv=None, doc=None):
     args = parser.parse_args(argv)
     if not args.task and not args.merge:
         parser.error("one of --task and --merge is needed")
-    if args.task == "ask":
-        check_ask(args)
-    else:
-        check(args)
+    check(args)
     return args
-
-
-def check_ask(args):
-    unwanted = args.data or args.method or args.limit or args.output or args.predictions or args.plot or args.rows
-    if unwanted or args.merge or len(args.checkpoint or []) > 1:
-        raise InputError("--task ask takes one --checkpoint, and no --data, --method, --limit, --output, "
-                         "--predictions, --plot, --rows or --merge")
-    if args.memory and (os.path.isdir(args.memory) or not os.path.isdir(os.path.dirname(args.memory) or ".")):
-        raise InputError(f"--memory {args.memory} cannot be written: name a file in a directory that exists")
-    if args.export and os.path.exists(args.export):
-        raise InputError(f"--export {args.export} exists already: name a new directory")
-    if "-" in args.context and not args.question:
-        raise InputError("--context - reads standard input, so questions cannot be typed in: give them with --question")
 
 
 def check(args):
     """Also fills the default methods, and turns --rows into {name: file}."""
-    task, args.named = args.task, bool(args.method)
+    task, asks, args.named = args.task, args.task == "ask", bool(args.method)
     args.method = list(dict.fromkeys(args.method or METHODS.get(task, [])))
     known = METHODS.get(task, []) + MORE_METHODS.get(task, [])
     unknown = [method for method in args.method if method not in known]
-    outputs = [path for path in (args.output, args.predictions, args.plot) if path]
-    unwritable = [path for path in outputs if os.path.isdir(path) or not os.path.isdir(os.path.dirname(path) or ".")]
     rows = [row.partition("=")[::2] for row in args.rows]
-    inputs = [args.data, *(args.merge or []), *(file for _, file in rows)]
-    files = [os.path.realpath(path) for path in (*outputs, *dict.fromkeys(inputs)) if path]
+    outputs = {f"--{flag} {path}": path for flag in ("output", "predictions", "plot", "memory")
+               if (path := getattr(args, flag))}
+    unwritable = [name for name, path in outputs.items()
+                  if os.path.isdir(path) or not os.path.isdir(os.path.dirname(path) or ".")]
+    inputs = dict.fromkeys([args.data, *args.context, *(args.merge or []), *(file for _, file in rows)])
+    files = [os.path.realpath(path) for path in (*outputs.values(), *inputs) if path]
     numbers = [args.batch_size, args.controls, *(args.context_lengths or []), *args.shots]
     numbers += [n for n in (args.limit, args.groups) if n is not None]
     for wrong, words in (
-            (args.context or args.question or args.memory or args.export or args.compare,
+            (not asks and (args.context or args.question or args.memory or args.export or args.compare),
              f"--context, --question, --memory, --export and --compare belong to --task ask, not to --task {task}"),
-            (args.merge and (task or args.data or args.method or args.rows or args.predictions),
+            (asks and (args.data or args.method or args.limit or args.output or args.predictions or args.plot or rows
+                       or args.merge or len(args.checkpoint or []) > 1),
+             "--task ask takes one --checkpoint, and no --data, --method, --limit, --output, --predictions, --plot, "
+             "--rows or --merge"),
+            (args.merge and (task or args.data or args.method or rows or args.predictions),
              "--merge takes tables that are ready, --output and --plot, and no other flag"),
             (unknown, f"--method {' '.join(unknown)} is unknown for --task {task}: choose from {', '.join(known)}"),
             (unwritable, f"{' '.join(unwritable)} cannot be written: name a file in a directory that exists"),
-            (len(set(files)) < len(files),
-             "--data, --output, --predictions, --plot, --rows and --merge must be different files"),
+            (len(set(files)) < len(files), "--data, --context, --memory, --output, --predictions, --plot, --rows and "
+             "--merge must be different files"),
             (args.plot and not args.plot.endswith((".png", ".svg", ".pdf")),
              f"--plot {args.plot}: name a .png, .svg or .pdf file"),
+            (args.export and os.path.exists(args.export),
+             f"--export {args.export} exists already: name a new directory"),
+            ("-" in args.context and not args.question, "--context - reads standard input, so questions cannot be "
+             "typed in: give them with --question"),
             (min(numbers) < 1, "--batch-size, --controls, --limit, --groups, --context-lengths and --shots must be at "
                                "least 1"),
             (len(args.checkpoint or []) > 1 and task != "ppl",
@@ -108,8 +102,8 @@ def check(args):
              or rows and task == "ppl", "--rows takes NAME=FILE.jsonl, a new name each, in every task but ppl"),
             (task == "ppl" and not args.data, "--task ppl needs long documents: --data (.parquet, .jsonl or a hub id); "
              "the paper's cerebras/SlimPajama-627B cannot be read from the hub any more"),
-            (task and args.data is None and task not in (*HUB_IDS, "ppl"),
-             f"--task {task} has no data set on the hub: name a .csv with --data")):
+            (task == "streamingqa" and not args.data,
+             "--task streamingqa has no data set on the hub: name a .csv with --data")):
         if wrong:
             raise InputError(words)
     args.rows = dict(rows)

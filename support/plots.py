@@ -1,6 +1,7 @@
 """The table of an evaluation, its JSON and its figures, of one run or of several. evaluate.py needs it."""
 
 import json
+import math
 import os
 
 from support.answers import average
@@ -11,6 +12,7 @@ PANELS = {"nats": "answer, nats a token", "gap": "gap to other contexts, nats a 
           "contextualisation_tflops": "contextualisation, TFLOPs", "inference_tflops": "inference, TFLOPs a query",
           "storage_mfloats": "storage, M floats", "ppl_reconstruction": "reconstruction perplexity",
           "ppl_completion": "completion perplexity"}
+NAMES = ("run", "method", "checkpoint", "task", "context", "context_length", "shots")       # what tells rows apart
 AXES = {"context_length": "context length, tokens", "context_tokens": "context, tokens", "shots": "demonstrations"}
 
 
@@ -26,22 +28,30 @@ def mean_row(rows, **what):
     return row
 
 
-def markdown(rows):
-    """The rows as a Markdown table; a metric stands with its standard error."""
+def markdown(rows, costs):
+    """The scores of the rows as a Markdown table or, with costs, their costs; a metric has its standard error."""
     def cell(row, key):
         value, error = row.get(key), row.get(key + "_stderr")
-        text = "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
-        return text + (f" ± {error:.2g}" if error is not None else "")
+        if error:                                                            # two digits of the error
+            digits = max(0, 1 - math.floor(math.log10(error)))
+            return f"{value:.{digits}f} ± {error:.{digits}f}"
+        return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
     longest_first = sorted(rows, key=len, reverse=True)                      # the row of the adapter orders the columns
-    keys = [key for key in dict.fromkeys(k for row in longest_first for k in row) if not key.endswith("_stderr")]
-    lines = [keys, ["---"] * len(keys), *([cell(row, key) for key in keys] for row in rows)]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+    keys = [key for key in dict.fromkeys(key for row in longest_first for key in row) if not key.endswith("_stderr")]
+    spent = [key for key in keys if key.endswith(("_tflops", "_mfloats", "seconds"))]
+    keys = [key for key in keys if key in NAMES or (key in spent) == costs]
+    columns = [[key, *(cell(row, key) for row in rows)] for key in keys]
+    widths = [max(3, *map(len, column)) for column in columns]
+    lines = [[text.ljust(width) for text, width in zip(line, widths)] for line in zip(*columns)]
+    lines.insert(1, ["-" * width for width in widths])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def write_table(args, rows, result):
-    """Print the table; write it with its circumstances to --output, aside first and then renamed; draw --plot."""
-    print("\n" + markdown(rows))
+    """Print scores and costs; write them with their circumstances to --output, aside first, then renamed; draw
+    --plot."""
+    print(f"\n{markdown(rows, False)}\n\n{markdown(rows, True)}")
     if args.output:
         with open(args.output + ".part", "w", encoding="utf-8") as file:
             json.dump({**result, "rows": rows}, file, indent=1, ensure_ascii=False)
@@ -83,33 +93,35 @@ def plot(path, rows):
         first = ("classification", "non-classification")
         kinds = sorted({row["task"] for row in rows} - {"all"}, key=lambda task: (task not in first, task))
         panels = [(f"{kind}: accuracy", "accuracy", [row for row in rows if row["task"] == kind]) for kind in kinds]
-    names = list(dict.fromkeys(map(name, rows)))
+    names, lines = list(dict.fromkeys(map(name, rows))), {}
     across = min(len(panels), 2 if len(panels) <= 4 else 3 if len(panels) <= 9 else 5)
-    shape = (-(-len(panels) // across), across)
-    figure = Figure(figsize=(4.5 * across, 3.2 * shape[0] + 0.4), layout="constrained")
-    lines = {}
-    for axes in (grid := figure.subplots(*shape, squeeze=False)).flat[len(panels):]:
-        axes.set_visible(False)
-    for (title, key, drawn), axes in zip(panels, grid.flat):
+    down = -(-len(panels) // across)
+    figure = Figure(figsize=(4.5 * across, 3.2 * down + 0.4), layout="constrained")
+    grid = figure.subplots(down, across, squeeze=False).flatten()
+    for axes in grid[len(panels):]:
+        axes.remove()
+    for (title, key, drawn), axes in zip(panels, grid):
         for n, label in enumerate(names):
             points = sorted((row for row in drawn if name(row) == label), key=lambda row: row.get(x, 0))
             values, errors = [row[key] for row in points], [row.get(key + "_stderr") or 0 for row in points]
             if x is None:
-                axes.barh([label] * len(points), values, xerr=errors)
+                axes.barh([label] * len(points), values, xerr=errors, color=f"C{n % 10}")
             elif points and not points[0].get(x):
                 lines[label] = axes.axhline(values[0], linestyle="--", color=f"C{n % 10}")
             elif points:
                 style = {"marker": "osD^vP*X<>"[n % 10], "linestyle": ":" if "shuffled" in label else "-", "capsize": 3}
                 lines[label] = axes.errorbar([row[x] for row in points], values, errors, color=f"C{n % 10}", **style)
-        axes.set_title(title)
+        axes.set(title=title, axisbelow=True)
         axes.grid(alpha=0.3)
+        floor = None if key == "gap" else 0
         if x:
             ticks = sorted({row[x] for row in drawn if row.get(x)})
+            ticks = [tick for tick, before in zip(ticks, [0, *ticks]) if tick > 1.3 * before]      # no two in one place
             axes.set_xscale("log", base=2)
             axes.set_xticks(ticks, [f"{tick // 1024}K" if tick % 1024 == 0 else tick for tick in ticks])
-            axes.set(ylim=(None if key == "gap" else 0, None), xlabel=AXES[x])
+            axes.set(ylim=(floor, None), xlabel=AXES[x])
         else:
-            axes.set(xlim=(None if key == "gap" else 0, None), ylim=axes.get_ylim()[::-1])
+            axes.set(xlim=(floor, None), ylim=axes.get_ylim()[::-1])
     if x:
         figure.legend(lines.values(), lines, loc="outside lower center", ncols=min(5, len(lines)), frameon=False)
     figure.savefig(path, dpi=110)

@@ -5,6 +5,9 @@ import json
 import math
 import os
 import random
+import re
+import shlex
+import shutil
 import subprocess
 import sys
 import types
@@ -24,12 +27,110 @@ from evaluate import exact_match, f1_score, mean_and_stderr, normalize_answer, n
 from generator import Memory
 from model import AdaptedLM, load_base
 from support import answers as solver, benchmarks, costs, plots
-from support.benchmarks import (IN_CONTEXT_PROMPT, METAICL_CLASSIFICATION, METAICL_OTHER, METAICL_PROMPT, METAICL_SEEDS,
-                                MSC_SAMPLE, SPANS, in_context_prompts, load_metaicl, load_msc, load_qa)
+from support.benchmarks import (IN_CONTEXT_PROMPT, METAICL_KINDS, METAICL_PROMPT, METAICL_SEEDS, MSC_SAMPLE, SPANS,
+                                control_contexts, in_context_prompts, load_metaicl, load_msc, load_qa)
 from support.files import InputError, hub_reachable
 from support.instructions import demonstration
 
 GOLDEN = json.load(open(os.path.join(os.path.dirname(__file__), "golden", "text_golden.json"), encoding="utf-8"))
+METRICS = ("f1", "em", "recall", "rougeL_recall")
+SQUAD = [("The river Öre runs past seven green stones. " * 4, [("How many stones?", ["seven", "seven green"]),
+                                                               ("Which river?", ["Öre", "the river Öre"])]),
+         ("A lamp hangs under the old paper mill. " * 5, [("What hangs there?", ["A lamp"])]),
+         ("The north wind walks on cold nights. " * 4, [("Who walks?", ["The north wind", "wind"]),
+                                                        ("When?", ["on cold nights"]), ("Where?", ["north"])])]
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def run(tmp_path, base, task, *flags):
+    """(table, predictions) of an evaluation."""
+    evaluate.main(["--task", task, "--base", base, "--device", "cpu", "--dtype", "float32", "--output",
+                   str(tmp_path / "out.json"), "--predictions", str(tmp_path / "out.jsonl"), *flags])
+    return json.load(open(tmp_path / "out.json")), [json.loads(line) for line in open(tmp_path / "out.jsonl")]
+
+
+def by_method(result):
+    return {row["method"]: row for row in result["rows"]}
+
+
+def timeless(result):
+    rows = [{key: value for key, value in row.items() if "seconds" not in key} for row in result["rows"]]
+    return {**result, "rows": rows}
+
+
+def load_adapted(base_directory, generator_directory):
+    return AdaptedLM.from_pretrained(load_base(base_directory, torch.float32, "cpu")[0], generator_directory)
+
+
+def ids_of(tokenizer, text):
+    """(1, L), after <s>."""
+    return torch.tensor([[257, *tokenizer(text)["input_ids"]]])
+
+
+def greedy(model, tokenizer, prompt, memory=(), new_tokens=20):
+    """The answer to a prompt by generate, of a base or, with [memory], of an AdaptedLM."""
+    ids = ids_of(tokenizer, prompt)
+    out = model.generate(ids, *memory, max_new_tokens=new_tokens, do_sample=False, pad_token_id=259)
+    return tokenizer.decode(out[0, ids.shape[1]:], skip_special_tokens=True).split("\n")[0].strip()
+
+
+def plain_nats(model, tokenizer, prompt, gold, memory=None):
+    """Token-mean nats of a gold after a prompt (ids), one token at a time, in float64."""
+    ids, nats = list(prompt), []
+    for t in tokenizer(gold)["input_ids"]:
+        nats.append(-model(torch.tensor([ids]), memory=memory)[0, -1].double().log_softmax(-1)[t].item())
+        ids.append(t)
+    return sum(nats) / len(nats)
+
+
+def streamed(model, tokenizer, text, chunk):
+    """Memory of a text, evenly split into chunks of at most so many tokens."""
+    ids, memory = ids_of(tokenizer, text), None
+    for piece in ids.split(-(-ids.shape[1] // -(-ids.shape[1] // chunk)), 1):
+        memory = model.contextualize(piece, memory=memory)
+    return memory
+
+
+def drawn_texts(path):
+    """The words of an .svg figure, which matplotlib leaves in comments."""
+    return " | ".join(re.findall(r"<!-- (.*?) -->", open(path, encoding="utf-8").read()))
+
+
+@pytest.fixture(scope="module")
+def generator_directory(tmp_path_factory, base_directory):
+    path = tmp_path_factory.mktemp("generator")
+    make_model(base=load_base(base_directory, torch.float32, "cpu")[0]).save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def squad_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("squad") / "squad.jsonl"
+    write_rows(path, [{"id": f"{d}-{q}", "title": "t", "context": text, "question": question,
+                       "answers": {"text": golds, "answer_start": [0] * len(golds)}}
+                      for d, (text, questions) in enumerate(SQUAD) for q, (question, golds) in enumerate(questions)])
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def metaicl_directory(tmp_path_factory):
+    """Three tasks in MetaICL's layout, hand-made; a stray directory beside them."""
+    path = tmp_path_factory.mktemp("metaicl")
+    (path / "not_a_task").mkdir()
+    for task in ("poem_sentiment", "quarel", "superglue-copa"):
+        (path / task).mkdir()
+        for seed in METAICL_SEEDS:
+            for split, count in (("train", 16), ("dev", 16), ("test", 3)):
+                rows = [{"task": task, "input": f"{task} {split} {seed} {i} é", "output": "yes" if i % 2 else "no",
+                         "options": ["yes", "no"]} for i in range(count)]
+                write_rows(path / task / f"{task}_16_{seed}_{split}.jsonl", rows)
+    return path
+
+
+# ---- metrics
 
 
 @pytest.mark.parametrize("case", GOLDEN["metrics"], ids=lambda c: c["prediction"] or "empty")
@@ -42,13 +143,34 @@ def test_metrics_equal_the_authors(case):
         assert exact_match(prediction, gold) == case["em"]
     assert f1_score(prediction, gold) == pytest.approx(case["f1"])
     assert rouge_l_recall(prediction, gold) == pytest.approx(case["rougeL_recall"])
+    assert evaluate.icl_scores(prediction, [gold])["accuracy"] == case["icl_acc"]
 
 
-def test_recall():
-    for prediction, gold, want in (("It was the Blue Boat, I think", "a blue boat", 1), ("bluebird", "blue", 0),
-                                   ("blue big boat", "blue boat", 0), ("", "x", 0), ("the", "a", 0),
-                                   ("in 1999.", "1999", 1)):
-        assert recall(prediction, gold) == want
+@pytest.mark.parametrize("metric, cases", [
+    (recall, (("It was the Blue Boat, I think", "a blue boat", 1), ("bluebird", "blue", 0), ("", "x", 0),
+              ("blue big boat", "blue boat", 0), ("the", "a", 0), ("in 1999.", "1999", 1))),
+    (lambda prediction, gold: evaluate.icl_scores(prediction, [gold])["accuracy"],
+     (("Positive", "positive", 1), ("Output: no", "No", 1), ("no.", "no", 0), ("", "no", 0), ("É", "é", 1)))])
+def test_recall_and_accuracy(metric, cases):
+    for prediction, gold, want in cases:
+        assert metric(prediction, gold) == want
+
+
+def test_listing_games_recall():
+    assert recall("red, blue, green or brown", "blue") == 1 and "games it" in recall.__doc__
+
+
+def test_scores_of_a_hand_computed_case():
+    """Two golds; the shortest is one word of the two predicted, the other is the prediction."""
+    scores = evaluate.qa_scores("the Paris, France", ["Paris France", "Paris"])
+    assert scores == {"f1": pytest.approx(2 / 3), "em": 0, "f1_max": 1, "em_max": 1, "recall": 1, "rougeL_recall": 1}
+    nothing = evaluate.qa_scores("", ["Ünïcode"])
+    assert set(nothing.values()) == {0} and evaluate.qa_scores("ÜNÏCODE!", ["Ünïcode"])["em"] == 1
+    row = evaluate.table_row([{**scores, "number": 0, "inference_tflops": 2.0},
+                              {**nothing, "number": 1, "inference_tflops": 4.0}], 0, method="adapter")
+    assert row["f1"] == pytest.approx(100 / 3) and row["f1_stderr"] == pytest.approx(100 / 3)
+    assert row["em_max"] == row["em_max_stderr"] == 50
+    assert (row["method"], row["n"], row["inference_tflops"]) == ("adapter", 2, 3)
 
 
 def test_standard_error():
@@ -57,6 +179,33 @@ def test_standard_error():
     mean, error = mean_and_stderr(values)
     assert mean == pytest.approx(t.mean().item()) and error == pytest.approx(t.std().item() / math.sqrt(5))
     assert mean_and_stderr([3.0]) == (3.0, None)
+
+
+def test_clustered_error_is_that_of_the_clusters():
+    """Copies of a value tell nothing new; unequal clusters against the sum of their deviations."""
+    once, labels = [0.5, 2.0, -1.0, 0.25], [0, 1, 2, 3]
+    thrice = [v for v in once for _ in range(3)]
+    assert mean_and_stderr(thrice, [k for k in labels for _ in range(3)]) == pytest.approx(mean_and_stderr(once))
+    mean, error = mean_and_stderr([1.0, 2.0, 6.0], ["a", "a", "b"])
+    assert (mean, error) == pytest.approx((3.0, (2 * (3.0**2 + 3.0**2)) ** 0.5 / 3))
+    assert mean_and_stderr([1.0, 2.0], ["a", "a"])[1] is None
+
+
+def test_memory_gap_by_hand():
+    """Paired by question, ties shared; a question without controls is left out of the pair and counted."""
+    own = [{"cluster": c, "number": n, "nats": v} for c, n, v in ((0, 0, 1.0), (0, 1, 3.0), (1, 2, 2.0), (2, 3, 9.0))]
+    others = [{"cluster": c, "number": n, "control_nats": v}
+              for c, n, v in ((1, 2, [2.0, 5.0]), (0, 0, [2.0, 4.0]), (0, 1, [2.0, 3.0]))]
+    row = evaluate.memory_gap(own, others)
+    gaps = [1.5, 2.0, -0.5]                                             # 3.5 - 2, 3 - 1, 2.5 - 3; clusters 1, 0, 0
+    assert row["gap"] == pytest.approx(1.0) and row["gap_stderr"] == pytest.approx((2 * (0.5**2 + 0.5**2)) ** 0.5 / 3)
+    assert row["best-of-3"] == pytest.approx(100 * (0.5 + 1 + 0) / 3) and row["chance"] == pytest.approx(100 / 3)
+    assert row["pairs"] == 3
+    assert sum(gaps) == 3 and "pairs" not in evaluate.memory_gap(own[:3], others)
+    assert evaluate.memory_gap(own, []) == {}
+
+
+# ---- costs
 
 
 def test_base_flops_against_the_counter():
@@ -74,13 +223,29 @@ def test_base_flops_against_the_counter():
 
 def test_generator_flops_against_the_counter():
     model = make_model(targets=["o_proj", "down_proj"])
-    g = model.generator
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        for layer in g.layers:
+        for layer in model.generator.layers:
             layer.adapter(sum(layer.update(torch.randn(20, 64)) for _ in range(3)))
             layer.adapter(torch.randn(24, 24))
             layer.adapter(torch.randn(24, 24))
     assert counter.get_total_flops() == costs.generator_flops(model, 60, 3)
+
+
+def test_contextualisation_flops_against_the_counter():
+    """Two chunks read and their adapters made. The counter sees full attention, of which the causal half is counted."""
+    base = make_base(attn_implementation="eager")
+    model, L = make_model(base=base), 20
+    ids = torch.randint(0, 256, (1, 2 * L))
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        memory = model.contextualize(ids[:, :L])
+        memory = model.contextualize(ids[:, L:], memory=memory)
+        model.lora(memory)
+    model.config.chunk = L
+    want = costs.context_flops(model, 2 * L)
+    acausal = 2 * 3 * 4 * 4 * 16 * (L * L - L * (L + 1) // 2)           # chunks, blocks, 4 FLOPs, heads, their width
+    applied = 3 * 2 * L * 8 * (64 + 64)                                 # the unmerged pair at work on the second chunk
+    # rotary frequencies, where they are counted
+    assert abs(counter.get_total_flops() - want - acausal - applied) <= 2 * 2 * L * 8
 
 
 def test_storage():
@@ -92,63 +257,81 @@ def test_storage():
                                                        for layer in cache.layers)
 
 
-def test_the_control_reads_another_conversation():
-    keys = [{"a", "b"}, {"b", "c"}, {"d"}, {"a"}, {"e"}]
-    others = evaluate.other_contexts(keys, seed=0)
-    assert all(not keys[i] & keys[j] for i, j in enumerate(others))
-    assert others == evaluate.other_contexts(keys, seed=0)
-    assert evaluate.other_contexts([{"a"}, {"a"}], 0) == [None, None]
+def test_the_released_count_gives_table_1():
+    """Mistral-7B's shape: 67 query tokens after 64, 128 and 256 kept ones are UltraGist's rows, 71 after none and after
+    2,352 are closed-book and full prompting."""
+    with torch.device("meta"):
+        base = transformers.MistralForCausalLM(transformers.MistralConfig())
+    for tokens, kept, tflops in ((67, 64, 0.514), (67, 128, 0.552), (67, 256, 0.627), (71, 0, 0.505),
+                                 (71, 2352, 2.059)):
+        assert costs.released_flops(base, tokens, kept) / 1e12 == pytest.approx(tflops, abs=5e-4)
 
 
-def run(tmp_path, base, task, *flags):
-    evaluate.main(["--task", task, "--base", base, "--device", "cpu", "--dtype", "float32", "--output",
-                   str(tmp_path / "out.json"), "--predictions", str(tmp_path / "out.jsonl"), *flags])
-    return json.load(open(tmp_path / "out.json")), [json.loads(line) for line in open(tmp_path / "out.jsonl")]
+def test_fine_tuned_base_brings_its_cost(tmp_path, base_directory, squad_file):
+    """train.py --stage finetune writes what it cost, by FLOPs counted from the examples; closed-book rows show it."""
+    write_rows(tmp_path / "docs.jsonl", [{"text": "x" * 100}])
+    flags = ["--stage", "finetune", "--base", base_directory, "--documents", str(tmp_path / "docs.jsonl"), "--device",
+             "cpu", "--dtype", "float32"]
+    train.finetune(train.arguments([*flags, "--out", str(tmp_path / "cpt")]))
+    train.finetune(train.arguments([*flags, "--out", str(tmp_path / "again"), "--checkpointing"]))
+    for name, tensor in load_file(tmp_path / "cpt" / "model.safetensors").items():         # recomputing changes nothing
+        torch.testing.assert_close(load_file(tmp_path / "again" / "model.safetensors")[name], tensor)
+    cost = json.load(open(tmp_path / "cpt" / "finetune.json"))
+    base, _ = load_base(base_directory, torch.float32, "cpu")
+    tokens = 1 + 100 + 1                                                 # <s>, the text, </s>
+    assert cost["contextualisation_tflops"] * 1e12 == pytest.approx(8 * 3 * costs.base_flops(base, tokens))
+    assert cost["storage_mfloats"] * 1e6 == pytest.approx(sum(p.numel() for p in base.parameters()))
+    result, _ = run(tmp_path, str(tmp_path / "cpt"), "squad", "--data", squad_file, "--checkpoint", "none", "--method",
+                    "closed-book")
+    assert all(result["rows"][0][key] == pytest.approx(cost[key]) for key in evaluate.COSTS[1:])
+    assert cost["contextualisation_seconds"] > 0
 
 
-METRICS = ("f1", "em", "recall", "rougeL_recall")
+def test_seconds_wait_for_the_device_and_include_the_last_norm(tokenizer, monkeypatch):
+    waited = []
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    gpu = types.SimpleNamespace(type="cuda")
+    assert costs.clock(gpu) > 0 and waited == [gpu] and costs.clock(torch.device("cpu")) > 0 and len(waited) == 1
+    model, calls = make_model(chunk=10), []
+    lora = model.lora
+    model.lora = lambda memory: calls.append(memory) or lora(memory)
+    monkeypatch.setattr(evaluate, "clock", lambda device: len(calls))
+    # 30 tokens: an adapter for chunks 2 and 3, and the last one
+    pairs, cost = evaluate.read_adapter(model, tokenizer, "x" * 29)
+    assert cost["contextualisation_seconds"] == 3 and cost["context_tokens"] == 30
+    assert pairs.keys() == lora(calls[-1]).keys()
 
 
-def test_msc_untrained_adapter_is_closed_book(tmp_path, base_directory, capsys):
-    result, predictions = run(tmp_path, base_directory, "msc", "--data", MSC_SAMPLE, "--checkpoint", "none", "--limit",
-                              "3", "--batch-size", "2")
-    rows = {row["method"]: row for row in result["rows"]}
-    assert list(rows) == ["closed-book", "full-conversation", "adapter", "adapter-shuffled"]
-    answers = {m: [p["prediction"] for p in predictions if p["method"] == m] for m in rows}
-    assert answers["adapter"] == answers["adapter-shuffled"] == answers["closed-book"] != answers["full-conversation"]
-    for row in rows.values():
-        assert set(METRICS) <= set(row) and all(m + "_stderr" in row for m in METRICS) and row["n"] == 3
-    tflops = {method: row["inference_tflops"] for method, row in rows.items()}
-    assert tflops["adapter"] == tflops["closed-book"] < tflops["full-conversation"]
-    assert (result["task"], result["n"], result["seed"], result["checkpoint"], result["base"]) == ("msc", 3, 0, "none",
-                                                                                                   base_directory)
-    assert set(result["versions"]) == {"python", "torch", "transformers"}
-    assert "Question: {question}" in result["prompts"]["full-conversation"]
-    out = capsys.readouterr().out
-    assert "| adapter-shuffled |" in out and "untrained" in out
+# ---- contexts and prompts, answers and nats
 
 
-def test_msc_scores_follow_from_the_predictions(tmp_path, base_directory):
-    """A trained-looking generator of chunks of 300 tokens; each row of the table recomputed from the JSONL, each answer
-    from the model."""
-    base, tokenizer = load_base(base_directory, torch.float32, "cpu")
-    make_model(base=base, chunk=300).save_pretrained(tmp_path / "generator")
-    result, predictions = run(tmp_path, base_directory, "msc", "--data", MSC_SAMPLE, "--checkpoint",
-                              str(tmp_path / "generator"), "--limit", "2", "--method", "adapter",
-                              "--method", "adapter-shuffled")
-    for row in result["rows"]:
-        mine = [p for p in predictions if p["method"] == row["method"]]
-        assert row["f1"] == pytest.approx(100 * sum(f1_score(p["prediction"], p["gold"]) for p in mine) / 2)
-    model, item = AdaptedLM.from_pretrained(base, tmp_path / "generator"), load_msc()[1]
-    ids, memory = [257] + list(tokenizer("\n\n".join(item["sessions"]))["input_ids"]), None
-    n = -(-len(ids) // 300)
-    size = -(-len(ids) // n)
-    for at in range(0, len(ids), size):
-        memory = model.contextualize(torch.tensor([ids[at:at + size]]), memory=memory)
-    prompt = torch.tensor([[257] + list(tokenizer(item["question"])["input_ids"])])
-    out = model.generate(prompt, memory, max_new_tokens=20, do_sample=False)[0, prompt.shape[1]:]
-    assert predictions[1]["prediction"] == tokenizer.decode(out, skip_special_tokens=True).split("\n")[0].strip()
-    assert predictions[1]["prediction"] != predictions[3]["prediction"]
+def test_controls_share_nothing_and_are_as_many_for_all():
+    keys = [{"a", "b"}, {"b", "c"}, {"d"}, {"a"}, {"e"}, {"d", "e", "a"}]
+    drawn = control_contexts(keys, 0, 4)
+    assert all(not keys[i] & keys[j] for i, some in enumerate(drawn) for j in some)
+    assert {len(some) for some in drawn} == {1} and drawn == control_contexts(keys, 0, 4)
+    assert all(len(set(some)) == len(some) == 4 for some in control_contexts([{i} for i in range(9)], 0, 4))
+    near = control_contexts([{i} for i in range(9)], 0, 4, first=3)
+    # those that are read anyway come first
+    assert all({0, 1, 2} - {i} <= set(some) for i, some in enumerate(near))
+    assert drawn == control_contexts(keys, 0, 1) and control_contexts([{"a"}, {"a"}], 0, 1) == [[], []]
+    clusters = benchmarks.context_clusters
+    assert clusters(keys) == [0, 0, 0, 0, 0, 0] and len(set(clusters(keys[:5]))) == 3
+
+
+def test_prompts_of_figure_7():
+    assert IN_CONTEXT_PROMPT.format(context="{Ünï}", question="Who?") == (
+        "{Ünï}\n\nInstruction: Answer the question based on the context above. Respond with a short phrase only. "
+        "Keep the answer short and concise, without any "
+        "explanation or additional words\n\nQuestion: Who?\n\nAnswer:")
+    demonstrations = "Input: a\nOutput: b\n\nInput: c\nOutput: d"
+    assert METAICL_PROMPT.format(context=demonstrations, question=demonstration("e", "")) == (
+        "Input: a\nOutput: b\n\nInput: c\nOutput: d\n\nInstruction: Based on the demonstration above, "
+        "provide a short and concise answer, without any explanation or "
+        "additional words.\n\nInput: e\nOutput:")
+    assert benchmarks.ZERO_SHOT_PROMPT.format(question=demonstration("e", "")) == (
+        "Instruction: Provide a short and concise answer, without any explanation or additional words."
+        "\n\nInput: e\nOutput:")
 
 
 def test_long_context_loses_its_beginning(tokenizer):
@@ -156,8 +339,8 @@ def test_long_context_loses_its_beginning(tokenizer):
     (ids, longer), lost = in_context_prompts(tokenizer, IN_CONTEXT_PROMPT, context, ["Which?", "Which one?"], window)
     prompt = tokenizer.decode(ids)
     assert len(ids) < len(longer) == window
-    assert lost == len(tokenizer(IN_CONTEXT_PROMPT.format(context=context,
-                                                          question="Which one?"))["input_ids"]) + 1 - window
+    whole = ids_of(tokenizer, IN_CONTEXT_PROMPT.format(context=context, question="Which one?"))
+    assert lost == whole.shape[1] - window
     assert "omega\n\nInstruction: Answer" in prompt and prompt.endswith("Question: Which?\n\nAnswer:")
     with pytest.raises(InputError, match="window"):
         in_context_prompts(tokenizer, IN_CONTEXT_PROMPT, "x", ["q" * 500], window)
@@ -167,30 +350,512 @@ def test_long_context_loses_its_beginning(tokenizer):
         assert len(ids) <= 221 and lost
 
 
-def test_ppl_against_plain_cross_entropy(tmp_path, base_directory, text_file):
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_cached_prefix_answers_like_whole_prompts(tokenizer, kind):
+    """Questions of different lengths on one context, in one batch, against transformers' generate on each prompt."""
+    model = make_model(base=make_base(kind))
+    model.base.generation_config.pad_token_id = 259
+    run = types.SimpleNamespace(model=model, tokenizer=tokenizer, args=types.SimpleNamespace(seed=0, task="squad"))
+    items = [{"question": question} for question in ("Who sings?", "Why does it rain so much in the north?", "Ö",
+                                                     "Who?")]
+    prompts, kept, costs = evaluate.read_contexts(run, "in-context", ["A cold river, seven green stones."], items)
+    assert tokenizer.decode(kept["prefix"]).endswith("Question: ")
+    before = kept["cache"].layers[0].keys.clone()
+    for _ in range(2):                                                  # the cache is not used up by a batch
+        answers, counts = solver.answer(model, tokenizer, prompts, **kept)
+        for item, prompt, text, count in zip(items, prompts, answers, counts):
+            whole = IN_CONTEXT_PROMPT.format(context="A cold river, seven green stones.", question=item["question"])
+            assert prompt == ids_of(tokenizer, whole)[0].tolist()
+            new = model.base.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False)[0, len(prompt):]
+            assert text == tokenizer.decode(new, skip_special_tokens=True).split("\n")[0].strip() and count == len(new)
+    assert torch.equal(before, kept["cache"].layers[0].keys)
+    assert all(cost["past"] == len(prompts[0]) - len(items[0]["question"].encode()) - 1 for cost in costs)
+
+
+@torch.no_grad()
+def test_answer_nats_one_token_at_a_time(tokenizer):
+    """A batch of prompts and golds of different lengths: bare, under LoRA pairs a row, and after a cached prefix."""
+    model = make_model()
+    model.base.generation_config.pad_token_id = 259
+    questions, golds = ["Who?", "Where does it stand, and why?", "Ö"], ["Ana Maria", "x", " in Nîmes "]
+    prompts = [ids_of(tokenizer, q)[0].tolist() for q in questions]
+    memory = model.contextualize(torch.randint(0, 256, (3, 20)))
+    rows = [Memory({name: S[i:i + 1] for name, S in memory.states.items()}, memory.tokens[i:i + 1]) for i in range(3)]
+    for given, each in ((None, [None] * 3), (model.lora(memory), rows)):
+        got = solver.answer_nats(model, tokenizer, prompts, golds, given)
+        want = [plain_nats(model, tokenizer, p, g.strip(), m) for p, g, m in zip(prompts, golds, each)]
+        assert got == pytest.approx(want, rel=1e-4)
+    run = types.SimpleNamespace(model=model, tokenizer=tokenizer)
+    prompts, kept, _ = evaluate.in_context(run, IN_CONTEXT_PROMPT, ["A cold river."], [{"question": q}
+                                                                                       for q in questions])
+    before = kept["cache"].layers[0].keys.clone()
+    for golds in (golds, golds[::-1]):
+        want = [plain_nats(model, tokenizer, p, g.strip()) for p, g in zip(prompts, golds)]
+        assert solver.answer_nats(model, tokenizer, prompts, golds, **kept) == pytest.approx(want, rel=1e-4)
+    assert torch.equal(before, kept["cache"].layers[0].keys)
+    assert solver.answer_nats(model, tokenizer, prompts[:2], ["x", " "])[1] is None
+
+
+def test_cache_copies_that_do_not_fit_are_made_in_parts(tokenizer, monkeypatch):
+    """A KV cache is copied for as many questions of a batch as there is room for, with the same answers."""
+    model = make_model()
+    model.base.generation_config.pad_token_id = 259
+    items = [{"question": q, "golds": [g]} for q, g in (("Who?", "Ana"), ("Where does it stand?", "in Nîmes"),
+                                                        ("Ö", "x"))]
+    run = types.SimpleNamespace(model=model, tokenizer=tokenizer, args=types.SimpleNamespace(task="squad"),
+                                score=evaluate.qa_scores)
+    prompts, kept, cost = evaluate.in_context(run, IN_CONTEXT_PROMPT, ["A cold river."], items)
+    given = (run, "in-context", items, prompts, cost * 3)
+    whole, copies = solver.solve(*given, **kept), []
+    monkeypatch.setattr(solver, "KV_FLOATS", 2.5 * costs.kv_cache_floats(model.base, len(kept["prefix"])))
+    monkeypatch.setattr(solver, "copies", lambda cache, rows, copy=solver.copies: copies.append(rows)
+                        or copy(cache, rows))
+    parts = solver.solve(*given, **kept)
+    assert copies == [2, 2, 1, 1] and [r["prediction"] for r in parts] == [r["prediction"] for r in whole]
+    assert [r["nats"] for r in parts] == pytest.approx([r["nats"] for r in whole], rel=1e-4)
+    assert [r["question"] for r in parts] == [i["question"] for i in items]
+
+
+# ---- conversations
+
+
+def test_msc_untrained_adapter_is_closed_book(tmp_path, base_directory, capsys):
+    result, predictions = run(tmp_path, base_directory, "msc", "--data", MSC_SAMPLE, "--checkpoint", "none", "--limit",
+                              "3", "--batch-size", "2")
+    rows = by_method(result)
+    assert list(rows) == ["closed-book", "full-conversation", "adapter", "adapter-shuffled"]
+    answers = {m: [p["prediction"] for p in predictions if p["method"] == m] for m in rows}
+    assert answers["adapter"] == answers["adapter-shuffled"] == answers["closed-book"] != answers["full-conversation"]
+    for row in rows.values():
+        assert set(METRICS) <= set(row) and all(m + "_stderr" in row for m in METRICS) and row["n"] == 3
+    assert rows["adapter"]["best-of-5"] >= 0 and rows["adapter"]["chance"] == 20        # four controls by default
+    tflops, released = ({method: row[key] for method, row in rows.items()}
+                        for key in ("inference_tflops", "released_tflops"))
+    assert tflops["adapter"] == tflops["closed-book"] < tflops["full-conversation"]
+    base, _ = load_base(base_directory, torch.float32, "cpu")
+    weights = sum(p.numel() for name, p in base.named_parameters() if "norm" not in name and "embed" not in name)
+    tokens = predictions[0]["released_tflops"] * 1e12 / weights                # closed-book: no attention to a context
+    assert tokens == pytest.approx(round(tokens)) and released["full-conversation"] > released["closed-book"]
+    assert [result[key] for key in ("task", "n", "seed", "checkpoint", "base")] == ["msc", 3, 0, "none", base_directory]
+    assert set(result["versions"]) == {"python", "torch", "transformers"}
+    assert "Question: {question}" in result["prompts"]["full-conversation"]
+    out = " ".join(capsys.readouterr().out.split())
+    assert "| adapter-shuffled |" in out and "untrained" in out
+
+
+def test_msc_scores_nats_gap_and_reading_once(tmp_path, base_directory, tokenizer, monkeypatch, capsys):
+    """A trained-looking generator of chunks of 300 tokens; answers, nats and gap recomputed from the model, the table
+    from the JSONL. Every conversation is read once for its question, its nats and all questions whose control it is."""
+    base, _ = load_base(base_directory, torch.float32, "cpu")
+    make_model(base=base, chunk=300).save_pretrained(tmp_path / "generator")
+    reads, encode = [], evaluate.encode
+    monkeypatch.setattr(evaluate, "encode", lambda *args: reads.append(args[1]) or encode(*args))
+    flags = ["--data", MSC_SAMPLE, "--checkpoint", str(tmp_path / "generator"), "--limit", "4", "--batch-size", "3",
+             "--controls", "2"]
+    result, predictions = run(tmp_path, base_directory, "msc", *flags)
+    assert len(reads) == 4                                              # the others are drawn from those evaluated
+    rows, items = by_method(result), load_msc()[:4]
+    model = AdaptedLM.from_pretrained(base, tmp_path / "generator")
+    prompts = [ids_of(tokenizer, item["question"])[0].tolist() for item in items]
+    memories = [streamed(model, tokenizer, "\n\n".join(item["sessions"]), 300) for item in items]
+    with torch.no_grad():
+        table = [[plain_nats(model, tokenizer, prompt, item["answer"], memory) for memory in (*memories, None)]
+                 for prompt, item in zip(prompts, items)]
+    others = control_contexts([{i} for i in range(24)], 0, 2, 4)
+    own, other = [row[i] for i, row in enumerate(table)], [[row[j] for j in some] for row, some in zip(table, others)]
+    gap = mean_and_stderr([sum(o) / 2 - n for o, n in zip(other, own)])
+    assert rows["adapter"]["nats"] == pytest.approx(sum(own) / 4, rel=1e-4)
+    assert rows["closed-book"]["nats"] == pytest.approx(sum(row[-1] for row in table) / 4, rel=1e-4)
+    assert (rows["adapter"]["gap"], rows["adapter"]["gap_stderr"]) == pytest.approx(gap, abs=1e-4)
+    assert rows["adapter"]["best-of-3"] == pytest.approx(25 * sum(n < min(o) for n, o in zip(own, other)))
+    for method, row in rows.items():
+        mine = [p for p in predictions if p["method"] == method]
+        assert row["nats"] == pytest.approx(sum(p["nats"] for p in mine) / 4) and row["nats_stderr"] > 0
+        assert row["f1"] == pytest.approx(100 * sum(f1_score(p["prediction"], p["gold"]) for p in mine) / 4)
+    shuffled = [p for p in predictions if p["method"] == "adapter-shuffled"]
+    assert [p["control_nats"] for p in shuffled] == [pytest.approx(o, rel=1e-4) for o in other]
+    assert [p["nats"] for p in shuffled] == pytest.approx([sum(o) / 2 for o in other], rel=1e-4)
+    first = [memories[some[0]] for some in others]                      # whose answers F1 scores
+    for method, under in (("adapter", memories), ("adapter-shuffled", first)):
+        want = [greedy(model, tokenizer, item["question"], [memory]) for item, memory in zip(items, under)]
+        assert [p["prediction"] for p in predictions if p["method"] == method] == want
+    assert want != [greedy(model, tokenizer, item["question"], [memory]) for item, memory in zip(items, memories)]
+    assert "| method | n | nats | gap | best-of-3 | chance | f1 |" in " ".join(capsys.readouterr().out.split())
+
+
+def test_evidence_spans(tmp_path):
+    """Round the first turn with the answer, inside its session; a conversation that never says it has none."""
+    write_rows(tmp_path / "c.jsonl", [
+        {"previous_dialogs": [{"dialog": [{"text": f"{s}{i}"} for i in range(4)]} for s in "ab"],
+         "dialog": [{"text": "my Boat is BLUE"}, {"text": "blue?"}],
+         "self_instruct": {"B": "Which?", "A": answer}} for answer in ("b1", "blue", "green")])
+    first, second, third = load_msc(str(tmp_path / "c.jsonl"), evidence=True)
+    a, b = ("\n".join(f"Speaker {i % 2 + 1}: {s}{i}" for i in range(4)) for s in "ab")
+    whole = "\n\n".join([a, b, "Speaker 1: my Boat is BLUE\nSpeaker 2: blue?"])
+    assert list(first["spans"]) == list(SPANS) and list(first["spans"].values()) == ["Speaker 2: b1", b, b, whole]
+    assert second["spans"]["oracle turn"] == "Speaker 1: my Boat is BLUE" and third["spans"] is None
+    # the row's own dialog is the last session
+    assert first["sessions"] == whole.split("\n\n") and "spans" not in load_msc(str(tmp_path / "c.jsonl"))[0]
+
+
+def test_msc_by_evidence(tmp_path, base_directory, generator_directory, tokenizer):
+    """Four rows a method on the same questions, each under its span; without literal evidence: left out and counted."""
+    rows = [json.loads(line) for line in open(MSC_SAMPLE, encoding="utf-8")][:4]
+    rows[1]["self_instruct"]["A"] = "nowhere said"
+    write_rows(tmp_path / "c.jsonl", rows)
+    result, predictions = run(tmp_path, base_directory, "msc", "--data", str(tmp_path / "c.jsonl"), "--checkpoint",
+                              generator_directory, "--evidence", "--controls", "2", "--plot", str(tmp_path / "p.svg"))
+    table = {(row["method"], row["context"]): row for row in result["rows"]}
+    assert list(table) == [("closed-book", "none")] + [
+        (method, span) for method in ("full-conversation", "adapter", "adapter-shuffled") for span in SPANS]
+    assert "1 of 4 conversations have no turn" in result["note"] and {row["n"] for row in table.values()} == {3}
+    lengths = [table["adapter", span]["context_tokens"] for span in SPANS]
+    assert lengths == sorted(lengths) and lengths[0] < lengths[-1]
+    assert all("gap" in table["adapter", span] for span in SPANS)
+    model = load_adapted(base_directory, generator_directory)
+    item = load_msc(str(tmp_path / "c.jsonl"), evidence=True)[2]
+    memory = model.contextualize(ids_of(tokenizer, item["spans"]["oracle turn ± 2"]))
+    with torch.no_grad():
+        want = plain_nats(model, tokenizer, ids_of(tokenizer, item["question"])[0].tolist(), item["answer"], memory)
+    (got,) = [p for p in predictions if (p["method"], p["context"], p["question"])
+              == ("adapter", "oracle turn ± 2", item["question"])]
+    assert got["nats"] == pytest.approx(want, rel=1e-4)
+    for words in ("gap to other contexts", "answer, nats", "F1", "context, tokens"):
+        assert words in drawn_texts(tmp_path / "p.svg")
+
+
+def test_a_conversation_without_another_is_named(tmp_path, base_directory, generator_directory):
+    """It keeps its place in the adapter's own row, and leaves the control and the pair."""
+    write_rows(tmp_path / "c.jsonl", [
+        {"previous_dialogs": [{"dialog": [{"text": s}]} for s in sessions.split()],
+         "self_instruct": {"B": "Who?", "A": "Bo"}, "metadata": {"initial_data_id": name}}
+        for name, sessions in (("ana", "one two three"), ("bo", "one"), ("cy", "two"), ("di", "three"))])
+    result, _ = run(tmp_path, base_directory, "msc", "--data", str(tmp_path / "c.jsonl"), "--checkpoint",
+                    generator_directory)
+    table = by_method(result)
+    assert "shares a session with ana: left out of the control and of the gap" in result["note"]
+    assert (table["adapter"]["n"], table["adapter-shuffled"]["n"], table["adapter"]["pairs"]) == (4, 3, 3)
+    assert "best-of-3" in table["adapter"]
+
+
+# ---- document question answering
+
+
+def test_qa_loaders(tmp_path, squad_file):
+    """.jsonl, .parquet and StreamingQA's .csv give the same documents."""
+    def plain(documents):
+        return [(d["text"], [(q["question"], q["golds"]) for q in d["questions"]]) for d in documents]
+
+    documents = load_qa(squad_file, "squad")
+    assert plain(documents) == SQUAD
+    datasets.load_dataset("json", data_files=squad_file, split="train").to_parquet(tmp_path / "s.parquet")
+    assert load_qa(str(tmp_path / "s.parquet"), "squad") == documents
+    with open(tmp_path / "s.csv", "w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([["text", "question", "answers"], *(
+            [text, question, "\\".join(golds)] for text, questions in SQUAD for question, golds in questions)])
+    assert plain(load_qa(str(tmp_path / "s.csv"), "streamingqa")) == SQUAD
+
+
+def test_long_articles_in_a_csv(tmp_path):
+    # 200,000 characters, beyond the csv module's own limit
+    text = "word " * 40_000
+    with open(tmp_path / "s.csv", "w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([["text", "question", "answers"], [text, "Which?", "word"]])
+    csv.field_size_limit(131_072)
+    assert load_qa(str(tmp_path / "s.csv"), "streamingqa")[0]["text"] == text
+
+
+@pytest.mark.parametrize("name, text, words", [
+    ("no.csv", None, "no.csv cannot be read: .*No such file"),
+    ("head.csv", "text,question,answers\n", "head.csv is empty"),
+    ("short.csv", "text,question,answers\na,b\n", "row 2: field 'answers'"),
+    ("none.csv", "text,question,answers\na,b,\\\n", "row 2: answers holds no text"),
+    ("bytes.csv", b"text,question,answers\na,b,\xff\n", "cannot be read"),
+    ("a.jsonl", '{"text": "a", "question": "b", "answers": 3}\n', "a.jsonl line 1: field 'answers'"),
+    ("blank.csv", "text,question,answers\n ,b,c\n", "empty text")])
+def test_streamingqa_refusals(tmp_path, name, text, words):
+    if text is not None:
+        (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(InputError, match=words):
+        load_qa(str(tmp_path / name), "streamingqa")
+
+
+def test_qa_rows_groups_and_answers(tmp_path, base_directory, squad_file, generator_directory, tokenizer, monkeypatch):
+    """Rows and groups of each length, every context read once; an answer of the group of two documents redone."""
+    reads, encode, prompted, prompts = [], evaluate.encode, [], evaluate.in_context_prompts
+    monkeypatch.setattr(evaluate, "encode", lambda *args: reads.append(args[1]) or encode(*args))
+    monkeypatch.setattr(evaluate, "in_context_prompts", lambda *args: prompted.append(args[2]) or prompts(*args))
+    result, predictions = run(tmp_path, base_directory, "squad", "--data", squad_file, "--checkpoint",
+                              generator_directory, "--context-lengths", "100", "300", "5000", "--batch-size", "1",
+                              "--plot", str(tmp_path / "p.png"))
+    rows = [(row["method"], row["context_length"], row["groups"]) for row in result["rows"]]
+    counts = {100: 3, 300: 2, 5000: 1}
+    assert rows == [("closed-book", 0, 1)] + [(method, k, n) for method in ("in-context", "adapter", "adapter-shuffled")
+                                              for k, n in counts.items() if (method, k) != ("adapter-shuffled", 5000)]
+    assert len(reads) == 5 and len(prompted) == 6             # three documents, two of them, all; the third twice
+    assert "longer contexts are all the same single group" in result["note"]
+    assert "Question: {question}" in result["prompts"]["in-context"]
+    for row in result["rows"]:
+        assert row["n"] == 6
+        assert all(key in row and key + "_stderr" in row for key in (*METRICS, "f1_max", "em_max"))
+        assert all(key in row for key in ("inference_tflops", "contextualisation_tflops", "contextualisation_seconds",
+                                          "storage_mfloats"))
+    model = load_adapted(base_directory, generator_directory)
+    texts = ["\n\n".join(text for text, _ in SQUAD[:2]), SQUAD[2][0]]
+    for method, text in (("adapter", texts[0]), ("adapter-shuffled", texts[1])):
+        want = greedy(model, tokenizer, "Which river?", [model.contextualize(ids_of(tokenizer, text))])
+        (got,) = [p for p in predictions
+                  if (p["method"], p["question"], p["parts"]) == (method, "Which river?", 2)]
+        assert got["prediction"] == want and got["golds"] == ["Öre", "the river Öre"]
+        assert got["f1"] == f1_score(want, "Öre")
+    memory = model.contextualize(ids_of(tokenizer, SQUAD[2][0]))
+    with torch.no_grad():                                            # "wind", the shortest of two golds
+        want = plain_nats(model, tokenizer, ids_of(tokenizer, "Who walks?")[0].tolist(), "wind", memory)
+    assert [p["nats"] for p in predictions if (p["method"], p["question"], p["parts"]) == ("adapter", "Who walks?", 3)
+            ] == [pytest.approx(want, rel=1e-4)]
+    assert len({p["key"] for p in predictions}) == len(predictions) == 6 * (1 + 3 + 3 + 2)
+    assert (tmp_path / "p.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_untrained_generator_knows_no_context(tmp_path, base_directory, squad_file):
+    result, _ = run(tmp_path, base_directory, "squad", "--data", squad_file, "--checkpoint", "none",
+                    "--context-lengths", "100")
+    rows = by_method(result)
+    assert abs(rows["adapter"]["gap"]) < 1e-5 and rows["adapter"]["chance"] == pytest.approx(100 / 3)
+    assert rows["adapter"]["nats"] == pytest.approx(rows["closed-book"]["nats"], rel=1e-5)
+    assert set(rows["in-context"]) >= {"nats", "nats_stderr"}
+
+
+def test_first_groups(tmp_path, base_directory, squad_file, generator_directory):
+    """--groups 1: the first of three groups, its control from the others; closed-book answers the same questions."""
+    flags = ["--data", squad_file, "--checkpoint", generator_directory, "--context-lengths", "100", "--controls", "2"]
+    _, everything = run(tmp_path, base_directory, "squad", *flags)
+    os.remove(tmp_path / "out.jsonl")
+    result, predictions = run(tmp_path, base_directory, "squad", *flags, "--groups", "1")
+    rows = {(row["method"], row["n"], row["groups"]) for row in result["rows"]}
+    assert rows == {(method, 2, 1) for method in ("closed-book", "in-context", "adapter", "adapter-shuffled")}
+    nats = {(p["method"], p["id"]): p["nats"] for p in everything}
+    assert all(p["nats"] == pytest.approx(nats[p["method"], p["id"]], rel=1e-4) for p in predictions
+               if p["method"] != "closed-book")
+    assert {p["id"] for p in predictions} == {"0-0", "0-1"}
+
+
+def test_instructed_rows(tmp_path, base_directory, squad_file, metaicl_directory, tokenizer):
+    """Appendix C's instruction without a context, beside the bare question."""
+    _, predictions = run(tmp_path, base_directory, "squad", "--data", squad_file, "--method", "closed-book", "--method",
+                         "closed-book-instructed", "--checkpoint", "none")
+    base, _ = load_base(base_directory, torch.float32, "cpu")
+    prompt = ("Instruction: Answer the question. Respond with a short phrase only. "
+              "Keep the answer short and concise, without any explanation or additional words"
+              "\n\nQuestion: Which river?\n\nAnswer:")
+    (got,) = [p for p in predictions if p["method"] == "closed-book-instructed" and p["question"] == "Which river?"]
+    assert got["prediction"] == greedy(base, tokenizer, prompt) and len(predictions) == 12
+    os.remove(tmp_path / "out.jsonl")
+    result, _ = run(tmp_path, base_directory, "metaicl", "--data", str(metaicl_directory), "--method",
+                    "zero-shot-instructed", "--checkpoint", "none", "--limit", "1")
+    assert [row["shots"] for row in result["rows"]] == [0] * 6
+    assert result["prompts"]["zero-shot-instructed"].startswith("Instruction: Provide a short")
+
+
+def test_long_groups_are_cut_from_the_left_and_say_so(tmp_path, base_directory):
+    rows = [{"context": f"fact {i} " * 700, "question": "Which?", "answers": {"text": ["fact"]}} for i in range(2)]
+    write_rows(tmp_path / "long.jsonl", rows)
+    flags = ["--data", str(tmp_path / "long.jsonl"), "--checkpoint", "none", "--method", "in-context",
+             "--context-lengths", "32768"]
+    first, predictions = run(tmp_path, base_directory, "squad", *flags)
+    # from the file: the note is the same
+    again, _ = run(tmp_path, base_directory, "squad", *flags)
+    assert "2 of 2 prompts do not fit the base's window" in first["note"] and timeless(again) == timeless(first)
+    assert all(p["lost"] > 0 for p in predictions)
+
+
+# ---- predictions files
+
+
+def test_killed_run_continues_to_the_same_table(tmp_path, base_directory, squad_file, generator_directory, monkeypatch):
+    """Killed inside a batch and inside a line; only what is missing is computed again; the file is only appended to."""
+    flags = ["--data", squad_file, "--checkpoint", generator_directory, "--context-lengths", "100", "300",
+             "--batch-size", "2"]
+    whole, _ = run(tmp_path, base_directory, "squad", *flags)
+    lines = (tmp_path / "out.jsonl").read_bytes()
+    again, _ = run(tmp_path, base_directory, "squad", *flags)
+    assert timeless(again) == timeless(whole) and (tmp_path / "out.jsonl").read_bytes() == lines
+    cut = lines[:len(lines) * 2 // 5]
+    (tmp_path / "out.jsonl").write_bytes(cut)
+    calls, answer = [], solver.answer
+    monkeypatch.setattr(solver, "answer", lambda *args, **kwargs: calls.append(args[2]) or answer(*args, **kwargs))
+    resumed, predictions = run(tmp_path, base_directory, "squad", *flags)
+    after = (tmp_path / "out.jsonl").read_bytes()
+    assert timeless(resumed) == timeless(whole) and after.startswith(cut[:cut.rindex(b"\n") + 1])
+
+    def answers(text):
+        return {record["key"]: record["prediction"] for record in map(json.loads, text.splitlines())}
+
+    assert answers(after) == answers(lines) and 0 < sum(map(len, calls)) < len(predictions)
+    calls.clear()
+    # another command shares nothing but the file
+    _, more = run(tmp_path, base_directory, "squad", *flags, "--limit", "2")
+    assert calls and len(more) > len(predictions) and (tmp_path / "out.jsonl").read_bytes().startswith(after)
+    calls.clear()
+    # no generator has a part in it
+    run(tmp_path, base_directory, "squad", *flags[:2], *flags[4:], "--checkpoint", "none", "--method", "closed-book")
+    assert not calls
+    with pytest.raises(InputError, match="more than once"):
+        evaluate.main(["--task", "squad", *flags, "--checkpoint", "none"])
+
+
+@pytest.mark.parametrize("content", ['{"a": 1}\n', "notes of mine", "[1]\n", '"key"\n', '{"key": "x"}\nnotes\n',
+                                     b"\xff\xfe\n"])
+def test_foreign_predictions_file_is_refused(tmp_path, base_directory, squad_file, content):
+    path = tmp_path / "mine.jsonl"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    before = path.read_bytes()
+    with pytest.raises(InputError, match="mine.jsonl line . is not a prediction"):
+        evaluate.main(["--task", "squad", "--base", base_directory, "--data", squad_file, "--predictions", str(path)])
+    assert path.read_bytes() == before
+
+
+# ---- MetaICL
+
+
+def test_metaicl_loader(metaicl_directory):
+    classification, other = METAICL_KINDS.values()
+    assert len(set(classification)) == 16 and len(set(other)) == 10 and not set(classification) & set(other)
+    tasks, missing = load_metaicl(str(metaicl_directory), METAICL_SEEDS, 16, True)
+    assert list(tasks) == ["poem_sentiment", "quarel", "superglue-copa"] and len(missing) == 23
+    assert "glue-rte" in missing
+    assert tasks["quarel"]["test"][1] == {"number": 1, "id": "quarel 1",
+                                          "question": "Input: quarel test 100 1 é\nOutput:", "golds": ["yes"]}
+    assert len(tasks["quarel"]["test"]) == 3
+    training, dev = tasks["superglue-copa"][21]
+    assert len(training) == len(dev) == 16
+    assert training[0]["question"] == "Input: superglue-copa train 21 0 é\nOutput:" and dev[15]["golds"] == ["yes"]
+
+
+def test_metaicl_refusals(tmp_path, metaicl_directory):
+    for seeds, shots, directory, words in (
+            ([100], 17, metaicl_directory, "16 training examples, fewer than --shots 17"),
+            ([100], 1, tmp_path, "none of MetaICL's 26"),
+            ([99], 1, metaicl_directory, "poem_sentiment_16_99_train.jsonl: no such file")):
+        with pytest.raises(InputError, match=words):
+            load_metaicl(str(directory), seeds, shots, False)
+
+
+def test_metaicl_from_the_hub(tmp_path, metaicl_directory, monkeypatch):
+    """A hub id is asked for the files of the test tasks alone, and read as a directory."""
+    asked = []
+    monkeypatch.setattr(benchmarks, "hub_reachable", lambda: True)
+    monkeypatch.setattr(benchmarks.huggingface_hub, "snapshot_download",
+                        lambda name, **options: asked.append((name, options)) or str(tmp_path))
+    shutil.copytree(metaicl_directory, tmp_path / "data")
+    tasks, missing = load_metaicl("allenai/metaicl-data", [100, 13], 16, True)
+    assert tasks == load_metaicl(str(metaicl_directory), [100, 13], 16, True)[0] and len(missing) == 23
+    (name, options), = asked
+    assert name == "allenai/metaicl-data" and options["repo_type"] == "dataset"
+    assert len(options["allow_patterns"]) == 26 * 5
+    assert "data/quarel/quarel_16_13_dev.jsonl" in options["allow_patterns"]
+    monkeypatch.setattr(benchmarks.huggingface_hub, "snapshot_download", lambda *a, **k: 1 / 0)
+    with pytest.raises(InputError, match="no/where: no such directory, and not to be had"):
+        load_metaicl("no/where", [100], 1, False)
+
+
+def test_metaicl_rows_answers_and_resumption(tmp_path, base_directory, metaicl_directory, generator_directory,
+                                             tokenizer):
+    flags = ["--data", str(metaicl_directory), "--checkpoint", generator_directory, "--shots", "1", "2", "--demo-seeds",
+             "100", "13", "--limit", "2"]
+    result, predictions = run(tmp_path, base_directory, "metaicl", *flags, "--plot", str(tmp_path / "p.png"))
+    table = {(row["method"], row["task"], row["shots"]): row for row in result["rows"]}
+    tasks = ("poem_sentiment", "quarel", "superglue-copa")
+    shots = {"zero-shot": [0], "few-shot": [1, 2], "fine-tuned": [0], "adapter": [1, 2], "adapter-shuffled": [1, 2]}
+    assert set(table) == {(method, task, k) for method in shots for k in shots[method]
+                          for task in (*tasks, "classification", "non-classification", "all")}
+    for (method, task, k), row in table.items():
+        assert 0 <= row["accuracy"] <= 100 and "accuracy_stderr" in row and all(key in row for key in evaluate.COSTS)
+        own = {"classification": tasks[:1], "non-classification": tasks[1:], "all": tasks}.get(task)
+        if own:
+            assert row["accuracy"] == pytest.approx(sum(table[method, t, k]["accuracy"] for t in own) / len(own))
+    assert "glue-rte" in result["note"] and len(predictions) == 3 * 2 * (1 + 4 + 2 + 4 + 4)
+    # answers by hand: few-shot and adapter of the same two demonstrations; the base is itself again after fine-tuning
+    model = load_adapted(base_directory, generator_directory)
+    drawn = random.Random(0).sample(range(16), 16)[:2]
+    context = "\n\n".join(f"Input: quarel train 13 {i} é\nOutput: {'yes' if i % 2 else 'no'}" for i in drawn)
+    question = "Input: quarel test 100 1 é\nOutput:"
+    for method, prompt, memory in (("few-shot", METAICL_PROMPT.format(context=context, question=question), ()),
+                                   ("adapter", question, [model.contextualize(ids_of(tokenizer, context))])):
+        got = [p for p in predictions if (p["method"], p["name"], p["shots"], p["question"])
+               == (method, "quarel", 2, question)]
+        # the second demonstration seed
+        assert len(got) == 2 and got[1]["prediction"] == greedy(model, tokenizer, prompt, memory, 10)
+    lines = (tmp_path / "out.jsonl").read_bytes()
+    (tmp_path / "out.jsonl").write_bytes(lines[:len(lines) // 2])
+    again, _ = run(tmp_path, base_directory, "metaicl", *flags)
+    assert timeless(again) == timeless(result)
+
+
+def test_metaicl_gap_by_demonstrations_and_permuted_ones(tmp_path, base_directory, metaicl_directory, tokenizer,
+                                                         generator_directory):
+    """The gap's error is clustered by demonstrations. The second control reads the task's own, each with the output of
+    the next one drawn."""
+    result, predictions = run(tmp_path, base_directory, "metaicl", "--data", str(metaicl_directory), "--checkpoint",
+                              generator_directory, "--shots", "3", "--demo-seeds", "100", "13", "--limit", "2",
+                              "--controls", "2", "--method", "adapter", "--method", "adapter-shuffled", "--method",
+                              "adapter-permuted")
+    rows = {(row["method"], row["task"]): row for row in result["rows"]}
+    own, other, permuted = ([p for p in predictions if (p["method"], p["name"]) == (method, "quarel")]
+                            for method in ("adapter", "adapter-shuffled", "adapter-permuted"))
+    gaps = [sum(o["control_nats"]) / 2 - p["nats"] for p, o in zip(own, other)]
+    assert [p["cluster"] for p in own] == [100, 100, 13, 13] and [p["id"] for p in own] == [p["id"] for p in other]
+    row = rows["adapter", "quarel"]
+    assert (row["gap"], row["gap_stderr"]) == pytest.approx(mean_and_stderr(gaps, [100, 100, 13, 13])) and row["n"] == 2
+    tasks = [rows["adapter", name] for name in ("poem_sentiment", "quarel", "superglue-copa")]
+    assert rows["adapter", "all"]["gap"] == pytest.approx(sum(r["gap"] for r in tasks) / 3)
+    assert rows["adapter", "all"]["gap_stderr"] == pytest.approx(sum(r["gap_stderr"]**2 for r in tasks) ** 0.5 / 3)
+    drawn = random.Random(0).sample(range(16), 16)
+    context = "\n\n".join(f"Input: quarel train 13 {i} é\nOutput: {'yes' if j % 2 else 'no'}"
+                          for i, j in zip(drawn[:3], drawn[1:4]))
+    model = load_adapted(base_directory, generator_directory)
+    memory, got = model.contextualize(ids_of(tokenizer, context)), permuted[2]
+    with torch.no_grad():
+        want = plain_nats(model, tokenizer, ids_of(tokenizer, got["question"])[0].tolist(), got["golds"][0], memory)
+    assert got["nats"] == pytest.approx(want, rel=1e-4)
+
+
+def test_fine_tuned_is_left_out_where_it_does_not_fit(tmp_path, base_directory, metaicl_directory, monkeypatch):
+    monkeypatch.setattr("os.sysconf", lambda name: 1000)                 # a machine of a megabyte
+    flags = ["--data", str(metaicl_directory), "--checkpoint", "none", "--limit", "1", "--shots", "1", "--demo-seeds",
+             "100"]
+    result, _ = run(tmp_path, base_directory, "metaicl", *flags)
+    assert "fine-tuned is left out" in result["note"] and "fine-tuned" not in by_method(result)
+    result, _ = run(tmp_path, base_directory, "metaicl", *flags, "--method", "fine-tuned")
+    assert set(by_method(result)) == {"fine-tuned"}
+
+
+# ---- perplexity
+
+
+def test_ppl_against_plain_cross_entropy(tmp_path, base_directory):
     base, tokenizer = load_base(base_directory, torch.float32, "cpu")
     model = make_model(base=base)
     model.save_pretrained(tmp_path / "generator")
     texts = [("%d " % i) * 1100 for i in range(3)] + ["short text " * 60]                    # the last is too short
-    (tmp_path / "d.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    write_rows(tmp_path / "d.jsonl", [{"text": text} for text in texts])
     result, _ = run(tmp_path, base_directory, "ppl", "--data", str(tmp_path / "d.jsonl"), "--checkpoint",
                     str(tmp_path / "generator"))
-    rows = {row["method"]: row for row in result["rows"]}
-    documents = [torch.tensor([257] + list(tokenizer(t)["input_ids"]))[None, :2048] for t in texts[:3]]
+    rows = by_method(result)
 
     def nats(logits, target):
         return F.cross_entropy(logits[0, -target.shape[1]:-1], target[0, 1:]).item()
 
     want = {m: ([], []) for m in ("closed-book", "in-context", "adapter")}
     with torch.no_grad():
-        for ids in documents:
-            context, target = ids[:, :1024], ids[:, 1024:]
+        for text in texts[:3]:
+            ids = ids_of(tokenizer, text)
+            context, target = ids[:, :1024], ids[:, 1024:2048]
             memory = model.contextualize(context)
             for k, piece in enumerate((context, target)):
-                if piece.shape[1]:
-                    want["closed-book"][k].append(nats(base(piece).logits, piece))
-                    want["in-context"][k].append(nats(base(torch.cat([context, piece], 1)).logits, piece))
-                    want["adapter"][k].append(nats(model(piece, memory=memory), piece))
+                want["closed-book"][k].append(nats(base(piece).logits, piece))
+                want["in-context"][k].append(nats(base(torch.cat([context, piece], 1)).logits, piece))
+                want["adapter"][k].append(nats(model(piece, memory=memory), piece))
     for method, (reconstruction, completion) in want.items():
         assert len(reconstruction) == len(completion) == rows[method]["n"] == 3
         for key, values in (("ppl_reconstruction", reconstruction), ("ppl_completion", completion)):
@@ -208,7 +873,7 @@ def test_ppl_of_other_lengths_in_the_generators_chunks(tmp_path, base_directory)
     model = make_model(base=base, chunk=16)
     model.save_pretrained(tmp_path / "generator")
     texts = [("%d rivers " % i) * 60 for i in range(3)]
-    (tmp_path / "d.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    write_rows(tmp_path / "d.jsonl", [{"text": text} for text in texts])
     flags = ["--data", str(tmp_path / "d.jsonl"), "--checkpoint", str(tmp_path / "generator"), "--method",
              "closed-book", "--method", "adapter"]
     result, _ = run(tmp_path, base_directory, "ppl", *flags, "--context-lengths", "40", "100", "--plot",
@@ -216,17 +881,187 @@ def test_ppl_of_other_lengths_in_the_generators_chunks(tmp_path, base_directory)
     rows = {(row["method"], row["context_length"]): row for row in result["rows"]}
     assert list(rows) == [("closed-book", 40), ("adapter", 40), ("closed-book", 100), ("adapter", 100)]
     want = ([], [])
-    for ids in [torch.tensor([257] + list(tokenizer(t)["input_ids"]))[None] for t in texts]:
-        memory = None
-        for at in range(0, 40, 14):
-            memory = model.contextualize(ids[:, at:min(at + 14, 40)], memory=memory)
+    for text in texts:
+        ids, memory = ids_of(tokenizer, text), streamed(model, tokenizer, text[:39], 16)             # <s> and 39 bytes
         for values, target in zip(want, (ids[:, :40], ids[:, 40:80])):
             values.append(F.cross_entropy(model(target, memory=memory)[0, :-1], target[0, 1:]).item())
     row = rows["adapter", 40]
-    assert (row["ppl_reconstruction"], row["ppl_completion"]) == (pytest.approx(math.exp(sum(want[0]) / 3), rel=1e-4),
-                                                                  pytest.approx(math.exp(sum(want[1]) / 3), rel=1e-4))
+    assert row["ppl_reconstruction"] == pytest.approx(math.exp(sum(want[0]) / 3), rel=1e-4)
+    assert row["ppl_completion"] == pytest.approx(math.exp(sum(want[1]) / 3), rel=1e-4)
     with pytest.raises(InputError, match="--context-lengths 9000"):
         evaluate.main(["--task", "ppl", "--base", base_directory, *flags, "--context-lengths", "9000"])
+
+
+def test_ppl_compares_checkpoints(tmp_path, base_directory, generator_directory):
+    """Side by side each row is what its checkpoint gives alone; the base's rows are computed once."""
+    write_rows(tmp_path / "d.jsonl", [{"text": ("%d " % i) * 1100} for i in range(3)])
+    data = ["--data", str(tmp_path / "d.jsonl")]
+    both, _ = run(tmp_path, base_directory, "ppl", *data, "--checkpoint", generator_directory, "--checkpoint", "none",
+                  "--plot", str(tmp_path / "p.svg"))
+    os.remove(tmp_path / "out.jsonl")
+    assert [(row["method"], row.get("checkpoint")) for row in both["rows"]] == [
+        ("closed-book", None), ("in-context", None)] + [
+        (method, name) for method in ("adapter", "adapter-shuffled") for name in (generator_directory, "none")]
+    assert both["checkpoint"] == [generator_directory, "none"]
+    alone, _ = run(tmp_path, base_directory, "ppl", *data, "--checkpoint", generator_directory)
+    assert [row for row in timeless(both)["rows"] if row.get("checkpoint") != "none"] == timeless(alone)["rows"]
+    closed, untrained = both["rows"][0], both["rows"][3]
+    assert untrained["ppl_completion"] == pytest.approx(closed["ppl_completion"], rel=1e-4)
+
+
+# ---- other systems' rows, merged tables, figures
+
+
+def test_rows_of_other_systems(tmp_path, base_directory, squad_file):
+    """Scored like ours, at the lengths they name; a missing, unknown or repeated id is one error."""
+    answers = [{"id": f"{d}-{q}", "prediction": golds[0], "inference_tflops": 2.0, "storage_mfloats": 4,
+                "context_length": length}
+               for length in (100, 300)
+               for d, (_, questions) in enumerate(SQUAD) for q, (_, golds) in enumerate(questions)]
+    answers[0]["prediction"] = "no idea"
+    path = tmp_path / "ultragist.jsonl"
+    write_rows(path, answers)
+    flags = ["--data", squad_file, "--checkpoint", "none", "--method", "closed-book", "--rows",
+             f"UltraGist (64)={path}"]
+    result, _ = run(tmp_path, base_directory, "squad", *flags, "--plot", str(tmp_path / "p.svg"))
+    rows = {(row["method"], row["context_length"]): row for row in result["rows"]}
+    assert rows["UltraGist (64)", 100]["em_max"] == pytest.approx(500 / 6)
+    assert rows["UltraGist (64)", 300]["em_max"] == 100
+    assert [rows["UltraGist (64)", 100][key] for key in ("inference_tflops", "storage_mfloats", "n")] == [2, 4, 6]
+    assert "UltraGist (64)" in drawn_texts(tmp_path / "p.svg")
+    for change, words in ((answers[:-1], "1 of 6 answers are missing, the first of them that to '2-2'"),
+                          (answers + [{"id": "9-9", "prediction": ""}], "line 13: id '9-9' is not one"),
+                          (answers + answers[:1], "line 13: id '0-0' is not one of the data's, or stands there twice"),
+                          ([{"id": "0-0"}], "field 'prediction'")):
+        write_rows(path, change)
+        with pytest.raises(InputError, match=words):
+            evaluate.main(["--task", "squad", "--base", base_directory, *flags])
+    with pytest.raises(InputError, match="--rows takes NAME=FILE"):
+        evaluate.main(["--task", "squad", *flags[:-1], "adapter=x.jsonl"])
+
+
+def test_rows_of_other_systems_in_msc_and_metaicl(tmp_path, base_directory, metaicl_directory):
+    """Ids of conversations, and ids and shots of MetaICL's items."""
+    items = load_msc()[:2]
+    write_rows(tmp_path / "a.jsonl", [{"id": item["id"], "prediction": item["answer"]} for item in items])
+    result, _ = run(tmp_path, base_directory, "msc", "--data", MSC_SAMPLE, "--checkpoint", "none", "--limit", "2",
+                    "--method", "closed-book", "--rows", f"oracle={tmp_path / 'a.jsonl'}")
+    row = by_method(result)["oracle"]
+    assert (row["em"], row["n"]) == (100, 2) and "nats" not in row
+    os.remove(tmp_path / "out.jsonl")
+    write_rows(tmp_path / "a.jsonl", [{"id": f"{task} {i}", "shots": 4, "prediction": "Output: YES"} for i in range(2)
+                                      for task in ("poem_sentiment", "quarel", "superglue-copa")])
+    result, _ = run(tmp_path, base_directory, "metaicl", "--data", str(metaicl_directory), "--checkpoint", "none",
+                    "--limit", "2", "--method", "zero-shot", "--rows", f"always yes={tmp_path / 'a.jsonl'}")
+    assert [(row["shots"], row["accuracy"]) for row in result["rows"] if row["method"] == "always yes"] == [(4, 50)] * 6
+
+
+def test_merged_tables(tmp_path, base_directory, squad_file, capsys):
+    """Runs of several bases in one table and plot, each row with its run's name; other files are refused."""
+    for name, flags in (("base", ["--method", "closed-book", "--method", "in-context"]),
+                        ("sft", ["--method", "closed-book"])):
+        evaluate.main(["--task", "squad", "--base", base_directory, "--data", squad_file, "--checkpoint", "none",
+                       "--context-lengths", "100", *flags, "--output", str(tmp_path / f"{name}.json")])
+    capsys.readouterr()
+    evaluate.main(["--merge", str(tmp_path / "base.json"), str(tmp_path / "sft.json"), "--output",
+                   str(tmp_path / "all.json"), "--plot", str(tmp_path / "all.svg")])
+    merged = json.load(open(tmp_path / "all.json"))
+    assert [(row["run"], row["method"]) for row in merged["rows"]] == [("base", "closed-book"), ("base", "in-context"),
+                                                                       ("sft", "closed-book")]
+    own = json.load(open(tmp_path / "sft.json"))["rows"][0]
+    assert merged["rows"][2] == {"run": "sft", **own} and merged["task"] == "squad"
+    assert "| run | method |" in " ".join(capsys.readouterr().out.split())
+    assert all(f"closed-book ({name})" in drawn_texts(tmp_path / "all.svg") for name in ("base", "sft"))
+    write_rows(tmp_path / "other.json", [{"task": "msc", "rows": [{"method": "adapter"}]}])
+    write_rows(tmp_path / "no.json", [{}])
+    for files, words in ((["base.json", "other.json"], "one task"), (["no.json"], "no.json is not a table"),
+                         (["gone.json"], "gone.json cannot be read")):
+        with pytest.raises(InputError, match=words):
+            evaluate.main(["--merge", *(str(tmp_path / file) for file in files)])
+
+
+def test_lines_are_keyed_by_checkpoint_and_panels_by_task(tmp_path):
+    """Two checkpoints are two lines of as many points as lengths; MetaICL has a panel for each average and task."""
+    rows = [{"method": "adapter", "checkpoint": f"out/{c}", "context_length": k, "ppl_reconstruction": c + k / 100,
+             "ppl_completion": 1.0} for c in (1, 2) for k in (64, 256)]
+    plots.plot(str(tmp_path / "p.svg"), rows)
+    words = drawn_texts(tmp_path / "p.svg")
+    assert "adapter 1" in words and "adapter 2" in words
+    rows = [{"method": m, "task": task, "shots": k, "accuracy": 50.0, "accuracy_stderr": 1.0}
+            for m in ("few-shot", "adapter") for k in (1, 2) for task in ("quarel", "sick", "classification", "all")]
+    plots.plot(str(tmp_path / "m.svg"), rows)
+    assert all(f"{kind}: accuracy" in drawn_texts(tmp_path / "m.svg") for kind in ("classification", "quarel", "sick"))
+    assert "all: accuracy" not in drawn_texts(tmp_path / "m.svg")
+    plots.plot(str(tmp_path / "t.svg"), [{"method": m, "context_tokens": k, "nats": 1.0}
+                                         for m, k in (("adapter", 41), ("adapter-shuffled", 43), ("adapter", 977))])
+    words = drawn_texts(tmp_path / "t.svg").split(" | ")
+    assert "41" in words and "977" in words and "43" not in words                  # ticks do not overlap
+
+
+# ---- the reader's own text
+
+
+def test_ask(tmp_path, base_directory, capsys, monkeypatch):
+    """Two calls with a memory file equal one that streams both texts; the answers are those of the model; questions may
+    be typed in."""
+    base, tokenizer = load_base(base_directory, torch.float32, "cpu")
+    model = make_model(base=base)
+    model.save_pretrained(tmp_path / "generator")
+    (tmp_path / "a.txt").write_text("Ana keeps bees. " * 90)                     # 1,440 bytes: two chunks
+    (tmp_path / "b.txt").write_text("Bo sold twelve jars, à Nîmes.")
+    common = ["--task", "ask", "--base", base_directory, "--device", "cpu", "--dtype", "float32", "--checkpoint",
+              str(tmp_path / "generator")]
+    memory = str(tmp_path / "ana.safetensors")
+    evaluate.main([*common, "--context", str(tmp_path / "a.txt"), "--memory", memory, "--question", "Who?",
+                   "--compare"])
+    first = capsys.readouterr().out
+    assert "1441 tokens read" in first
+    assert all(f"\n{name}: " in first for name in ("adapter", "closed-book", "in-context"))
+    evaluate.main([*common, "--context", str(tmp_path / "b.txt"), "--memory", memory, "--question", "Who?",
+                   "--question", "Where?", "--export", str(tmp_path / "lora")])
+    out = capsys.readouterr().out.split("\n")
+    want = streamed(model, tokenizer, (tmp_path / "a.txt").read_text(encoding="utf-8"), 1024)
+    want = model.contextualize(ids_of(tokenizer, (tmp_path / "b.txt").read_text(encoding="utf-8")), memory=want)
+    kept = Memory.load(memory)
+    for name, S in want.states.items():
+        torch.testing.assert_close(kept.states[name], S, rtol=1e-4, atol=1e-4 * S.abs().max().item())
+    assert out[-3:-1] == [greedy(model, tokenizer, question, [kept], 60) for question in ("Who?", "Where?")]
+    assert (tmp_path / "lora" / "adapter_config.json").exists()
+    typed = iter(["Who?", ""])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
+    evaluate.main([*common, "--memory", memory])
+    assert capsys.readouterr().out.split("\n")[-2] == out[-3]
+
+
+def test_ask_refusals(tmp_path, base_directory):
+    """One sentence each, and the memory stays what it was."""
+    base, _ = load_base(base_directory, torch.float32, "cpu")
+    for seed in (0, 1):
+        make_model(base=base, seed=seed).save_pretrained(tmp_path / f"g{seed}")
+    (tmp_path / "empty.txt").write_text(" \n")
+    (tmp_path / "latin.txt").write_bytes(b"\xe9t\xe9")
+    (tmp_path / "a.txt").write_text("text")
+    start = ["--task", "ask", "--base", base_directory, "--device", "cpu", "--question", "q"]
+    memory, text = tmp_path / "m.safetensors", ["--context", str(tmp_path / "a.txt")]
+    evaluate.main([*start, "--checkpoint", str(tmp_path / "g0"), *text, "--memory", str(memory)])
+    before = memory.read_bytes()
+    for flags, words in ((["--checkpoint", str(tmp_path / "g1"), "--memory", str(memory), *text],
+                          "written by another generator"), ([], "nothing to read"),
+                         (["--memory", str(tmp_path / "no")], "nothing to read"),
+                         (["--context", str(tmp_path / "empty.txt")], "is empty"),
+                         (["--context", str(tmp_path / "latin.txt")], "UTF-8"),
+                         (["--context", str(tmp_path / "no.txt")], "no.txt"),
+                         ([*text, "--export", str(tmp_path)], "exists already"),
+                         ([*text, "--memory", str(tmp_path)], "--memory"),
+                         ([*text, "--memory", text[1]], "different files"),
+                         ([*text, "--task", "msc"], "belong to --task ask"),
+                         ([*text, "--output", str(tmp_path / "o.json")], "takes one --checkpoint")):
+        with pytest.raises(InputError, match=words):
+            evaluate.main([*start, *flags])
+    assert memory.read_bytes() == before
+
+
+# ---- the command line, and the shipped generator
 
 
 @pytest.mark.parametrize("flags, words", [
@@ -257,830 +1092,17 @@ def test_exit_codes(tmp_path):
         assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr
 
 
-# ---- answer nats, and what an adapter knows of its own context
-
-
-def plain_nats(model, tokenizer, prompt, gold, memory=None):
-    """Token-mean nats of a gold after a prompt (ids), one token at a time, in float64."""
-    ids, nats = list(prompt), []
-    for t in tokenizer(gold)["input_ids"]:
-        nats.append(-model(torch.tensor([ids]), memory=memory)[0, -1].double().log_softmax(-1)[t].item())
-        ids.append(t)
-    return sum(nats) / len(nats)
-
-
-@torch.no_grad()
-def test_answer_nats_one_token_at_a_time(tokenizer):
-    """A batch of prompts and golds of different lengths: bare, under LoRA pairs a row, and after a cached prefix."""
-    model = make_model()
-    model.base.generation_config.pad_token_id = 259
-    questions, golds = ["Who?", "Where does it stand, and why?", "Ö"], ["Ana Maria", "x", " in Nîmes "]
-    prompts = [[257] + tokenizer(q)["input_ids"] for q in questions]
-    memory = model.contextualize(torch.randint(0, 256, (3, 20)))
-    rows = [Memory({name: S[i:i + 1] for name, S in memory.states.items()}, memory.tokens[i:i + 1]) for i in range(3)]
-    for given, each in ((None, [None] * 3), (model.lora(memory), rows)):
-        got = solver.answer_nats(model, tokenizer, prompts, golds, given)
-        want = [plain_nats(model, tokenizer, p, g.strip(), m) for p, g, m in zip(prompts, golds, each)]
-        assert got == pytest.approx(want, rel=1e-4)
-    run = types.SimpleNamespace(model=model, tokenizer=tokenizer)
-    prompts, kept, _ = evaluate.in_context(run, "A cold river.", [{"question": q} for q in questions],
-                                           IN_CONTEXT_PROMPT)
-    before = kept["cache"].layers[0].keys.clone()
-    for golds in (golds, golds[::-1]):
-        want = [plain_nats(model, tokenizer, p, g.strip()) for p, g in zip(prompts, golds)]
-        assert solver.answer_nats(model, tokenizer, prompts, golds, **kept) == pytest.approx(want, rel=1e-4)
-    assert torch.equal(before, kept["cache"].layers[0].keys)
-    assert solver.answer_nats(model, tokenizer, prompts[:2], ["x", " "])[1] is None
-
-
-def test_clustered_error_is_that_of_the_clusters():
-    """Copies of a value tell nothing new; unequal clusters against the sum of their deviations."""
-    once, labels = [0.5, 2.0, -1.0, 0.25], [0, 1, 2, 3]
-    thrice = [v for v in once for _ in range(3)]
-    assert mean_and_stderr(thrice, [k for k in labels for _ in range(3)]) == pytest.approx(mean_and_stderr(once))
-    mean, error = mean_and_stderr([1.0, 2.0, 6.0], ["a", "a", "b"])
-    assert (mean, error) == pytest.approx((3.0, (2 * (3.0**2 + 3.0**2)) ** 0.5 / 3))
-    assert mean_and_stderr([1.0, 2.0], ["a", "a"])[1] is None
-
-
-def test_memory_gap_by_hand():
-    """Paired by question, ties shared; a question without controls is left out of the pair and counted."""
-    own = [{"cluster": c, "number": n, "nats": v} for c, n, v in ((0, 0, 1.0), (0, 1, 3.0), (1, 2, 2.0), (2, 3, 9.0))]
-    others = [{"cluster": c, "number": n, "control_nats": v} for c, n,
-              v in ((1, 2, [2.0, 5.0]), (0, 0, [2.0, 4.0]), (0, 1, [2.0, 3.0]))]
-    row = evaluate.memory_gap(own, others)
-    gaps = [1.5, 2.0, -0.5]                                             # 3.5 - 2, 3 - 1, 2.5 - 3; clusters 1, 0, 0
-    assert row["gap"] == pytest.approx(1.0) and row["gap_stderr"] == pytest.approx((2 * (0.5**2 + 0.5**2)) ** 0.5 / 3)
-    assert row["best-of-3"] == pytest.approx(100 * (0.5 + 1 + 0) / 3) and row["chance"] == pytest.approx(100 / 3)
-    assert row["pairs"] == 3
-    assert sum(gaps) == 3 and "pairs" not in evaluate.memory_gap(own[:3], others) and evaluate.memory_gap(own, []) == {}
-
-
-def test_controls_share_nothing_and_are_as_many_for_all():
-    keys = [{"a", "b"}, {"b", "c"}, {"d"}, {"a"}, {"e"}, {"d", "e", "a"}]
-    drawn = evaluate.control_contexts(keys, 0, 4)
-    assert all(not keys[i] & keys[j] for i, some in enumerate(drawn) for j in some)
-    assert {len(some) for some in drawn} == {1}
-    assert all(len(set(some)) == len(some) == 4 for some in evaluate.control_contexts([{i} for i in range(9)], 0, 4))
-    near = evaluate.control_contexts([{i} for i in range(9)], 0, 4, first=3)
-    # those that are read anyway come first
-    assert all({0, 1, 2} - {i} <= set(some) for i, some in enumerate(near))
-    assert [some[0] for some in drawn] == evaluate.other_contexts(keys, 0)
-    assert evaluate.context_clusters(keys) == [0, 0, 0, 0, 0, 0] and len(set(evaluate.context_clusters(keys[:5]))) == 3
-
-
-def test_msc_nats_gap_and_reading_once(tmp_path, base_directory, tokenizer, monkeypatch, capsys):
-    """The table's nats and gap recomputed from the model; every conversation is read once for its question, its nats
-    and all questions whose control it is."""
-    base, _ = load_base(base_directory, torch.float32, "cpu")
-    make_model(base=base, chunk=300).save_pretrained(tmp_path / "generator")
-    reads, encode = [], evaluate.encode
-    monkeypatch.setattr(evaluate, "encode", lambda *args: reads.append(args[1]) or encode(*args))
-    flags = ["--data", MSC_SAMPLE, "--checkpoint", str(tmp_path / "generator"), "--limit", "4", "--batch-size", "3",
-             "--controls", "2", "--dtype", "float32"]
-    result, predictions = run(tmp_path, base_directory, "msc", *flags)
-    assert len(reads) == 4                                              # the others are drawn from those evaluated
-    rows, items = {row["method"]: row for row in result["rows"]}, load_msc()[:4]
-    model = AdaptedLM.from_pretrained(base, tmp_path / "generator")
-    memories, prompts = [], [[257] + tokenizer(item["question"])["input_ids"] for item in items]
-    for item in items:
-        memories.append(evaluate.encode(model, [[257] + tokenizer("\n\n".join(item["sessions"]))["input_ids"]], 259))
-    with torch.no_grad():
-        table = [[plain_nats(model, tokenizer, prompt, item["answer"], memory) for memory in (*memories, None)]
-                 for prompt, item in zip(prompts, items)]
-    others = evaluate.control_contexts([{i} for i in range(24)], 0, 2, 4)
-    own, other = [row[i] for i, row in enumerate(table)], [[row[j] for j in some] for row, some in zip(table, others)]
-    gap = mean_and_stderr([sum(o) / 2 - n for o, n in zip(other, own)])
-    assert rows["adapter"]["nats"] == pytest.approx(sum(own) / 4, rel=1e-4)
-    assert rows["closed-book"]["nats"] == pytest.approx(sum(row[-1] for row in table) / 4, rel=1e-4)
-    assert (rows["adapter"]["gap"], rows["adapter"]["gap_stderr"]) == pytest.approx(gap, abs=1e-4)
-    assert rows["adapter"]["best-of-3"] == pytest.approx(25 * sum(n < min(o) for n, o in zip(own, other)))
-    for method in rows:
-        mine = [p for p in predictions if p["method"] == method]
-        assert rows[method]["nats"] == pytest.approx(sum(p["nats"] for p in mine) / 4)
-        assert rows[method]["nats_stderr"] > 0
-    shuffled = [p["control_nats"] for p in predictions if p["method"] == "adapter-shuffled"]
-    assert shuffled == [pytest.approx(o, rel=1e-4) for o in other]
-    assert "| method | n | nats | gap | best-of-3 | chance | f1 |" in capsys.readouterr().out
-
-
-def test_untrained_generator_knows_no_context(tmp_path, base_directory, squad_file):
-    result, _ = run(tmp_path, base_directory, "squad", "--data", squad_file, "--checkpoint", "none",
-                    "--context-lengths", "100", "--dtype", "float32")
-    rows = {row["method"]: row for row in result["rows"]}
-    assert abs(rows["adapter"]["gap"]) < 1e-5 and rows["adapter"]["chance"] == pytest.approx(100 / 3)
-    assert rows["adapter"]["nats"] == pytest.approx(rows["closed-book"]["nats"], rel=1e-5)
-    assert set(rows["in-context"]) >= {"nats", "nats_stderr"}
-
-
-# ---- document question answering, MetaICL, predictions files, plots
-
-
-def test_scores_of_a_hand_computed_case():
-    """Two golds; the shortest is one word of the two predicted, the other is the prediction."""
-    scores = evaluate.qa_scores("the Paris, France", ["Paris France", "Paris"])
-    assert scores == {"f1": pytest.approx(2 / 3), "em": 0, "f1_max": 1, "em_max": 1, "recall": 1, "rougeL_recall": 1}
-    assert set(evaluate.qa_scores("", ["Ünïcode"]).values()) == {0}
-    assert evaluate.qa_scores("ÜNÏCODE!", ["Ünïcode"])["em"] == 1
-    row = evaluate.table_row([{**scores, "inference_tflops": 2.0}, {**evaluate.qa_scores("", ["x"]),
-                                                                    "inference_tflops": 4.0}], 0, method="adapter")
-    assert row["f1"] == pytest.approx(100 / 3) and row["f1_stderr"] == pytest.approx(100 / 3) and row["em_max"] == 50
-    assert row["em_max_stderr"] == 50
-    assert (row["method"], row["n"], row["inference_tflops"]) == ("adapter", 2, 3)
-
-
-@pytest.mark.parametrize("case", GOLDEN["metrics"], ids=lambda c: c["prediction"] or "empty")
-def test_metaicl_accuracy_equals_the_authors(case):
-    assert evaluate.icl_scores(case["prediction"], [case["gold"]])["accuracy"] == case["icl_acc"]
-
-
-def test_metaicl_accuracy():
-    for prediction, gold, want in (("Positive", "positive", 1), ("Output: no", "No", 1), ("no.", "no", 0),
-                                   ("", "no", 0), ("É", "é", 1)):
-        assert evaluate.icl_scores(prediction, [gold])["accuracy"] == want
-
-
-def test_prompts_of_figure_7():
-    assert IN_CONTEXT_PROMPT.format(context="{Ünï}", question="Who?") == (
-        "{Ünï}\n\nInstruction: Answer the question based on the context above. Respond with a short phrase only. "
-        "Keep the answer short and concise, without any "
-        "explanation or additional words\n\nQuestion: Who?\n\nAnswer:")
-    demonstrations = "Input: a\nOutput: b\n\nInput: c\nOutput: d"
-    assert METAICL_PROMPT.format(context=demonstrations, question=demonstration("e", "")) == (
-        "Input: a\nOutput: b\n\nInput: c\nOutput: d\n\nInstruction: Based on the demonstration above, "
-        "provide a short and concise answer, without any explanation or "
-        "additional words.\n\nInput: e\nOutput:")
-
-
-@pytest.mark.parametrize("kind", ["llama", "qwen3"])
-def test_cached_prefix_answers_like_whole_prompts(tokenizer, kind):
-    """Questions of different lengths on one context, in one batch, against transformers' generate on each prompt."""
-    model = make_model(base=make_base(kind))
-    model.base.generation_config.pad_token_id = 259
-    run = types.SimpleNamespace(model=model, tokenizer=tokenizer, args=types.SimpleNamespace(seed=0))
-    items = [{"question": question} for question in ("Who sings?", "Why does it rain so much in the north?", "Ö",
-                                                     "Who?")]
-    prompts, kept, costs, _ = evaluate.read_contexts(run, "in-context", ["A cold river, seven green stones."], items,
-                                                     IN_CONTEXT_PROMPT)
-    assert tokenizer.decode(kept["prefix"]).endswith("Question: ")
-    before = kept["cache"].layers[0].keys.clone()
-    for _ in range(2):                                                  # the cache is not used up by a batch
-        answers, counts = solver.answer(model, tokenizer, prompts, **kept)
-        for item, prompt, text, count in zip(items, prompts, answers, counts):
-            assert prompt == [257] + tokenizer(IN_CONTEXT_PROMPT.format(context="A cold river, seven green stones.",
-                                                                        question=item["question"]))["input_ids"]
-            new = model.base.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False)[0, len(prompt):]
-            assert text == tokenizer.decode(new, skip_special_tokens=True).split("\n")[0].strip() and count == len(new)
-    assert torch.equal(before, kept["cache"].layers[0].keys)
-    assert all(cost["past"] == len(prompts[0]) - len(items[0]["question"].encode()) - 1 for cost in costs)
-
-
-def test_contextualisation_flops_against_the_counter():
-    """Two chunks read and their adapters made. The counter sees full attention, of which the causal half is counted."""
-    base = make_base(attn_implementation="eager")
-    model, L = make_model(base=base), 20
-    ids = torch.randint(0, 256, (1, 2 * L))
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        memory = model.contextualize(ids[:, :L])
-        memory = model.contextualize(ids[:, L:], memory=memory)
-        model.lora(memory)
-    model.config.chunk = L
-    want = costs.context_flops(model, 2 * L)
-    acausal = 2 * 3 * 4 * 4 * 16 * (L * L - L * (L + 1) // 2)           # chunks, blocks, 4 FLOPs, heads, their width
-    applied = 3 * 2 * L * 8 * (64 + 64)                                 # the unmerged pair at work on the second chunk
-    # rotary frequencies, where they are counted
-    assert abs(counter.get_total_flops() - want - acausal - applied) <= 2 * 2 * L * 8
-
-
-SQUAD = [("The river Öre runs past seven green stones. " * 4, [("How many stones?", ["seven", "seven green"]),
-                                                               ("Which river?", ["Öre", "the river Öre"])]),
-         ("A lamp hangs under the old paper mill. " * 5, [("What hangs there?", ["A lamp"])]),
-         ("The north wind walks on cold nights. " * 4, [("Who walks?", ["The north wind", "wind"]),
-                                                        ("When?", ["on cold nights"]), ("Where?", ["north"])])]
-
-
-@pytest.fixture(scope="module")
-def squad_file(tmp_path_factory):
-    path = tmp_path_factory.mktemp("squad") / "squad.jsonl"
-    rows = [{"id": f"{d}-{q}", "title": "t", "context": text, "question": question,
-             "answers": {"text": golds, "answer_start": [0] * len(golds)}}
-            for d, (text, questions) in enumerate(SQUAD) for q, (question, golds) in enumerate(questions)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
-
-
-@pytest.fixture(scope="module")
-def generator_directory(tmp_path_factory, base_directory):
-    path = tmp_path_factory.mktemp("generator")
-    make_model(base=load_base(base_directory, torch.float32, "cpu")[0]).save_pretrained(path)
-    return str(path)
-
-
-def timeless(result):
-    rows = [{key: value for key, value in row.items() if "seconds" not in key} for row in result["rows"]]
-    return {**result, "rows": rows}
-
-
-def test_qa_loaders(tmp_path, squad_file):
-    """.jsonl, .parquet and StreamingQA's .csv give the same documents."""
-    documents = load_qa(squad_file, "squad")
-    assert [(d["text"], [(q["question"], q["golds"]) for q in d["questions"]]) for d in documents] == SQUAD
-    datasets.load_dataset("json", data_files=squad_file, split="train").to_parquet(tmp_path / "s.parquet")
-    assert load_qa(str(tmp_path / "s.parquet"), "squad") == documents
-    with open(tmp_path / "s.csv", "w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["text", "question", "answers"])
-        writer.writerows([text, question, "\\".join(golds)] for text, questions in SQUAD for question,
-                         golds in questions)
-    assert [(d["text"], [(q["question"], q["golds"]) for q in d["questions"]])
-            for d in load_qa(str(tmp_path / "s.csv"), "streamingqa")] == SQUAD
-
-
-@pytest.mark.parametrize("name, text, words", [
-    ("no.csv", None, "no.csv cannot be read: .*No such file"), ("head.csv", "text,question,answers\n",
-                                                                "head.csv is empty"),
-                                                                ("short.csv", "text,question,answers\na,b\n",
-                                                                 "row 2: field 'answers'"),
-    ("none.csv", "text,question,answers\na,b,\\\n", "row 2: answers holds no text"),
-    ("bytes.csv", b"text,question,answers\na,b,\xff\n", "cannot be read"),
-    ("a.jsonl", '{"text": "a", "question": "b", "answers": 3}\n', "a.jsonl line 1: field 'answers'"),
-    ("blank.csv", "text,question,answers\n ,b,c\n", "empty text")])
-def test_streamingqa_refusals(tmp_path, name, text, words):
-    if text is not None:
-        (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(InputError, match=words):
-        load_qa(str(tmp_path / name), "streamingqa")
-
-
-def test_qa_rows_groups_and_answers(tmp_path, base_directory, squad_file, generator_directory, tokenizer):
-    """Rows and groups of each length; an adapter answer of the group of two documents redone by hand."""
-    result, predictions = run(tmp_path, base_directory, "squad", "--data", squad_file, "--checkpoint",
-                              generator_directory, "--context-lengths", "100", "300", "5000",
-                              "--plot", str(tmp_path / "p.png"))
-    rows = [(row["method"], row["context_length"], row["groups"]) for row in result["rows"]]
-    counts = {100: 3, 300: 2, 5000: 1}
-    assert rows == [("closed-book", 0, 1)] + [(method, k, n) for method in ("in-context", "adapter", "adapter-shuffled")
-                                              for k, n in counts.items() if (method, k) != ("adapter-shuffled", 5000)]
-    assert "longer contexts are all the same single group" in result["note"]
-    assert "Question: {question}" in result["prompts"]["in-context"]
-    for row in result["rows"]:
-        assert row["n"] == 6
-        assert all(key in row and key + "_stderr" in row for key in ("f1", "em", "f1_max", "em_max", "recall",
-                                                                     "rougeL_recall"))
-        assert all(key in row for key in ("inference_tflops", "contextualisation_tflops", "contextualisation_seconds",
-                                          "storage_mfloats"))
-    model = AdaptedLM.from_pretrained(load_base(base_directory, torch.float32, "cpu")[0], generator_directory)
-    texts = ["\n\n".join(text for text, _ in SQUAD[:2]), SQUAD[2][0]]
-    for method, text in (("adapter", texts[0]), ("adapter-shuffled", texts[1])):
-        memory = model.contextualize(torch.tensor([[257] + tokenizer(text)["input_ids"]]))
-        prompt = torch.tensor([[257] + tokenizer("Which river?")["input_ids"]])
-        want = tokenizer.decode(model.generate(prompt, memory, max_new_tokens=20, do_sample=False)[0, prompt.shape[1]:],
-                                skip_special_tokens=True).split("\n")[0].strip()
-        (got,) = [p for p in predictions if p["method"] == method and p["question"] == "Which river?" and p["parts"]
-                  == 2]
-        assert got["prediction"] == want and got["golds"] == ["Öre", "the river Öre"]
-        assert got["f1"] == f1_score(want, "Öre")
-    assert len({p["key"] for p in predictions}) == len(predictions) == 6 * (1 + 3 + 3 + 2)
-    assert (tmp_path / "p.png").read_bytes()[:4] == b"\x89PNG"
-
-
-def test_killed_run_continues_to_the_same_table(tmp_path, base_directory, squad_file, generator_directory, monkeypatch):
-    """Killed inside a batch and inside a line; only what is missing is computed again; the file is only appended to."""
-    flags = ["--data", squad_file, "--checkpoint", generator_directory, "--context-lengths", "100", "300",
-             "--batch-size", "2"]
-    whole, _ = run(tmp_path, base_directory, "squad", *flags)
-    lines = (tmp_path / "out.jsonl").read_bytes()
-    again, _ = run(tmp_path, base_directory, "squad", *flags)
-    assert timeless(again) == timeless(whole) and (tmp_path / "out.jsonl").read_bytes() == lines
-    cut = lines[:len(lines) * 2 // 5]
-    (tmp_path / "out.jsonl").write_bytes(cut)
-    calls, answer = [], solver.answer
-    monkeypatch.setattr(solver, "answer", lambda *args, **kwargs: calls.append(args[2]) or answer(*args, **kwargs))
-    resumed, predictions = run(tmp_path, base_directory, "squad", *flags)
-    after = (tmp_path / "out.jsonl").read_bytes()
-    assert timeless(resumed) == timeless(whole) and after.startswith(cut[:cut.rindex(b"\n") + 1])
-
-    def answers(text):
-        return {record["key"]: record["prediction"] for record in map(json.loads, text.splitlines())}
-
-    assert answers(after) == answers(lines) and 0 < sum(map(len, calls)) < len(predictions)
-    calls.clear()
-    # another command shares nothing but the file
-    other, more = run(tmp_path, base_directory, "squad", *flags, "--limit", "2")
-    assert calls and len(more) > len(predictions) and (tmp_path / "out.jsonl").read_bytes().startswith(after)
-    calls.clear()
-    # no generator has a part in it
-    run(tmp_path, base_directory, "squad", *flags[:2], *flags[4:], "--checkpoint", "none", "--method", "closed-book")
-    assert not calls
-    with pytest.raises(InputError, match="more than once"):
-        evaluate.main(["--task", "squad", *flags, "--checkpoint", "none"])
-
-
-@pytest.mark.parametrize("content", ['{"a": 1}\n', "notes of mine", "[1]\n", '"key"\n', '{"key": "x"}\nnotes\n',
-                                     b"\xff\xfe\n"])
-def test_foreign_predictions_file_is_refused(tmp_path, base_directory, squad_file, content):
-    path = tmp_path / "mine.jsonl"
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    before = path.read_bytes()
-    with pytest.raises(InputError, match="mine.jsonl line . is not a prediction"):
-        evaluate.main(["--task", "squad", "--base", base_directory, "--data", squad_file, "--predictions", str(path)])
-    assert path.read_bytes() == before
-
-
-def test_long_groups_are_cut_from_the_left_and_say_so(tmp_path, base_directory):
-    rows = [{"context": f"fact {i} " * 700, "question": "Which?", "answers": {"text": ["fact"]}} for i in range(2)]
-    (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    flags = ["--data", str(tmp_path / "long.jsonl"), "--checkpoint", "none", "--method", "in-context",
-             "--context-lengths", "32768"]
-    first, predictions = run(tmp_path, base_directory, "squad", *flags)
-    # from the file: the note is the same
-    again, _ = run(tmp_path, base_directory, "squad", *flags)
-    assert "2 of 2 prompts do not fit the base's window" in first["note"] and timeless(again) == timeless(first)
-    assert all(p["lost"] > 0 for p in predictions)
-
-
-@pytest.fixture(scope="module")
-def metaicl_directory(tmp_path_factory):
-    """Three tasks in MetaICL's layout, hand-made; a stray directory beside them."""
-    path = tmp_path_factory.mktemp("metaicl")
-    (path / "not_a_task").mkdir()
-    for task in ("poem_sentiment", "quarel", "superglue-copa"):
-        (path / task).mkdir()
-        for seed in METAICL_SEEDS:
-            for split, count in (("train", 16), ("dev", 16), ("test", 3)):
-                rows = [{"task": task, "input": f"{task} {split} {seed} {i} é", "output": "yes" if i % 2 else "no",
-                         "options": ["yes", "no"]} for i in range(count)]
-                lines = "".join(json.dumps(row) + "\n" for row in rows)
-                (path / task / f"{task}_16_{seed}_{split}.jsonl").write_text(lines)
-    return path
-
-
-def test_metaicl_loader(metaicl_directory):
-    assert len(set(METAICL_CLASSIFICATION)) == 16 and len(set(METAICL_OTHER)) == 10
-    assert not set(METAICL_CLASSIFICATION) & set(METAICL_OTHER)
-    tasks, missing = load_metaicl(str(metaicl_directory), METAICL_SEEDS, 16, True)
-    assert list(tasks) == ["poem_sentiment", "quarel", "superglue-copa"] and len(missing) == 23
-    assert "glue-rte" in missing
-    assert tasks["quarel"]["test"][1] == {"number": 1, "id": "quarel 1",
-                                          "question": "Input: quarel test 100 1 é\nOutput:", "golds": ["yes"]}
-    assert len(tasks["quarel"]["test"]) == 3
-    train, dev = tasks["superglue-copa"][21]
-    assert len(train) == len(dev) == 16 and train[0]["question"] == "Input: superglue-copa train 21 0 é\nOutput:"
-    assert dev[15]["golds"] == ["yes"]
-
-
-def test_metaicl_refusals(tmp_path, metaicl_directory):
-    for seeds, shots, directory, words in (([100], 17, metaicl_directory,
-                                            "16 training examples, fewer than --shots 17"),
-                                            ([100], 1, tmp_path, "none of MetaICL's 26"),
-                                           ([99], 1, metaicl_directory,
-                                            "poem_sentiment_16_99_train.jsonl: no such file")):
-        with pytest.raises(InputError, match=words):
-            load_metaicl(str(directory), seeds, shots, False)
-
-
-def test_metaicl_rows_answers_and_resumption(tmp_path, base_directory, metaicl_directory, generator_directory,
-                                             tokenizer):
-    flags = ["--data", str(metaicl_directory), "--checkpoint", generator_directory, "--shots", "1", "2", "--demo-seeds",
-             "100", "13", "--limit", "2"]
-    result, predictions = run(tmp_path, base_directory, "metaicl", *flags, "--plot", str(tmp_path / "p.png"))
-    table = {(row["method"], row["task"], row["shots"]): row for row in result["rows"]}
-    tasks = ("poem_sentiment", "quarel", "superglue-copa")
-    shots = {"zero-shot": [0], "few-shot": [1, 2], "fine-tuned": [0], "adapter": [1, 2], "adapter-shuffled": [1, 2]}
-    assert set(table) == {(method, task, k) for method in shots for k in shots[method]
-                          for task in (*tasks, "classification", "non-classification", "all")}
-    for (method, task, k), row in table.items():
-        assert 0 <= row["accuracy"] <= 100 and "accuracy_stderr" in row and all(key in row for key in evaluate.COSTS)
-        own = {"classification": tasks[:1], "non-classification": tasks[1:], "all": tasks}.get(task)
-        if own:
-            assert row["accuracy"] == pytest.approx(sum(table[method, t, k]["accuracy"] for t in own) / len(own))
-    assert "glue-rte" in result["note"] and len(predictions) == 3 * 2 * (1 + 4 + 2 + 4 + 4)
-    # answers by hand: few-shot and adapter of the same two demonstrations; the base is itself again after fine-tuning
-    model = AdaptedLM.from_pretrained(load_base(base_directory, torch.float32, "cpu")[0], generator_directory)
-    drawn = random.Random(0).sample(range(16), 16)[:2]
-    context = "\n\n".join(f"Input: quarel train 13 {i} é\nOutput: {'yes' if i % 2 else 'no'}" for i in drawn)
-    question = "Input: quarel test 100 1 é\nOutput:"
-    memory = model.contextualize(torch.tensor([[257] + tokenizer(context)["input_ids"]]))
-    for method, prompt, memory in (("few-shot", METAICL_PROMPT.format(context=context, question=question), None),
-                                   ("adapter", question, memory)):
-        ids = torch.tensor([[257] + tokenizer(prompt)["input_ids"]])
-        want = tokenizer.decode(model.generate(ids, memory, max_new_tokens=10, do_sample=False)[0, ids.shape[1]:],
-                                skip_special_tokens=True).split("\n")[0].strip()
-        got = [p for p in predictions if (p["method"], p["name"], p["shots"], p["question"])
-               == (method, "quarel", 2, question)]
-        # the second demonstration seed
-        assert len(got) == 2 and got[1]["prediction"] == want
-    lines = (tmp_path / "out.jsonl").read_bytes()
-    (tmp_path / "out.jsonl").write_bytes(lines[:len(lines) // 2])
-    again, _ = run(tmp_path, base_directory, "metaicl", *flags)
-    assert timeless(again) == timeless(result)
-
-
-def test_ppl_compares_checkpoints(tmp_path, base_directory, generator_directory):
-    """Side by side each row is what its checkpoint gives alone; the base's rows are computed once."""
-    (tmp_path / "d.jsonl").write_text("".join(json.dumps({"text": ("%d " % i) * 1100}) + "\n" for i in range(3)))
-    data = ["--data", str(tmp_path / "d.jsonl")]
-    both, _ = run(tmp_path, base_directory, "ppl", *data, "--checkpoint", generator_directory, "--checkpoint", "none",
-                  "--plot", str(tmp_path / "p.svg"))
-    os.remove(tmp_path / "out.jsonl")
-    assert [(row["method"], row.get("checkpoint")) for row in both["rows"]] == [
-        ("closed-book", None), ("in-context", None)] + [
-        (method, name) for method in ("adapter", "adapter-shuffled") for name in (generator_directory, "none")]
-    assert both["checkpoint"] == [generator_directory, "none"]
-    alone, _ = run(tmp_path, base_directory, "ppl", *data, "--checkpoint", generator_directory)
-    assert [row for row in timeless(both)["rows"] if row.get("checkpoint") != "none"] == timeless(alone)["rows"]
-    closed, untrained = both["rows"][0], both["rows"][3]
-    assert untrained["ppl_completion"] == pytest.approx(closed["ppl_completion"], rel=1e-4)
-
-
-def test_ask(tmp_path, base_directory, capsys, monkeypatch):
-    """Two calls with a memory file equal one that streams both texts; the answers are those of the model; questions may
-    be typed in."""
-    base, tokenizer = load_base(base_directory, torch.float32, "cpu")
-    model = make_model(base=base)
-    model.save_pretrained(tmp_path / "generator")
-    (tmp_path / "a.txt").write_text("Ana keeps bees. " * 90)                     # 1,440 bytes: two chunks
-    (tmp_path / "b.txt").write_text("Bo sold twelve jars, à Nîmes.")
-    common = ["--task", "ask", "--base", base_directory, "--device", "cpu", "--dtype", "float32", "--checkpoint", str(tmp_path / "generator")]
-    memory = str(tmp_path / "ana.safetensors")
-    evaluate.main([*common, "--context", str(tmp_path / "a.txt"), "--memory", memory, "--question", "Who?",
-                   "--compare"])
-    first = capsys.readouterr().out
-    assert "1441 tokens read" in first
-    assert all(f"\n{name}: " in first for name in ("adapter", "closed-book", "in-context"))
-    evaluate.main([*common, "--context", str(tmp_path / "b.txt"), "--memory", memory, "--question", "Who?",
-                   "--question", "Where?", "--export", str(tmp_path / "lora")])
-    out = capsys.readouterr().out.split("\n")
-    want = None
-    for text in ("a.txt", "b.txt"):
-        ids = [257] + list(tokenizer((tmp_path / text).read_text(encoding="utf-8"))["input_ids"])
-        for half in (ids[:721], ids[721:]):
-            want = model.contextualize(torch.tensor([half]), memory=want) if half else want
-    kept = Memory.load(memory)
-    for name, S in want.states.items():
-        torch.testing.assert_close(kept.states[name], S, rtol=1e-4, atol=1e-4 * S.abs().max().item())
-    answers = [tokenizer.decode(model.generate(torch.tensor([[257] + list(tokenizer(q)["input_ids"])]), kept,
-                                               max_new_tokens=60, do_sample=False)[0, 1 + len(q):],
-                                               skip_special_tokens=True)
-               for q in ("Who?", "Where?")]
-    assert out[-3:-1] == [a.split("\n")[0].strip() for a in answers]
-    assert (tmp_path / "lora" / "adapter_config.json").exists()
-    typed = iter(["Who?", ""])
-    monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
-    evaluate.main([*common, "--memory", memory])
-    assert capsys.readouterr().out.split("\n")[-2] == out[-3]
-
-
-def test_ask_refusals(tmp_path, base_directory):
-    """One sentence each, and the memory stays what it was."""
-    base, _ = load_base(base_directory, torch.float32, "cpu")
-    for seed in (0, 1):
-        make_model(base=base, seed=seed).save_pretrained(tmp_path / f"g{seed}")
-    (tmp_path / "empty.txt").write_text(" \n")
-    (tmp_path / "latin.txt").write_bytes(b"\xe9t\xe9")
-    (tmp_path / "a.txt").write_text("text")
-    memory, start = tmp_path / "m.safetensors", ["--task", "ask", "--base", base_directory, "--device", "cpu",
-                                                 "--question", "q"]
-    evaluate.main([*start, "--checkpoint", str(tmp_path / "g0"), "--context", str(tmp_path / "a.txt"), "--memory",
-                   str(memory)])
-    before = memory.read_bytes()
-    text = ["--context", str(tmp_path / "a.txt")]
-    for flags, words in ((["--checkpoint", str(tmp_path / "g1"), "--memory", str(memory), *text],
-                          "written by another generator"), ([], "nothing to read"),
-                          (["--memory", str(tmp_path / "no")], "nothing to read"),
-                         (["--context", str(tmp_path / "empty.txt")], "is empty"),
-                         (["--context", str(tmp_path / "latin.txt")], "UTF-8"),
-                         (["--context", str(tmp_path / "no.txt")], "no.txt"),
-                         ([*text, "--export", str(tmp_path)], "exists already"),
-                         ([*text, "--memory", str(tmp_path)], "--memory"),
-                         ([*text, "--task", "msc"], "belong to --task ask"),
-                         ([*text, "--output", str(tmp_path / "o.json")], "takes one --checkpoint")):
-        with pytest.raises(InputError, match=words):
-            evaluate.main([*start, *flags])
-    assert memory.read_bytes() == before
-
-
-# ---- memory by length, other systems' rows, merged tables, costs
-
-
-def test_evidence_spans(tmp_path):
-    """Round the first turn with the answer, inside its session; a conversation that never says it has none."""
-    rows = [{"previous_dialogs": [{"dialog": [{"text": f"{s}{i}"} for i in range(4)]} for s in "ab"],
-             "dialog": [{"text": "my Boat is BLUE"}, {"text": "blue?"}],
-             "self_instruct": {"B": "Which?", "A": answer}} for answer in ("b1", "blue", "green")]
-    (tmp_path / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    first, second, third = load_msc(str(tmp_path / "c.jsonl"), evidence=True)
-    whole = "\n\n".join(["\n".join(f"Speaker {i % 2 + 1}: {s}{i}" for i in range(4))
-                         for s in "ab"] + ["Speaker 1: my Boat is BLUE\nSpeaker 2: blue?"])
-    assert list(first["spans"]) == list(SPANS) and list(first["spans"].values()) == [
-        "Speaker 2: b1", "\n".join(f"Speaker {i % 2 + 1}: b{i}" for i in range(4)),
-        "\n".join(f"Speaker {i % 2 + 1}: b{i}" for i in range(4)), whole]
-    assert second["spans"]["oracle turn"] == "Speaker 1: my Boat is BLUE" and third["spans"] is None
-    # the row's own dialog is the last session
-    assert first["sessions"] == whole.split("\n\n") and "spans" not in load_msc(str(tmp_path / "c.jsonl"))[0]
-
-
-def test_msc_by_evidence(tmp_path, base_directory, tokenizer):
-    """Four rows a method on the same questions, each under its span; without literal evidence: left out and counted."""
-    base, _ = load_base(base_directory, torch.float32, "cpu")
-    make_model(base=base).save_pretrained(tmp_path / "generator")
-    rows = [json.loads(line) for line in open(MSC_SAMPLE, encoding="utf-8")][:4]
-    rows[1]["self_instruct"]["A"] = "nowhere said"
-    (tmp_path / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    flags = ["--data", str(tmp_path / "c.jsonl"), "--checkpoint", str(tmp_path / "generator"), "--evidence",
-             "--controls", "2", "--dtype", "float32"]
-    result, predictions = run(tmp_path, base_directory, "msc", *flags, "--plot", str(tmp_path / "p.svg"))
-    table = {(row["method"], row["context"]): row for row in result["rows"]}
-    assert list(table) == [("closed-book", "none")] + [
-        (method, span) for method in ("full-conversation", "adapter", "adapter-shuffled") for span in SPANS]
-    assert "1 of 4 conversations have no turn" in result["note"] and {row["n"] for row in table.values()} == {3}
-    lengths = [table["adapter", span]["context_tokens"] for span in SPANS]
-    assert lengths == sorted(lengths) and lengths[0] < lengths[-1]
-    assert all("gap" in table["adapter", span] for span in SPANS)
-    model = AdaptedLM.from_pretrained(base, tmp_path / "generator")
-    item = load_msc(str(tmp_path / "c.jsonl"), evidence=True)[2]
-    memory = model.contextualize(torch.tensor([[257] + tokenizer(item["spans"]["oracle turn ± 2"])["input_ids"]]))
-    with torch.no_grad():
-        want = plain_nats(model, tokenizer, [257] + tokenizer(item["question"])["input_ids"], item["answer"], memory)
-    (got,) = [p for p in predictions if (p["method"], p["context"], p["question"])
-              == ("adapter", "oracle turn ± 2", item["question"])]
-    assert got["nats"] == pytest.approx(want, rel=1e-4)
-    for words in ("gap to other contexts", "answer, nats", "F1"):
-        assert words in drawn_texts(tmp_path / "p.svg")
-
-
-def drawn_texts(path):
-    """The words of an .svg figure, which matplotlib leaves in comments."""
-    import re
-    return " | ".join(re.findall(r"<!-- (.*?) -->", open(path, encoding="utf-8").read()))
-
-
-def test_a_conversation_without_another_is_named(tmp_path, base_directory, generator_directory):
-    """It keeps its place in the adapter's own row, and leaves the control and the pair."""
-    def row(name, *sessions):
-        return {"previous_dialogs": [{"dialog": [{"text": s}]} for s in sessions],
-                "self_instruct": {"B": "Who?", "A": "Bo"}, "metadata": {"initial_data_id": name}}
-
-    rows = [row("ana", "one", "two", "three"), row("bo", "one"), row("cy", "two"), row("di", "three")]
-    (tmp_path / "c.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    result, _ = run(tmp_path, base_directory, "msc", "--data", str(tmp_path / "c.jsonl"), "--checkpoint",
-                    generator_directory)
-    table = {r["method"]: r for r in result["rows"]}
-    assert "shares a session with ana: left out of the control and of the gap" in result["note"]
-    assert (table["adapter"]["n"], table["adapter-shuffled"]["n"], table["adapter"]["pairs"]) == (4, 3, 3)
-    assert "best-of-3" in table["adapter"]
-
-
-def test_instructed_rows(tmp_path, base_directory, squad_file, metaicl_directory, tokenizer):
-    """Appendix C's instruction without a context, beside the bare question."""
-    _, predictions = run(tmp_path, base_directory, "squad", "--data", squad_file, "--method", "closed-book", "--method",
-                         "closed-book-instructed", "--checkpoint", "none")
-    base, _ = load_base(base_directory, torch.float32, "cpu")
-    prompt = ("Instruction: Answer the question. Respond with a short phrase only. "
-              "Keep the answer short and concise, without any explanation or additional words"
-              "\n\nQuestion: Which river?\n\nAnswer:")
-    (got,) = [p for p in predictions if p["method"] == "closed-book-instructed" and p["question"] == "Which river?"]
-    ids = torch.tensor([[257] + tokenizer(prompt)["input_ids"]])
-    want = base.generate(ids, max_new_tokens=20, do_sample=False, pad_token_id=259)[0, ids.shape[1]:]
-    assert got["prediction"] == tokenizer.decode(want, skip_special_tokens=True).split("\n")[0].strip()
-    assert len(predictions) == 12
-    os.remove(tmp_path / "out.jsonl")
-    result, _ = run(tmp_path, base_directory, "metaicl", "--data", str(metaicl_directory), "--method",
-                    "zero-shot-instructed", "--checkpoint", "none", "--limit", "1")
-    assert [row["shots"] for row in result["rows"]] == [0] * 6
-    assert result["prompts"]["zero-shot-instructed"].startswith("Instruction: Provide a short")
-
-
-def test_first_groups(tmp_path, base_directory, squad_file, generator_directory):
-    """--groups 1: the first of three groups, its control from the others; closed-book answers the same questions."""
-    flags = ["--data", squad_file, "--checkpoint", generator_directory, "--context-lengths", "100", "--controls", "2"]
-    whole, everything = run(tmp_path, base_directory, "squad", *flags)
-    os.remove(tmp_path / "out.jsonl")
-    result, predictions = run(tmp_path, base_directory, "squad", *flags, "--groups", "1")
-    rows = {(row["method"], row["n"], row["groups"]) for row in result["rows"]}
-    assert rows == {(method, 2, 1) for method in ("closed-book", "in-context", "adapter", "adapter-shuffled")}
-    nats = {(p["method"], p["id"]): p["nats"] for p in everything}
-    assert all(p["nats"] == pytest.approx(nats[p["method"], p["id"]], rel=1e-4) for p in predictions
-               if p["method"] != "closed-book")
-    assert {p["id"] for p in predictions} == {"0-0", "0-1"}
-
-
-def test_metaicl_from_the_hub(tmp_path, metaicl_directory, monkeypatch):
-    """A hub id is asked for the files of the test tasks alone, and read as a directory."""
-    import shutil
-    asked = []
-    monkeypatch.setattr(benchmarks, "hub_reachable", lambda: True)
-    monkeypatch.setattr(benchmarks.huggingface_hub, "snapshot_download", lambda name,
-                        **options: asked.append((name, options)) or str(tmp_path))
-    shutil.copytree(metaicl_directory, tmp_path / "data")
-    tasks, missing = load_metaicl("allenai/metaicl-data", [100, 13], 16, True)
-    assert tasks == load_metaicl(str(metaicl_directory), [100, 13], 16, True)[0] and len(missing) == 23
-    (name, options), = asked
-    assert name == "allenai/metaicl-data" and options["repo_type"] == "dataset"
-    assert len(options["allow_patterns"]) == 26 * 5
-    assert "data/quarel/quarel_16_13_dev.jsonl" in options["allow_patterns"]
-    monkeypatch.setattr(benchmarks.huggingface_hub, "snapshot_download", lambda *a, **k: 1 / 0)
-    with pytest.raises(InputError, match="no/where: no such directory, and not to be had"):
-        load_metaicl("no/where", [100], 1, False)
-
-
-def test_permuted_demonstrations(tmp_path, base_directory, metaicl_directory, generator_directory, tokenizer):
-    """The second control reads the task's own demonstrations, each with the output of the next one drawn."""
-    flags = ["--data", str(metaicl_directory), "--checkpoint", generator_directory, "--shots", "3", "--demo-seeds",
-             "13", "--limit", "1", "--method", "adapter-permuted"]
-    _, predictions = run(tmp_path, base_directory, "metaicl", *flags, "--dtype", "float32")
-    drawn = random.Random(0).sample(range(16), 16)
-    context = "\n\n".join(f"Input: quarel train 13 {i} é\nOutput: {'yes' if j % 2 else 'no'}" for i,
-                          j in zip(drawn[:3], drawn[1:4]))
-    model = AdaptedLM.from_pretrained(load_base(base_directory, torch.float32, "cpu")[0],
-                                      generator_directory)
-    memory = model.contextualize(torch.tensor([[257] + tokenizer(context)["input_ids"]]))
-    (got,) = [p for p in predictions if p["name"] == "quarel"]
-    with torch.no_grad():
-        assert got["nats"] == pytest.approx(plain_nats(model, tokenizer,
-                                                       [257] + tokenizer(got["question"])["input_ids"], got["golds"][0],
-                                                       memory), rel=1e-4)
-
-
-def test_metaicl_gap_is_clustered_by_demonstrations(tmp_path, base_directory, metaicl_directory, generator_directory):
-    flags = ["--data", str(metaicl_directory), "--checkpoint", generator_directory, "--shots", "1", "--demo-seeds",
-             "100", "13", "--limit", "2", "--controls", "2"]
-    result, predictions = run(tmp_path, base_directory, "metaicl", *flags, "--method", "adapter", "--method",
-                              "adapter-shuffled")
-    rows = {(row["method"], row["task"]): row for row in result["rows"]}
-    own, other = ([p for p in predictions if (p["method"], p["name"]) == (m, "quarel")]
-                  for m in ("adapter", "adapter-shuffled"))
-    gaps = [sum(o["control_nats"]) / 2 - p["nats"] for p, o in zip(own, other)]
-    assert [p["cluster"] for p in own] == [100, 100, 13, 13] and [p["id"] for p in own] == [p["id"] for p in other]
-    row = rows["adapter", "quarel"]
-    assert (row["gap"], row["gap_stderr"]) == pytest.approx(mean_and_stderr(gaps, [100, 100, 13, 13])) and row["n"] == 2
-    tasks = [rows["adapter", name] for name in ("poem_sentiment", "quarel", "superglue-copa")]
-    assert rows["adapter", "all"]["gap"] == pytest.approx(sum(r["gap"] for r in tasks) / 3)
-    assert rows["adapter", "all"]["gap_stderr"] == pytest.approx(sum(r["gap_stderr"]**2 for r in tasks) ** 0.5 / 3)
-
-
-def test_rows_of_other_systems(tmp_path, base_directory, squad_file):
-    """Scored like ours, at the lengths they name; a missing, unknown or repeated id is one error."""
-    answers = [{"id": f"{d}-{q}", "prediction": golds[0], "inference_tflops": 2.0, "storage_mfloats": 4,
-                "context_length": length}
-               for length in (100, 300) for d, (_, questions) in enumerate(SQUAD) for q,
-               (_, golds) in enumerate(questions)]
-    answers[0]["prediction"] = "no idea"
-    path = tmp_path / "ultragist.jsonl"
-    path.write_text("".join(json.dumps(a) + "\n" for a in answers))
-    flags = ["--data", squad_file, "--checkpoint", "none", "--method", "closed-book", "--rows",
-             f"UltraGist (64)={path}"]
-    result, _ = run(tmp_path, base_directory, "squad", *flags, "--plot", str(tmp_path / "p.svg"))
-    rows = {(row["method"], row["context_length"]): row for row in result["rows"]}
-    assert rows["UltraGist (64)", 100]["em_max"] == pytest.approx(500 / 6)
-    assert rows["UltraGist (64)", 300]["em_max"] == 100
-    assert (rows["UltraGist (64)", 100]["inference_tflops"], rows["UltraGist (64)", 100]["storage_mfloats"],
-            rows["UltraGist (64)", 100]["n"]) == (2, 4, 6)
-    assert "UltraGist (64)" in drawn_texts(tmp_path / "p.svg")
-    for change, words in ((answers[:-1], "1 of 6 answers are missing, the first of them that to '2-2'"),
-                          (answers + [{"id": "9-9", "prediction": ""}], "line 13: id '9-9' is not one"),
-                          (answers + answers[:1], "line 13: id '0-0' is not one of the data's, or stands there twice"),
-                          ([{"id": "0-0"}], "field 'prediction'")):
-        path.write_text("".join(json.dumps(a) + "\n" for a in change))
-        with pytest.raises(InputError, match=words):
-            evaluate.main(["--task", "squad", "--base", base_directory, *flags])
-    with pytest.raises(InputError, match="--rows takes NAME=FILE"):
-        evaluate.main(["--task", "squad", *flags[:-1], "adapter=x.jsonl"])
-
-
-def test_merged_tables(tmp_path, base_directory, squad_file, capsys):
-    """Runs of several bases in one table and plot, each row with its run's name; other files are refused."""
-    for name, flags in (("base", ["--method", "closed-book", "--method", "in-context"]),
-                        ("sft", ["--method", "closed-book"])):
-        evaluate.main(["--task", "squad", "--base", base_directory, "--data", squad_file, "--checkpoint", "none",
-                       "--context-lengths", "100", *flags, "--output", str(tmp_path / f"{name}.json")])
-    capsys.readouterr()
-    evaluate.main(["--merge", str(tmp_path / "base.json"), str(tmp_path / "sft.json"), "--output",
-                   str(tmp_path / "all.json"), "--plot", str(tmp_path / "all.svg")])
-    merged = json.load(open(tmp_path / "all.json"))
-    assert [(row["run"], row["method"]) for row in merged["rows"]] == [("base", "closed-book"), ("base", "in-context"),
-                                                                       ("sft", "closed-book")]
-    own = json.load(open(tmp_path / "sft.json"))["rows"][0]
-    assert merged["rows"][2] == {"run": "sft", **own} and merged["task"] == "squad"
-    assert "| run | method |" in capsys.readouterr().out
-    assert all(f"closed-book ({name})" in drawn_texts(tmp_path / "all.svg") for name in ("base", "sft"))
-    (tmp_path / "other.json").write_text(json.dumps({"task": "msc", "rows": [{"method": "adapter"}]}))
-    (tmp_path / "no.json").write_text("{}")
-    for files, words in ((["base.json", "other.json"], "one task"), (["no.json"], "no.json is not a table"),
-                         (["gone.json"], "gone.json cannot be read")):
-        with pytest.raises(InputError, match=words):
-            evaluate.main(["--merge", *(str(tmp_path / file) for file in files)])
-
-
-def test_lines_are_keyed_by_checkpoint_and_panels_by_task(tmp_path):
-    """Two checkpoints are two lines of as many points as lengths; MetaICL has a panel for each average and task."""
-    rows = [{"method": "adapter", "checkpoint": f"out/{c}", "context_length": k, "ppl_reconstruction": c + k / 100,
-             "ppl_completion": 1.0} for c in (1, 2) for k in (64, 256)]
-    plots.plot(str(tmp_path / "p.svg"), rows)
-    words = drawn_texts(tmp_path / "p.svg")
-    assert "adapter 1" in words and "adapter 2" in words
-    rows = [{"method": m, "task": task, "shots": k, "accuracy": 50.0, "accuracy_stderr": 1.0}
-            for m in ("few-shot", "adapter") for k in (1, 2) for task in ("quarel", "sick", "classification", "all")]
-    plots.plot(str(tmp_path / "m.svg"), rows)
-    assert all(f"{kind}: accuracy" in drawn_texts(tmp_path / "m.svg") for kind in ("classification", "quarel", "sick"))
-    assert "all: accuracy" not in drawn_texts(tmp_path / "m.svg")
-
-
-def test_the_released_count_gives_table_1():
-    """Mistral-7B's shape: 67 query tokens after 64, 128 and 256 kept ones are UltraGist's rows, 71 after none and after
-    2,352 are closed-book and full prompting."""
-    with torch.device("meta"):
-        base = transformers.MistralForCausalLM(transformers.MistralConfig())
-    for tokens, kept, tflops in ((67, 64, 0.514), (67, 128, 0.552), (67, 256, 0.627), (71, 0, 0.505),
-                                 (71, 2352, 2.059)):
-        assert costs.released_flops(base, tokens, kept) / 1e12 == pytest.approx(tflops, abs=5e-4)
-
-
-def test_released_column_stands_in_msc(tmp_path, base_directory):
-    result, predictions = run(tmp_path, base_directory, "msc", "--data", MSC_SAMPLE, "--checkpoint", "none", "--limit",
-                              "1", "--method", "full-conversation", "--method", "closed-book")
-    base, _ = load_base(base_directory, torch.float32, "cpu")
-    full, closed = result["rows"]
-    weights = sum(p.numel() for name, p in base.named_parameters() if "norm" not in name and "embed" not in name)
-    tokens = round(closed["released_tflops"] * 1e12 / weights)
-    assert closed["released_tflops"] * 1e12 == pytest.approx(tokens * weights)
-    assert full["released_tflops"] > closed["released_tflops"]
-
-
-def test_fine_tuned_base_brings_its_cost(tmp_path, base_directory, squad_file, capsys):
-    """train.py --stage finetune writes what it cost, by FLOPs counted from the examples; closed-book rows show it."""
-    (tmp_path / "docs.jsonl").write_text(json.dumps({"text": "x" * 100}) + "\n")
-    flags = ["--stage", "finetune", "--base", base_directory, "--documents", str(tmp_path / "docs.jsonl"), "--device",
-             "cpu", "--dtype", "float32"]
-    train.finetune(train.arguments([*flags, "--out", str(tmp_path / "cpt")]))
-    train.finetune(train.arguments([*flags, "--out", str(tmp_path / "again"), "--checkpointing"]))
-    for name, tensor in load_file(tmp_path / "cpt" / "model.safetensors").items():         # recomputing changes nothing
-        torch.testing.assert_close(load_file(tmp_path / "again" / "model.safetensors")[name], tensor)
-    cost, (base, _) = json.load(open(tmp_path / "cpt" / "finetune.json")), load_base(base_directory, torch.float32, "cpu")
-    tokens = 1 + 100 + 1                                                 # <s>, the text, </s>
-    assert cost["contextualisation_tflops"] * 1e12 == pytest.approx(8 * 3 * costs.base_flops(base, tokens))
-    assert cost["storage_mfloats"] * 1e6 == pytest.approx(sum(p.numel() for p in base.parameters()))
-    result, _ = run(tmp_path, str(tmp_path / "cpt"), "squad", "--data", squad_file, "--checkpoint", "none", "--method",
-                    "closed-book")
-    assert all(result["rows"][0][key] == pytest.approx(cost[key]) for key in evaluate.COSTS[1:])
-    assert cost["contextualisation_seconds"] > 0
-
-
-def test_seconds_wait_for_the_device_and_include_the_last_norm(tokenizer, monkeypatch):
-    waited = []
-    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
-    gpu = types.SimpleNamespace(type="cuda")
-    assert costs.clock(gpu) > 0 and waited == [gpu] and costs.clock(torch.device("cpu")) > 0 and len(waited) == 1
-    model, calls = make_model(chunk=10), []
-    lora = model.lora
-    model.lora = lambda memory: calls.append(memory) or lora(memory)
-    monkeypatch.setattr(evaluate, "clock", lambda device: len(calls))
-    # 30 tokens: an adapter for chunks 2 and 3, and the last one
-    pairs, cost = evaluate.read_adapter(model, tokenizer, "x" * 29)
-    assert cost["contextualisation_seconds"] == 3 and cost["context_tokens"] == 30
-    assert pairs.keys() == lora(calls[-1]).keys()
-
-
-def test_cache_copies_that_do_not_fit_are_made_in_parts(tokenizer, monkeypatch):
-    """A KV cache is copied for as many questions of a batch as there is room for, with the same answers."""
-    model = make_model()
-    model.base.generation_config.pad_token_id = 259
-    items = [{"question": q, "golds": [g]} for q, g in (("Who?", "Ana"), ("Where does it stand?", "in Nîmes"),
-                                                        ("Ö", "x"))]
-    run = types.SimpleNamespace(model=model, tokenizer=tokenizer, args=types.SimpleNamespace(task="squad"))
-    prompts, kept, cost = evaluate.in_context(run, "A cold river.", items, IN_CONTEXT_PROMPT)
-    given = (run, "in-context", items, prompts, cost * 3, evaluate.qa_scores)
-    whole, copies = solver.solve(*given, **kept), []
-    monkeypatch.setattr(solver, "KV_FLOATS", 2.5 * costs.kv_cache_floats(model.base, len(kept["prefix"])))
-    monkeypatch.setattr(solver, "copies", lambda cache, rows, copy=solver.copies: copies.append(rows)
-                        or copy(cache, rows))
-    parts = solver.solve(*given, **kept)
-    assert copies == [2, 2, 1, 1] and [r["prediction"] for r in parts] == [r["prediction"] for r in whole]
-    assert [r["nats"] for r in parts] == pytest.approx([r["nats"] for r in whole], rel=1e-4)
-    assert [r["question"] for r in parts] == [i["question"] for i in items]
-
-
-def test_fine_tuned_is_left_out_where_it_does_not_fit(tmp_path, base_directory, metaicl_directory, monkeypatch):
-    monkeypatch.setattr("os.sysconf", lambda name: 1000)                 # a machine of a megabyte
-    flags = ["--data", str(metaicl_directory), "--checkpoint", "none", "--limit", "1", "--shots", "1", "--demo-seeds",
-             "100"]
-    result, _ = run(tmp_path, base_directory, "metaicl", *flags)
-    assert "fine-tuned is left out" in result["note"] and "fine-tuned" not in {row["method"] for row in result["rows"]}
-    result, _ = run(tmp_path, base_directory, "metaicl", *flags, "--method", "fine-tuned")
-    assert {row["method"] for row in result["rows"]} == {"fine-tuned"}
-
-
-def test_long_articles_in_a_csv(tmp_path):
-    # 200,000 characters, beyond the csv module's own limit
-    text = "word " * 40_000
-    with open(tmp_path / "s.csv", "w", encoding="utf-8", newline="") as file:
-        csv.writer(file).writerows([["text", "question", "answers"], [text, "Which?", "word"]])
-    csv.field_size_limit(131_072)
-    assert load_qa(str(tmp_path / "s.csv"), "streamingqa")[0]["text"] == text
-
-
-def test_listing_games_recall():
-    assert recall("red, blue, green or brown", "blue") == 1 and "games it" in recall.__doc__
+def test_commands_of_the_documentation_parse(tmp_path, monkeypatch):
+    """Every command of docs/evaluation.md and of evaluate.py's own help, the block for a GPU and the hub included."""
+    docs = open(os.path.join(ROOT, "docs", "evaluation.md"), encoding="utf-8").read()
+    block = docs[docs.index("hf auth login"):]
+    C = re.search(r"^C=(\S+)", block, re.M)[1]
+    assert all(f"--task {task} --checkpoint $C" in block for task in ("msc", "squad")) and "/" in C
+    monkeypatch.chdir(tmp_path)
+    commands = re.findall(r"^ *python evaluate.py (.*)", docs + evaluate.__doc__, re.M)
+    assert len(commands) > 15
+    for command in commands:
+        evaluate.arguments(shlex.split(command.replace("$C", C), comments=True))
 
 
 @torch.no_grad()
@@ -1095,7 +1117,7 @@ def test_the_shipped_generator_remembers():
     turns = [text for row in load_msc()[:4] for session in row["sessions"][:1] for text in session.split("\n")
              if len(text) > 60][:8]
     ids = [tokenizer(text)["input_ids"][:48] for text in turns]
-    memories = [evaluate.encode(model, [context], tokenizer.pad_token_id) for context in ids]
+    memories = [evaluate.encode(model, context) for context in ids]
 
     def nats(i, memory):
         target = torch.tensor([ids[i]])
