@@ -133,8 +133,10 @@ def train(args):
         """The micro-batches of this process, as (segments, mask, labels, weights), visible. Every process cuts the
         whole global batch, so that the token counts need no communication, and keeps its own rows."""
         segments, mask, visible, labels = batches.training(step)                            # (B, N, L)
-        weights = loss_weights(labels, int(visible.max()), "reconstruction" if instruct else args.objective)  # (B, N)
+        weights = loss_weights(labels, C := int(visible.max()), args.objective)             # (B, N)
         labels = labels.masked_fill((weights == 0)[:, :, None], -100)      # no lm_head for what has no weight
+        if args.objective == "completion":
+            mask[:, C:] = 0                             # trim then drops the second half, which trains nothing
         parts = []
         for rows in torch.arange(process, args.batch, world).split(args.micro_batch):
             (m, s, l, w), v = trim(mask[rows], visible, segments[rows], labels[rows], weights[rows])
@@ -158,7 +160,7 @@ def train(args):
         parts, coming = coming.result(), loader.submit(prepare, step + 1)
         for tensors, visible in parts:
             segments, mask, labels, weights = (t if t is None else t.to(device, non_blocking=True) for t in tensors)
-            C = int(visible.max())
+            C = int(visible.max()) + (args.objective == "completion")
             try:
                 nats, _ = model.segment_losses(segments, mask, visible, labels)
                 losses = nats * weights                                     # (B, N), whose sum is eq. 5
@@ -178,8 +180,7 @@ def train(args):
         finite = math.isfinite(norm + second + completion) and not failed
         lr = learning_rate(args, step)
         if finite:
-            for group in optimizer.param_groups:
-                group["lr"] = lr
+            optimizer.param_groups[0]["lr"] = lr
             optimizer.step()
         flat.zero_()
         skipped = 0 if finite else skipped + 1
@@ -361,12 +362,13 @@ def recipe(args, base):
     for name, value in {**defaults, "norm": "svd", "damping": 1e-2}.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    args.objective = "reconstruction" if instruct else args.objective      # of what follows the context: the answers
     least = {"chunk": 2, "seed": 0, "warmup": 0, "weight_decay": 0, **dict.fromkeys((
         "chunks", "batch", "micro_batch", "eval_every", "eval_sequences", "save_every", "keep", "steps", "epochs"), 1)}
     for name, low in least.items():                     # the first token of a segment is never a target
         if getattr(args, name) is not None and not getattr(args, name) >= low:
             raise InputError(f"--{name.replace('_', '-')} must be at least {low}")
-    if not instruct and args.objective == "completion" and args.chunks < 2:
+    if args.objective == "completion" and args.chunks < 2:
         raise InputError("--objective completion needs --chunks of at least 2: the first chunk has no adapter")
     if not min(args.lr, args.clip) > 0 or not 0 <= args.beta2 < 1 or not 0 <= (args.excerpts or 0) <= 1:
         raise InputError("--lr and --clip must be positive, --beta2 from 0 to below 1, --excerpts is a probability")
