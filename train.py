@@ -3,7 +3,7 @@
     python train.py --data corpus.parquet --out out/run                     # pretrain the generator (§2.3), CPU or GPU
     torchrun --standalone --nproc_per_node=8 train.py --data corpus.parquet --checkpointing --out out/mistral \\
         --base mistralai/Mistral-7B-Instruct-v0.2                           # the paper's setting: its recipe by default
-    python train.py --stage instruct --checkpoint out/run/step-000300 --data qa.parquet --out out/instruct     # Table 3
+    python train.py --stage instruct --checkpoint out/run/step-000100 --data qa.parquet --out out/instruct     # Table 3
     python train.py --stage finetune --data qa.parquet --documents docs.parquet --out out/sft   # baselines: SFT, CPT
 
 The global batch is --batch for any number of processes. Every out/run/step-* is a checkpoint that evaluate.py reads;
@@ -41,8 +41,8 @@ MAX_SKIPPED = 10          # steps in a row without a finite gradient before the 
 
 
 def loss_weights(labels, C, objective):
-    """Weight of a nat in each segment, (B, N), for labels (B, N, L) of the whole global batch. Eq. 5 is the sum of two
-    token means: reconstruction over segments C .. N-1, completion over 1 .. C-1. Segment 0 has no adapter and trains
+    """Weight (B, N) of each segment's nats, from labels (B, N, L) of the whole global batch: eq. 5, its log-likelihoods
+    as token means: reconstruction over segments C .. N-1, completion over 1 .. C-1. Segment 0 has no adapter and trains
     nothing, so it is left out. (The released code takes one token mean over all 2C segments.)"""
     targets = (labels[:, :, 1:] != -100).sum(-1)                            # (B, N)
     weights = torch.zeros(targets.shape)
@@ -99,6 +99,7 @@ def train(args):
     if world > 1 and local > 0:                         # the first process of a machine packs, the others find the file
         dist.barrier(packing)
     instruct = args.stage == "instruct"
+    objective = "reconstruction" if instruct else args.objective           # instruct: of segments C on, the answers
     common = {"chunk": args.chunk, "chunks": args.chunks, "batch_size": args.batch, "seed": args.seed,
               "eval_sequences": args.eval_sequences}
     if instruct:
@@ -132,11 +133,11 @@ def train(args):
     def prepare(step):
         """The micro-batches of this process, as (segments, mask, labels, weights), visible. Every process cuts the
         whole global batch, so that the token counts need no communication, and keeps its own rows."""
-        segments, mask, visible, labels = batches.training(step)                            # (B, N, L)
-        weights = loss_weights(labels, C := int(visible.max()), args.objective)             # (B, N)
+        segments, mask, visible, labels = batches.training(step)                            # (B, N, L); visible (N,)
+        weights = loss_weights(labels, int(visible.max()), objective)                       # (B, N)
         labels = labels.masked_fill((weights == 0)[:, :, None], -100)      # no lm_head for what has no weight
-        if args.objective == "completion":
-            mask[:, C:] = 0                             # trim then drops the second half, which trains nothing
+        if objective == "completion":
+            mask[:, int(visible.max()):] = 0            # trim then drops the second half, which trains nothing
         parts = []
         for rows in torch.arange(process, args.batch, world).split(args.micro_batch):
             (m, s, l, w), v = trim(mask[rows], visible, segments[rows], labels[rows], weights[rows])
@@ -160,7 +161,7 @@ def train(args):
         parts, coming = coming.result(), loader.submit(prepare, step + 1)
         for tensors, visible in parts:
             segments, mask, labels, weights = (t if t is None else t.to(device, non_blocking=True) for t in tensors)
-            C = int(visible.max()) + (args.objective == "completion")
+            C = int(visible.max()) + (objective == "completion")            # trim has dropped who saw the last chunk
             try:
                 nats, _ = model.segment_losses(segments, mask, visible, labels)
                 losses = nats * weights                                     # (B, N), whose sum is eq. 5
@@ -214,7 +215,7 @@ def train(args):
 @torch.no_grad()
 def validate(args, model, batches, process, world):
     """Token-mean nats of each fixed validation item, (n, 3): second half (reconstruction, or the answers); completion,
-    NaN where there is none; the second half under the adapter of a random control context, which tells memory from a
+    NaN where there is none; the second half under the adapter of a control context, which tells memory from a
     mere change of style, NaN where an item has none."""
     segments, mask, visible, labels = batches.validation
     C, n, device = int(visible.max()), len(segments), model.base.device
@@ -222,18 +223,18 @@ def validate(args, model, batches, process, world):
     mine = torch.arange(process, n, world).split(args.micro_batch) if process < n else []
     for rows in tqdm(mine, desc="validation", leave=False, disable=process != 0):
         control = torch.tensor([i if batches.controls[i] is None else batches.controls[i] for i in rows.tolist()])
-        for context in (rows, control):
+        for context, is_control in ((rows, False), (control, True)):
             m, s = (torch.cat([t[context, :C], t[rows, C:]], 1) for t in (mask, segments))          # (rows, N, L)
-            own = labels[rows] if context is rows else labels[rows].index_fill(1, torch.arange(C), -100)
-            (m, s, own), v = trim(m, visible, s, own)
-            nats, count = model.segment_losses(s.to(device), None if m.all() else m.to(device), v, own.to(device))
+            targets = labels[rows].index_fill(1, torch.arange(C), -100) if is_control else labels[rows]
+            (m, s, targets), v = trim(m, visible, s, targets)
+            nats, count = model.segment_losses(s.to(device), None if m.all() else m.to(device), v, targets.to(device))
             end = int(v.max())
             second, completion = ((nats[:, part].sum(1) / count[:, part].sum(1)).double().cpu()     # (rows,)
                                   for part in (slice(end, None), slice(1, end)))
-            if context is rows:
-                losses[rows, 0], losses[rows, 1] = second, completion
-            else:
+            if is_control:
                 losses[rows, 2] = second.masked_fill(control == rows, math.nan)
+            else:
+                losses[rows, 0], losses[rows, 1] = second, completion
     if world > 1:
         losses = losses.to(device)
         dist.all_reduce(losses)
@@ -362,13 +363,12 @@ def recipe(args, base):
     for name, value in {**defaults, "norm": "svd", "damping": 1e-2}.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    args.objective = "reconstruction" if instruct else args.objective      # of what follows the context: the answers
     least = {"chunk": 2, "seed": 0, "warmup": 0, "weight_decay": 0, **dict.fromkeys((
         "chunks", "batch", "micro_batch", "eval_every", "eval_sequences", "save_every", "keep", "steps", "epochs"), 1)}
     for name, low in least.items():                     # the first token of a segment is never a target
         if getattr(args, name) is not None and not getattr(args, name) >= low:
             raise InputError(f"--{name.replace('_', '-')} must be at least {low}")
-    if args.objective == "completion" and args.chunks < 2:
+    if not instruct and args.objective == "completion" and args.chunks < 2:
         raise InputError("--objective completion needs --chunks of at least 2: the first chunk has no adapter")
     if not min(args.lr, args.clip) > 0 or not 0 <= args.beta2 < 1 or not 0 <= (args.excerpts or 0) <= 1:
         raise InputError("--lr and --clip must be positive, --beta2 from 0 to below 1, --excerpts is a probability")

@@ -180,6 +180,28 @@ def main(base, text, out, *flags):
     train.train(train.arguments(command(base, text, out, *flags)[1:]))
 
 
+def test_completion_alone_leaves_the_second_half_out(tmp_path, base_directory, text_file, monkeypatch):
+    """Its loss is that of the doubled sequence, whose second half is not in the pass."""
+    monkeypatch.setattr("data.CACHE", str(tmp_path / "cache"))
+    original, wanted = train.AdaptedLM.segment_losses, []
+
+    def watched(self, segments, mask, visible, labels):
+        if torch.is_grad_enabled():
+            assert segments.shape == (4, 3, 16) and mask is None and visible.tolist() == [0, 1, 2]
+            whole = doubled(segments.flatten(1), 3, pad=259)
+            with torch.no_grad():
+                nats, count = original(self, whole.segments, None, whole.visible, whole.labels)
+            wanted.append((nats[:, 1:3].sum() / count[:, 1:3].sum()).item())
+        return original(self, segments, mask, visible, labels)
+
+    monkeypatch.setattr(train.AdaptedLM, "segment_losses", watched)
+    main(base_directory, text_file, tmp_path / "run", "--chunks", "3", "--objective", "completion", "--steps", "3",
+         "--micro-batch", "4")
+    rows = [json.loads(line) for line in open(tmp_path / "run" / "log.jsonl")]
+    assert [row["completion"] for row in rows] == pytest.approx(wanted, rel=1e-5) and wanted[0] != wanted[2]
+    assert [row["reconstruction"] for row in rows] == [0, 0, 0] and rows[0]["tokens"] == 4 * 3 * 16
+
+
 def test_a_bad_gradient_is_skipped_and_ten_in_a_row_stop_the_run(tmp_path, base_directory, text_file, monkeypatch):
     monkeypatch.setattr("data.CACHE", str(tmp_path / "cache"))
     original, calls = train.AdaptedLM.segment_losses, []
@@ -222,10 +244,14 @@ def test_refusals(tmp_path, base_directory, text_file, monkeypatch):
                         ((base_directory, text_file, tmp_path / "x", "--targets", "z_proj"), "z_proj"),
                         ((base_directory, text_file, tmp_path / "x", "--rank", "17"), "rank"),
                         ((base_directory, text_file, tmp_path / "x", "--chunk", "1"), "--chunk"),
+                        ((base_directory, text_file, tmp_path / "x", "--chunks", "1", "--objective", "completion"),
+                         "--objective completion needs"),
                         ((str(tmp_path), text_file, tmp_path / "x"), "config.json")):
         with pytest.raises(InputError, match=words):
             main(*args)
         assert not (tmp_path / "x").exists()
+    with pytest.raises(InputError, match="--data is missing: name text files"):         # no data set is the default
+        train.train(train.arguments(["--base", base_directory, "--out", str(tmp_path / "x")]))
 
 
 def test_exit_code(tmp_path, base_directory):
