@@ -32,8 +32,8 @@ from tqdm import tqdm
 
 from support.answers import average, encode, fingerprint, load_models, NEW_TOKENS, predict
 from support.ask import ask
-from support.benchmarks import (context_clusters, control_contexts, first_ids, IN_CONTEXT, in_context_prompts,
-                                load_answers, load_data, METAICL_KINDS, prompt_template, SPANS)
+from support.benchmarks import (context_clusters, control_contexts, controls_of, first_ids, given_records, IN_CONTEXT,
+                                in_context_prompts, load_answers, load_data, METAICL_KINDS, prompt_template, SPANS)
 from support.costs import COSTS, adapter_floats, base_flops, clock, context_flops, kv_cache_floats, window
 from support.files import InputError, open_predictions, run_command, stamps
 from support.finetune import cost_of_base, fit_task, lacking_memory
@@ -109,8 +109,7 @@ def icl_scores(prediction, golds):
 
 
 def mean_and_stderr(values, clusters=None):
-    """(mean, standard error) of a list. Values with one label in clusters may depend on each other: the error is that
-    of their sums; without labels each stands alone. The error of fewer than two clusters is None."""
+    """(mean, standard error) of a list, cluster-robust where clusters labels its values; of one cluster None."""
     mean, sums = statistics.fmean(values), collections.defaultdict(float)
     for value, label in zip(values, clusters or range(len(values))):
         sums[label] += value - mean
@@ -118,27 +117,32 @@ def mean_and_stderr(values, clusters=None):
     return mean, (G / (G - 1) * sum(s * s for s in sums.values())) ** 0.5 / len(values) if G > 1 else None
 
 
-def memory_gap(own, controls):
-    """What an adapter knows of ITS context, from the records of adapter and adapter-shuffled, paired by question:
-    gap: nats of the gold under the others (their mean) minus under its own, standard error clustered by context;
-    best-of-K+1: share of questions whose own memory gives the fewest nats (ties are shared); chance: 100 / (K+1)."""
+def memory_gap(own, controls, bare=()):
+    """What an adapter knows of ITS context, from the records of adapter, adapter-shuffled and closed-book, paired by
+    question, standard errors clustered by context. gain: nats of the gold closed-book minus under its own; gap: under
+    the others (their mean) minus under its own; best-of-K+1: share of questions whose own memory gives the fewest nats
+    (ties are shared); chance: 100 / (K+1)."""
+    bare, row = {record["number"]: record["nats"] for record in bare}, {}
+    if gains := [(bare[record["number"]] - record["nats"], record["cluster"]) for record in own
+                 if bare.get(record["number"]) is not None and record["nats"] is not None]:
+        row["gain"], row["gain_stderr"] = mean_and_stderr(*zip(*gains))
     mine = {(record["cluster"], record["number"]): record["nats"] for record in own}
     pairs = [(mine[key], record["control_nats"], record["cluster"]) for record in controls
              if mine.get(key := (record["cluster"], record["number"])) is not None]
     if not pairs:
-        return {}
+        return row
     K, labels = len(pairs[0][1]), [label for _, _, label in pairs]
     gap, error = mean_and_stderr([statistics.fmean(others) - nats for nats, others, _ in pairs], labels)
     first = [100 * (nats <= min(others)) / (1 + others.count(nats)) for nats, others, _ in pairs]
     best, best_error = mean_and_stderr(first, labels)
     name = f"best-of-{K + 1}"
-    return {"gap": gap, "gap_stderr": error, name: best, name + "_stderr": best_error, "chance": 100 / (K + 1),
+    return {**row, "gap": gap, "gap_stderr": error, name: best, name + "_stderr": best_error, "chance": 100 / (K + 1),
             **({"pairs": len(pairs)} if len(pairs) < len(own) else {})}
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# methods: what each makes of contexts before questions (items) are asked -> (prompts, keyword arguments of solve,
-# costs of each context). contexts: one for all items or, for adapters, one each
+# methods: what each makes of contexts before questions (items) are asked -> (prompts, keyword arguments of
+# support.answers.solve, costs of each context). contexts: one for all items or, for adapters, one each
 
 
 def closed_book(run, template, contexts, items):
@@ -149,10 +153,11 @@ def closed_book(run, template, contexts, items):
 def in_context(run, template, contexts, items):
     """The context in the prompt: its questions share the KV cache of what their prompts begin with."""
     tokenizer, base, questions = run.tokenizer, run.model.base, [item["question"] for item in items]
-    prompts, lost = in_context_prompts(tokenizer, template, contexts[0], questions, window(base) - NEW_TOKENS)
+    golds = tokenize(tokenizer, [min(item["golds"], key=len) for item in items])
+    room = window(base) - max(NEW_TOKENS, *map(len, golds))
+    prompts, lost = in_context_prompts(tokenizer, template, contexts[0], questions, room)
     past, began = len(prompts[0]) - len(user_turn(tokenizer, questions[0])), clock(base.device)
-    same = itertools.takewhile(lambda column: len(set(column)) == 1, zip(*(prompt[:-1] for prompt in prompts)))
-    prefix = [column[0] for column in same]
+    prefix = os.path.commonprefix([prompt[:-1] for prompt in prompts])
     with torch.no_grad():
         ids = torch.tensor([prefix], device=base.device)                                           # (1, P)
         cache = base.get_decoder()(input_ids=ids, use_cache=True).past_key_values
@@ -169,11 +174,11 @@ def fine_tuned(run, template, contexts, items):
 
 
 def adapter(run, template, contexts, items):
-    """The context in the weights. The control's is a tuple of texts: the first answers, all of them score the gold."""
+    """The context in the weights. A control's is a tuple of texts: answers are under the first, nats under all."""
     read = [[run.read(text) for text in ((context,) if isinstance(context, str) else context)] for context in contexts]
-    memory, *controls = [{name: tuple(map(torch.cat, zip(*(pairs[name] for pairs, _ in column))))
-                          for name in column[0][0]} for column in zip(*read)]     # of the k-th text of each context
-    kept = {"memory": memory, "controls": controls}
+    columns = [[pairs for pairs, _ in column] for column in zip(*read)]             # the k-th text of each context
+    batch = [{name: tuple(map(torch.cat, zip(*(p[name] for p in column)))) for name in column[0]} for column in columns]
+    kept = {"memory": batch[0], "controls": batch[1:]}
     return closed_book(run, template, contexts, items)[0], kept, [row[0][1] for row in read]
 
 
@@ -192,7 +197,7 @@ WITH_CONTEXT = {**dict.fromkeys(IN_CONTEXT, in_context), "fine-tuned": fine_tune
 
 
 def read_contexts(run, method, contexts, items):
-    """The same of any method, with the costs of each item's context."""
+    """(prompts, arguments of solve, costs of each item's context) of any method."""
     template = prompt_template(run.args.task, method)
     prompts, kept, costs = WITH_CONTEXT.get(method, closed_book)(run, template, contexts, items)
     return prompts, kept, costs * (len(items) // len(costs))
@@ -206,13 +211,8 @@ def msc(run, rows):
     """Table 1. The adapter, its control and closed-book see the identical prompt, the bare question; only
     full-conversation reads the text. --evidence: the same questions at four lengths, from the turn with the gold alone
     to the whole conversation."""
-    args, total = run.args, len(rows)
-    if args.evidence:
-        rows = [row for row in rows if row["spans"]]
-        run.note(f"--evidence: {total - len(rows)} of {total} conversations have no turn with the answer word for word "
-                 "and are left out")
-    keys = [set(row["sessions"]) for row in rows]
-    others, labels = control_contexts(keys, args.seed, args.controls, args.limit), context_clusters(keys)
+    args, keys = run.args, [set(row["sessions"]) for row in rows]
+    others, labels = controls_of(run, keys, args.limit), context_clusters(keys)
     items = [{"number": i, "id": row["id"], "cluster": labels[i], "question": row["question"], "golds": [row["answer"]]}
              for i, row in enumerate(rows[:args.limit])]
     if (lost := [item["id"] for item in items if not others[item["number"]]]) and "adapter-shuffled" in args.method:
@@ -237,13 +237,13 @@ def msc(run, rows):
 
 
 def qa(run, documents):
-    """Fig. 2, Fig. 3, Table 5: documents in the order of the data, split evenly into ceil(tokens / length) groups, but
-    never one document; a group is the context of all its questions. Closed-book has no context: one row, of length 0.
+    """Fig. 2, Fig. 3, Table 5: documents in the order of the data, split evenly into ceil(tokens / length) groups of
+    whole documents; a group is the context of all its questions. Closed-book has no context: one row, of length 0.
     Lengths that make the same groups share their answers. --groups: the first so many of a length; closed-book then
     answers those of the longest."""
     args, lengths, documents = run.args, run.args.context_lengths or QA_LENGTHS, documents[:run.args.limit]
     total = sum(map(len, tokenize(run.tokenizer, [document["text"] for document in documents])))
-    if alike := [length for length in lengths if len(documents) == 1 or length >= total]:
+    if (alike := [n for n in lengths if len(documents) == 1 or n >= total]) and "adapter-shuffled" in args.method:
         run.note(f"the documents hold {total} tokens: longer contexts are all the same single group, to which "
                  f"adapter-shuffled has no other: no such row, nor a gap, at {', '.join(map(str, alike))}")
 
@@ -252,7 +252,7 @@ def qa(run, documents):
             count = min(-(-total // (length or max(lengths))), len(documents))
             parts = np.array_split(range(len(documents)), count)
             texts = ["\n\n".join(documents[i]["text"] for i in part) for part in parts]
-            others = control_contexts([{g} for g in range(count)], args.seed, args.controls, args.groups)
+            others = controls_of(run, [{g} for g in range(count)], args.groups)
             if method == "adapter-shuffled":
                 texts = [tuple(texts[j] for j in some) for some in others]
             groups = [([text], [{**item, "cluster": g} for i in part for item in documents[i]["questions"]])
@@ -271,7 +271,7 @@ def metaicl(run, tasks):
     are its means over the demonstration seeds. adapter-permuted reads the task's own demonstrations, each with the
     output of another."""
     args, names = run.args, list(tasks)
-    others = dict(zip(names, control_contexts([{name} for name in names], args.seed, args.controls)))
+    others = dict(zip(names, controls_of(run, [{name} for name in names])))
     methods = [method for method in (*args.method, *run.rows) if method != "adapter-shuffled" or len(names) > 1]
     if methods != [*args.method, *run.rows]:
         run.note(f"adapter-shuffled is left out: it takes other tasks' demonstrations, and {names[0]} is the only one")
@@ -319,7 +319,7 @@ def ppl(run, texts):
     others = control_contexts([{i} for i in range(len(documents))], args.seed, 1)
 
     def nats(model, method, i, L):
-        """Of document i, a token."""
+        """Token-mean nats of both targets of document i."""
         context, memory, values = documents[i][:L], None, {}
         if method.startswith("adapter"):
             memory = encode(model, documents[others[i][0]][:L] if method == "adapter-shuffled" else context)
@@ -350,41 +350,41 @@ def ppl(run, texts):
 # the table
 
 
-def table_row(records, seconds, controls=None, **what):
-    """what, then n questions, nats (and, with the records of the controls, memory_gap), mean and standard error of
-    every metric, 0 to 100, and mean costs: a query's, and its context's. A question asked under several demonstration
-    seeds counts once."""
+def table_row(records, seconds, bare=(), controls=(), **what):
+    """what, then n questions, nats, memory_gap of what has records of closed-book or of controls, mean and standard
+    error of every metric, 0 to 100, and mean costs: a query's, and its context's. A question asked under several
+    demonstration seeds counts once."""
     numbers = [record["number"] for record in records]
     row = {**what, "n": len(set(numbers))}
     if scored := [(record["nats"], record["number"]) for record in records if record.get("nats") is not None]:
         row["nats"], row["nats_stderr"] = mean_and_stderr(*zip(*scored))
-    row |= memory_gap(records, controls) if controls else {}
+    row |= memory_gap(records, controls, bare) if bare or controls else {}
     for key in METRICS:
         if key in records[0]:
             mean, error = mean_and_stderr([record[key] for record in records], numbers)
             row[key], row[key + "_stderr"] = 100 * mean, None if error is None else 100 * error
     costs = {key: average(record.get(key) for record in records)
-             for key in (COSTS[0], "released_tflops", *COSTS[1:]) if key in records[0]}
+             for key in (COSTS[0], "released_tflops", *COSTS[1:]) if any(key in record for record in records)}
     return {**row, **costs, "seconds": seconds}
 
 
 def table(run, conditions):
     """The rows of a task. conditions: (method, what names its row, what else keys its records, groups)."""
-    results = {}
-    for method, what, where, groups in tqdm(list(conditions), desc=run.args.task, unit="row"):
-        began = time.time()
-        if method in run.rows:                                               # another program answered
-            given = run.rows[method][what.get("context_length", what.get("shots", 0))]
-            records = [{**item, **given[item["id"]], **run.score(given[item["id"]]["prediction"], item["golds"])}
-                       for _, items in groups for item in items]
-        else:
-            records = predict(run, read_contexts, method, groups, **where)
-        results[method, str(what)] = records, time.time() - began, what
+    conditions, results, bare = list(conditions), {}, {}
+    given = {(method, str(what)): given_records(run, method, what, groups) for method, what, _, groups in conditions
+             if method in run.rows}                                          # another program answered
+    for method, what, where, groups in tqdm(conditions, desc=run.args.task, unit="row"):
+        began, key = time.time(), (method, str(what))
+        records = given[key] if key in given else predict(run, read_contexts, method, groups, **where)
+        results[key] = records, time.time() - began, what
+        if method in ("closed-book", "zero-shot"):
+            bare[what.get("task")] = records
     for (method, place), (records, seconds, what) in results.items():
-        controls = results.get(("adapter-shuffled", place), [None])[0] if method == "adapter" else None
+        beside = {"bare": bare.get(what.get("task"), ()),
+                  "controls": results.get(("adapter-shuffled", place), [()])[0]} if method == "adapter" else {}
         if run.args.evidence and method in WITH_CONTEXT:
             what = {**what, "context_tokens": round(average(record["context_tokens"] for record in records))}
-        yield table_row(records, seconds, controls, method=method, **what)
+        yield table_row(records, seconds, **beside, method=method, **what)
 
 
 def main(argv=None):
@@ -399,7 +399,7 @@ def main(argv=None):
         tqdm.write(f"NOTE: {text}")
 
     data = load_data(args, note)
-    given = {name: load_answers(path, args.task, data, args.limit) for name, path in args.rows.items()}
+    given = {name: load_answers(path, args.task, data) for name, path in args.rows.items()}
     done, write = open_predictions(args.predictions)
     models, tokenizer = load_models(args)
     model, base, dtype = models[0][1], models[0][1].base, str(models[0][1].base.dtype).split(".")[-1]

@@ -75,7 +75,12 @@ def load_data(args, note):
              f"paper's benchmark ({HUB_IDS['msc']})")
     args.data = args.data or HUB_IDS[args.task]
     if args.task == "msc":
-        return load_msc(args.data, args.evidence)
+        rows = load_msc(args.data, args.evidence)
+        found = [row for row in rows if row.get("spans")] if args.evidence else rows
+        if args.evidence:
+            note(f"--evidence: {len(rows) - len(found)} of {len(rows)} conversations have no turn with the answer word "
+                 "for word and are left out")
+        return found
     if args.task == "ppl":
         texts = read_rows(args.data, split="validation")
         return itertools.chain([next(texts)], texts)
@@ -114,11 +119,12 @@ def load_msc(source=None, evidence=False):
 
 
 def evidence_spans(sessions, answer):
-    """{span of SPANS: text} round the first turn that holds the answer word for word, but for case; None where none
-    does. sessions: lists of turns."""
+    """{span of SPANS: text} round the first turn that holds the answer as whole words, but for case, after the name of
+    its speaker; None where none does. sessions: lists of turns."""
+    words = re.compile(rf"(?<!\w){re.escape(answer.strip())}(?!\w)", re.IGNORECASE)
     for session in sessions if answer.strip() else ():
         for i, turn in enumerate(session):
-            if answer.strip().lower() in turn.lower():
+            if words.search(turn.split(": ", 1)[-1]):
                 near, whole = session[max(0, i - 2):i + 3], "\n\n".join("\n".join(turns) for turns in sessions)
                 return dict(zip(SPANS, (turn, "\n".join(near), "\n".join(session), whole)))
 
@@ -190,17 +196,16 @@ def load_metaicl(source, seeds, shots, dev):
     return tasks, [task for task in names if task not in tasks]
 
 
-def load_answers(path, task, data, limit):
+def load_answers(path, task, data):
     """Answers of another program: {context_length or shots, 0 where a line names neither: {id: its prediction and
-    costs}} of a .jsonl file, its ids those of the predictions file. Those to the first `limit` of the data must be
-    there at every length. Raises InputError for an id that is missing, unknown or told twice."""
-    def ids(limit):
-        if task == "metaicl":
-            return [row["id"] for rows in data.values() for row in rows["test"][:limit]]
-        return [row["id"] for part in data[:limit] for row in part.get("questions", [part])]
-
-    answers, known, key = {}, set(ids(None)), {"msc": None, "metaicl": "shots"}.get(task, "context_length")
-    if len(known) < len(ids(None)):
+    costs}} of a .jsonl file, its ids those of the predictions file. Raises InputError for an id that is unknown or
+    told twice."""
+    if task == "metaicl":
+        ids = [row["id"] for rows in data.values() for row in rows["test"]]
+    else:
+        ids = [row["id"] for part in data for row in part.get("questions", [part])]
+    answers, known, key = {}, set(ids), {"msc": None, "metaicl": "shots"}.get(task, "context_length")
+    if len(known) < len(ids):
         raise InputError("--rows needs data whose ids are all different, which these are not")
     for where, row in read_rows(path):
         costs = ("inference_tflops", "contextualisation_tflops", "storage_mfloats")
@@ -211,11 +216,18 @@ def load_answers(path, task, data, limit):
         if name not in known or name in answers.setdefault(place, {}):
             raise InputError(f"{where}: id {name!r} is not one of the data's, or stands there twice")
         answers[place][name] = {"prediction": field(row, "prediction", str, where), **given}
-    for told in answers.values():
-        if missing := [name for name in ids(limit) if name not in told]:
-            raise InputError(f"{path}: {len(missing)} of {len(ids(limit))} answers are missing, the first of them that "
-                             f"to {missing[0]!r}; the ids are those of the data, as --predictions writes them")
     return answers
+
+
+def given_records(run, method, what, groups):
+    """The records of a row of --rows. Raises InputError where an answer to one of its items is missing."""
+    given = run.rows[method][what.get("context_length", what.get("shots", 0))]
+    items = [item for _, some in groups for item in some]
+    if missing := [item["id"] for item in items if item["id"] not in given]:
+        raise InputError(f"{run.args.rows[method]}: {len(missing)} of {len(items)} answers are missing, the first of "
+                         f"them that to {missing[0]!r}; the ids are those of the data, as --predictions writes them")
+    return [{**item, **given[item["id"]], **run.score(given[item["id"]]["prediction"], item["golds"])}
+            for item in items]
 
 
 def control_contexts(keys, seed, count, first=None):
@@ -229,6 +241,15 @@ def control_contexts(keys, seed, count, first=None):
         others.append(list(itertools.islice((j for j in near if not own & keys[j]), count)))
     count = min((len(some) for some in others if some), default=0)
     return [some[:count] for some in others]
+
+
+def controls_of(run, keys, first=None):
+    """control_contexts as --seed and --controls ask, with a note where there are fewer."""
+    others = control_contexts(keys, run.args.seed, run.args.controls, first)
+    if 0 < (count := max(map(len, others))) < run.args.controls and "adapter-shuffled" in run.args.method:
+        run.note(f"adapter-shuffled: some contexts have {count} others, so the gold is scored under {count}, not under "
+                 f"{run.args.controls}")
+    return others
 
 
 def context_clusters(keys):

@@ -117,12 +117,12 @@ def cost_of_base(path):
 
 def lacking_memory(base):
     """Why all weights of a base cannot be trained on its device, as a sentence; None where they may fit: fp32 weights,
-    gradient and the two moments of Adam."""
+    gradient and two moments of Adam; on a CPU, of which all memory is counted, also the base and its best weights."""
     need, room = 16 * sum(p.numel() for p in base.parameters()), float("inf")
     if base.device.type == "cuda":
-        room = torch.cuda.mem_get_info(base.device)[1]
+        room = torch.cuda.mem_get_info(base.device)[0]
     elif hasattr(os, "sysconf"):
-        room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        need, room = 1.5 * need, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return f"training all weights takes {need / 1e9:.0f} GB, the device has {room / 1e9:.0f}" if need > room else None
 
 

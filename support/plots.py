@@ -60,18 +60,28 @@ def write_table(args, rows, result):
         plot(args.plot, rows)
 
 
+def short_names(paths):
+    """{path: its last part}, or the whole path where two end alike."""
+    names = {path: os.path.basename(os.path.normpath(path)) for path in paths}
+    return {path: name if list(names.values()).count(name) == 1 else path for path, name in names.items()}
+
+
 def merge(paths):
-    """(rows, circumstances) of the --output files of several runs of one task, each row with its run's name."""
-    results = {path: read_json(path) for path in paths}
-    rows = []
+    """(rows, circumstances) of the --output files of several runs of one task, each row with its run's name. Runs on
+    other data, or on another part of it, are named."""
+    results, rows = {path: read_json(path) for path in paths}, []
+    names = short_names([os.path.splitext(path)[0] for path in results])
     for path, result in results.items():
         table = result.get("rows")
         if not isinstance(table, list) or not all(isinstance(row, dict) and "method" in row for row in table):
             raise InputError(f"--merge {path} is not a table that --output wrote")
-        rows += [{"run": os.path.splitext(os.path.basename(path))[0], **row} for row in table]
+        rows += [{"run": names[os.path.splitext(path)[0]], **row} for row in table]
     tasks = {result.get("task") for result in results.values()}
     if len(tasks) > 1 or not rows:
         raise InputError(f"--merge takes rows of one task: these files hold {len(rows)} of {len(tasks)} tasks")
+    for key in ("data", "limit", "seed"):
+        if len(values := {json.dumps(result.get(key)) for result in results.values()}) > 1:
+            print(f"NOTE: these runs differ in {key}: {', '.join(sorted(values))}")
     return rows, {"task": tasks.pop(), "merged": {path: {**result, "rows": None} for path, result in results.items()}}
 
 
@@ -81,8 +91,10 @@ def plot(path, rows):
     and run where there are several; one that no context reaches is dashed."""
     from matplotlib.figure import Figure
 
+    checkpoints = short_names(dict.fromkeys(row["checkpoint"] for row in rows if "checkpoint" in row))
+
     def name(row):
-        parts = [os.path.basename(os.path.normpath(row["checkpoint"]))] if "checkpoint" in row else []
+        parts = [checkpoints[row["checkpoint"]]] if "checkpoint" in row else []
         return " ".join([row["method"], *parts, *([f"({row['run']})"] if "run" in row else [])])
 
     x = next((key for key in AXES if any(key in row for row in rows)), None)

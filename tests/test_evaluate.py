@@ -203,6 +203,9 @@ def test_memory_gap_by_hand():
     assert row["pairs"] == 3
     assert sum(gaps) == 3 and "pairs" not in evaluate.memory_gap(own[:3], others)
     assert evaluate.memory_gap(own, []) == {}
+    bare = [{"number": n, "nats": v} for n, v in ((0, 2.0), (1, 3.0), (2, None), (3, 11.0))]          # gains 1, 0, 2
+    row = evaluate.memory_gap(own, [], bare)
+    assert row == {"gain": pytest.approx(1), "gain_stderr": pytest.approx((2 * (1 + 1)) ** 0.5 / 3)}   # sums -1 and 1
 
 
 # ---- costs
@@ -315,6 +318,10 @@ def test_controls_share_nothing_and_are_as_many_for_all():
     # those that are read anyway come first
     assert all({0, 1, 2} - {i} <= set(some) for i, some in enumerate(near))
     assert drawn == control_contexts(keys, 0, 1) and control_contexts([{"a"}, {"a"}], 0, 1) == [[], []]
+    notes = []
+    args = types.SimpleNamespace(seed=0, controls=4, method=["adapter-shuffled"])
+    assert benchmarks.controls_of(types.SimpleNamespace(args=args, note=notes.append), keys) == drawn
+    assert len(notes) == 1 and "under 1, not under 4" in notes[0]
     clusters = benchmarks.context_clusters
     assert clusters(keys) == [0, 0, 0, 0, 0, 0] and len(set(clusters(keys[:5]))) == 3
 
@@ -356,8 +363,8 @@ def test_cached_prefix_answers_like_whole_prompts(tokenizer, kind):
     model = make_model(base=make_base(kind))
     model.base.generation_config.pad_token_id = 259
     run = types.SimpleNamespace(model=model, tokenizer=tokenizer, args=types.SimpleNamespace(seed=0, task="squad"))
-    items = [{"question": question} for question in ("Who sings?", "Why does it rain so much in the north?", "Ö",
-                                                     "Who?")]
+    questions = ("Who sings?", "Why does it rain so much in the north?", "Ö", "Who?")
+    items = [{"question": question, "golds": ["x"]} for question in questions]
     prompts, kept, costs = evaluate.read_contexts(run, "in-context", ["A cold river, seven green stones."], items)
     assert tokenizer.decode(kept["prefix"]).endswith("Question: ")
     before = kept["cache"].layers[0].keys.clone()
@@ -386,14 +393,17 @@ def test_answer_nats_one_token_at_a_time(tokenizer):
         want = [plain_nats(model, tokenizer, p, g.strip(), m) for p, g, m in zip(prompts, golds, each)]
         assert got == pytest.approx(want, rel=1e-4)
     run = types.SimpleNamespace(model=model, tokenizer=tokenizer)
-    prompts, kept, _ = evaluate.in_context(run, IN_CONTEXT_PROMPT, ["A cold river."], [{"question": q}
-                                                                                       for q in questions])
+    items = [{"question": question, "golds": ["x"]} for question in questions]
+    prompts, kept, _ = evaluate.in_context(run, IN_CONTEXT_PROMPT, ["A cold river."], items)
     before = kept["cache"].layers[0].keys.clone()
     for golds in (golds, golds[::-1]):
         want = [plain_nats(model, tokenizer, p, g.strip()) for p, g in zip(prompts, golds)]
         assert solver.answer_nats(model, tokenizer, prompts, golds, **kept) == pytest.approx(want, rel=1e-4)
     assert torch.equal(before, kept["cache"].layers[0].keys)
     assert solver.answer_nats(model, tokenizer, prompts[:2], ["x", " "])[1] is None
+    items[0]["golds"] = ["y" * 90, "x" * 60]                            # the window has room for the gold that is scored
+    prompts, _, (cost,) = evaluate.in_context(run, IN_CONTEXT_PROMPT, ["A cold river. " * 40], items)
+    assert max(map(len, prompts)) == 512 - 60 and cost["lost"]
 
 
 def test_cache_copies_that_do_not_fit_are_made_in_parts(tokenizer, monkeypatch):
@@ -480,7 +490,7 @@ def test_msc_scores_nats_gap_and_reading_once(tmp_path, base_directory, tokenize
         want = [greedy(model, tokenizer, item["question"], [memory]) for item, memory in zip(items, under)]
         assert [p["prediction"] for p in predictions if p["method"] == method] == want
     assert want != [greedy(model, tokenizer, item["question"], [memory]) for item, memory in zip(items, memories)]
-    assert "| method | n | nats | gap | best-of-3 | chance | f1 |" in " ".join(capsys.readouterr().out.split())
+    assert "| method | n | nats | gain | gap | best-of-3 | chance | f1 |" in " ".join(capsys.readouterr().out.split())
 
 
 def test_evidence_spans(tmp_path):
@@ -488,12 +498,13 @@ def test_evidence_spans(tmp_path):
     write_rows(tmp_path / "c.jsonl", [
         {"previous_dialogs": [{"dialog": [{"text": f"{s}{i}"} for i in range(4)]} for s in "ab"],
          "dialog": [{"text": "my Boat is BLUE"}, {"text": "blue?"}],
-         "self_instruct": {"B": "Which?", "A": answer}} for answer in ("b1", "blue", "green")])
-    first, second, third = load_msc(str(tmp_path / "c.jsonl"), evidence=True)
+         "self_instruct": {"B": "Which?", "A": answer}} for answer in ("b1", "blue", "green", "blu", "Speaker 1")])
+    first, second, third, *fourth = load_msc(str(tmp_path / "c.jsonl"), evidence=True)
     a, b = ("\n".join(f"Speaker {i % 2 + 1}: {s}{i}" for i in range(4)) for s in "ab")
     whole = "\n\n".join([a, b, "Speaker 1: my Boat is BLUE\nSpeaker 2: blue?"])
     assert list(first["spans"]) == list(SPANS) and list(first["spans"].values()) == ["Speaker 2: b1", b, b, whole]
     assert second["spans"]["oracle turn"] == "Speaker 1: my Boat is BLUE" and third["spans"] is None
+    assert [row["spans"] for row in fourth] == [None, None]             # half a word; the name before a turn
     # the row's own dialog is the last session
     assert first["sessions"] == whole.split("\n\n") and "spans" not in load_msc(str(tmp_path / "c.jsonl"))[0]
 
@@ -822,6 +833,11 @@ def test_metaicl_gap_by_demonstrations_and_permuted_ones(tmp_path, base_director
 
 def test_fine_tuned_is_left_out_where_it_does_not_fit(tmp_path, base_directory, metaicl_directory, monkeypatch):
     monkeypatch.setattr("os.sysconf", lambda name: 1000)                 # a machine of a megabyte
+    shutil.copytree(metaicl_directory / "quarel", tmp_path / "one" / "quarel")
+    one, _ = run(tmp_path, base_directory, "metaicl", "--data", str(tmp_path / "one"), "--checkpoint", "none", "--limit",
+                 "1", "--shots", "1", "--demo-seeds", "100", "--method", "zero-shot", "--method", "adapter-shuffled")
+    assert "quarel is the only one" in one["note"] and {row["method"] for row in one["rows"]} == {"zero-shot"}
+    os.remove(tmp_path / "out.jsonl")
     flags = ["--data", str(metaicl_directory), "--checkpoint", "none", "--limit", "1", "--shots", "1", "--demo-seeds",
              "100"]
     result, _ = run(tmp_path, base_directory, "metaicl", *flags)
@@ -929,6 +945,10 @@ def test_rows_of_other_systems(tmp_path, base_directory, squad_file):
     assert rows["UltraGist (64)", 300]["em_max"] == 100
     assert [rows["UltraGist (64)", 100][key] for key in ("inference_tflops", "storage_mfloats", "n")] == [2, 4, 6]
     assert "UltraGist (64)" in drawn_texts(tmp_path / "p.svg")
+    write_rows(path, answers[:3] + answers[6:9])                        # the first groups' answers are enough for those
+    (tmp_path / "out.jsonl").unlink()
+    result, _ = run(tmp_path, base_directory, "squad", *flags, "--groups", "1", "--context-lengths", "100")
+    assert [row["n"] for row in result["rows"] if row["method"] == "UltraGist (64)"] == [2, 3]
     for change, words in ((answers[:-1], "1 of 6 answers are missing, the first of them that to '2-2'"),
                           (answers + [{"id": "9-9", "prediction": ""}], "line 13: id '9-9' is not one"),
                           (answers + answers[:1], "line 13: id '0-0' is not one of the data's, or stands there twice"),
@@ -947,7 +967,18 @@ def test_rows_of_other_systems_in_msc_and_metaicl(tmp_path, base_directory, meta
     result, _ = run(tmp_path, base_directory, "msc", "--data", MSC_SAMPLE, "--checkpoint", "none", "--limit", "2",
                     "--method", "closed-book", "--rows", f"oracle={tmp_path / 'a.jsonl'}")
     row = by_method(result)["oracle"]
-    assert (row["em"], row["n"]) == (100, 2) and "nats" not in row
+    assert (row["em"], row["n"]) == (100, 2) and "nats" not in row and "storage_mfloats" not in row
+    os.remove(tmp_path / "out.jsonl")
+    rows = [json.loads(line) for line in open(MSC_SAMPLE, encoding="utf-8")][:3]
+    rows[0]["self_instruct"]["A"] = "nowhere said"                       # --limit counts what --evidence leaves
+    write_rows(tmp_path / "c.jsonl", rows)
+    items = load_msc(str(tmp_path / "c.jsonl"))
+    write_rows(tmp_path / "a.jsonl", [{"id": items[1]["id"], "prediction": "?"},
+                                      {"id": items[2]["id"], "prediction": items[2]["answer"], "storage_mfloats": 3}])
+    result, _ = run(tmp_path, base_directory, "msc", "--data", str(tmp_path / "c.jsonl"), "--checkpoint", "none",
+                    "--limit", "2", "--evidence", "--method", "closed-book", "--rows", f"oracle={tmp_path / 'a.jsonl'}")
+    row = by_method(result)["oracle"]
+    assert (row["em"], row["n"], row["storage_mfloats"]) == (50, 2, 3)   # costs: the mean of those that are given
     os.remove(tmp_path / "out.jsonl")
     write_rows(tmp_path / "a.jsonl", [{"id": f"{task} {i}", "shots": 4, "prediction": "Output: YES"} for i in range(2)
                                       for task in ("poem_sentiment", "quarel", "superglue-copa")])
@@ -972,6 +1003,13 @@ def test_merged_tables(tmp_path, base_directory, squad_file, capsys):
     assert merged["rows"][2] == {"run": "sft", **own} and merged["task"] == "squad"
     assert "| run | method |" in " ".join(capsys.readouterr().out.split())
     assert all(f"closed-book ({name})" in drawn_texts(tmp_path / "all.svg") for name in ("base", "sft"))
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "sft.json").write_text(json.dumps({"task": "squad", "limit": 7, "rows": [own]}))
+    evaluate.main(["--merge", str(tmp_path / "sft.json"), str(tmp_path / "b" / "sft.json"), "--output",
+                   str(tmp_path / "all.json")])
+    runs = [row["run"] for row in json.load(open(tmp_path / "all.json"))["rows"]]
+    assert runs == [str(tmp_path / "sft"), str(tmp_path / "b" / "sft")]
+    assert "NOTE: these runs differ in limit: 7, null" in capsys.readouterr().out
     write_rows(tmp_path / "other.json", [{"task": "msc", "rows": [{"method": "adapter"}]}])
     write_rows(tmp_path / "no.json", [{}])
     for files, words in ((["base.json", "other.json"], "one task"), (["no.json"], "no.json is not a table"),
@@ -987,6 +1025,11 @@ def test_lines_are_keyed_by_checkpoint_and_panels_by_task(tmp_path):
     plots.plot(str(tmp_path / "p.svg"), rows)
     words = drawn_texts(tmp_path / "p.svg")
     assert "adapter 1" in words and "adapter 2" in words
+    for row in rows:
+        row["checkpoint"] += "/step-000100"                             # whose last part tells nothing
+    plots.plot(str(tmp_path / "p.svg"), rows)
+    words = drawn_texts(tmp_path / "p.svg")
+    assert "adapter out/1/step-000100" in words and "adapter out/2/step-000100" in words
     rows = [{"method": m, "task": task, "shots": k, "accuracy": 50.0, "accuracy_stderr": 1.0}
             for m in ("few-shot", "adapter") for k in (1, 2) for task in ("quarel", "sick", "classification", "all")]
     plots.plot(str(tmp_path / "m.svg"), rows)
