@@ -1,4 +1,4 @@
-"""Data: from text to the batches of a training run (§2.3, appendix B).
+"""Data: from text to the batches of a training run (§2.3, appendix A, Table 3).
 
     python data.py corpus.parquet more.jsonl.gz notes.txt --out tokens.bin        # pack text; --base: whose tokenizer
 
@@ -135,9 +135,9 @@ def conversation(tokenizer, pairs, limit):
 
 
 def document_context(tokenizer, documents, index, room, random, excerpts):
-    """(texts, pairs) of a document among others of its source, in random order, until the next would exceed room
-    tokens: distractors, whose questions may be asked too. With probability excerpts, a document that is longer than
-    room itself is cut to the sentences around an answer."""
+    """(texts, pairs): a document and distractors, others of its source in random order, up to room tokens in all; their
+    questions may be asked too. With probability excerpts, a document that is longer than room itself is cut to the
+    sentences around an answer."""
     source, text, pairs = documents[index]
     texts, used = [text], len(tokenize(tokenizer, [text])[0])
     if used > room and random.random() < excerpts:
@@ -155,8 +155,8 @@ def document_context(tokenizer, documents, index, room, random, excerpts):
 
 
 def task_context(tokenizer, definition, items, room, random):
-    """(texts, pairs) of a task: definition and demonstrations of at most room tokens, but one text; four queries."""
-    order = [items[k] for k in random.permutation(len(items))[:68]]
+    """(texts, pairs) of a task: definition and demonstrations, at most room tokens but at least one; then queries."""
+    order = [items[k] for k in random.permutation(len(items))[:68]]            # up to 4 queries and 64 demonstrations
     queries, shown = order[:min(4, len(order) - 1)], order[min(4, len(order) - 1):]
     texts = [definition] if definition else []
     texts += [demonstration(text, outputs[0]) for text, outputs in shown]
@@ -165,8 +165,9 @@ def task_context(tokenizer, definition, items, room, random):
 
 
 def instruction_example(tokenizer, documents, tasks, unit, chunk, chunks, random, excerpts=0.0):
-    """Example of a unit. The room for its context is log-uniform between a sentence and chunks x chunk tokens, so that
-    each doubling of the length has an equal share. Texts are joined by blank lines and raw, as in evaluation."""
+    """Example of a unit, the index of a document or the name of a task. Its context's room is log-uniform between a
+    sentence and chunks x chunk tokens, so that each doubling of the length has an equal share. Texts are
+    joined by blank lines and raw, as in evaluation."""
     limit = chunk * chunks
     room = int(np.exp(random.uniform(np.log(min(SENTENCE_TOKENS, limit)), np.log(limit + 1))))
     if isinstance(unit, str):
@@ -199,13 +200,13 @@ def instruction_batch(examples, pad, chunk):
 class Batches(NamedTuple):
     training: Callable         # step -> Batch
     validation: Batch          # fixed
-    controls: list             # for each validation item, the item whose context is its random control context, or None
+    controls: list             # for each validation item, the item whose context is its control, or None
     epoch: int                 # rows of an epoch
     about: str                 # what they hold, in words
     text: np.ndarray = None    # pretraining: the packed tokens
 
 
-def random_controls(documents):
+def controls_of(documents):
     """For each item the index of another whose context shares no document with its own, None where each shares one.
     documents: the documents of each item's context, as sets. Neighbours may be alike: item i takes from i + n/2 on."""
     n = len(documents)
@@ -234,7 +235,7 @@ def pretraining_batches(tokenizer, sources, validation, *, chunk, chunks, batch_
         rows = sequences(tokens, length, step * batch_size, batch_size, seed)                      # (B, C L)
         return doubled(rows, chunks, tokenizer.pad_token_id, (seed, step) if windows else None)
 
-    controls = random_controls([{start} for start in starts])
+    controls = controls_of([{start} for start in starts])
     return Batches(training, doubled(held_out, chunks, tokenizer.pad_token_id), controls, len(tokens) // length,
                    f"{len(tokens) / 1e6:.2f} M tokens", tokens)
 
@@ -277,7 +278,7 @@ def instruction_batches(tokenizer, sources, validation, *, chunk, chunks, batch_
         raise InputError("instruction tuning needs at least 1 unit to train on and 2 documents to validate on, of at "
                          f"most {limit} tokens: found {len(units)} and {len(items)}; give more data, longer --chunks, "
                          "--validation documents, or a lower --eval-sequences, which are held out without them")
-    controls = random_controls([e.texts for e in items])
+    controls = controls_of([e.texts for e in items])
     about = f"{len(documents)} documents ({dropped} longer than {limit} tokens left out) and {len(tasks)} tasks"
     if None in controls:
         about += f", {controls.count(None)} of {len(items)} validation items without a control of other documents"
@@ -362,7 +363,7 @@ def open_tokens(sources, tokenizer, max_tokens=None):
 
 @functools.lru_cache(maxsize=2)
 def epoch_order(n_tokens, length, seed, epoch):
-    """Starts of the sequences of one epoch, shuffled; each epoch cuts the tokens at a fresh offset below length."""
+    """Starts of one epoch's sequences, shuffled, from a fresh offset below length. With length 1, a permutation."""
     random = np.random.default_rng((seed, epoch))
     offset = int(random.integers(length))
     return offset + length * random.permutation((n_tokens - length + 1) // length)
@@ -371,7 +372,7 @@ def epoch_order(n_tokens, length, seed, epoch):
 def sequences(tokens, length, first, count, seed):
     """Training sequences first .. first+count-1 of the endless stream of epochs: (count, length) long.
     Sequence i is the same for any number of processes, so the data position is one integer."""
-    per_epoch = (len(tokens) - length + 1) // length
+    per_epoch = (len(tokens) - length + 1) // length                           # as many as fit at any offset
     if per_epoch < 1:
         raise InputError(f"the training text has {len(tokens)} tokens, fewer than two sequences of {length}: give more "
                          "text or a shorter --chunk or --chunks (without --validation, --eval-sequences are held out)")

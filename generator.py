@@ -3,7 +3,7 @@
 Symbols, in the order a reader of the paper meets them (§2.2, §2.4):
 
     Sigma(t)  the context read so far: chunks C_1 .. C_t          B     batch: contexts side by side
-    H_t       hidden states of chunk t, INPUT of block l          L     tokens of a chunk (M_t in the paper)
+    H_t       hidden states of chunk t, INPUT of block l          L     tokens of a chunk (paper: M_t; its L: blocks)
     h         one row of H_t, at root mean square 1 (*)           d_h   width of the residual stream
     W         a frozen linear layer of block l, (d_out, d_in)     d_r   width of the memory S
     A1, A2    (d_out, d_r), (d_r, d_h)   trained for each W       r     rank of the adapter, r <= d_r
@@ -37,7 +37,7 @@ NULL_DIRECTION = 1e-6    # a singular value below this share of the largest one 
 
 @dataclass
 class GeneratorConfig:
-    """Shape and normalisation of a generator. Defaults suit the default base; a 7B: d_r 1024, rank 128, scale 1/16."""
+    """Shape and normalisation of a generator. train.py's recipe() picks them; the paper: d_r 1024, rank 128, s 1/16."""
     d_r: int = 256
     rank: int = 64
     scale: float = 1.0
@@ -74,16 +74,16 @@ class LayerGenerator(nn.Module):
         """What a chunk adds to S (eq. 3), A2 H^T H B1: h (..., L, d_h) as rms_norm gives it, mask (..., L) of 1 and 0
         -> (..., d_r, d_r) fp32. The projections run in h's dtype, the sum over tokens in fp32: rounding S to bf16
         moves norm(S) by percents."""
-        h = h * self.g.to(h.dtype)
-        values = h @ self.A2.to(h.dtype).mT                                     # (..., L, d_r)
-        keys = h @ self.B1.to(h.dtype)                                          # (..., L, d_r)
+        # the gain scales A2 and B1, not h: the same product, and h then needs no backward pass for the gradient of g
+        values = h @ (self.A2 * self.g).to(h.dtype).mT                          # (..., L, d_r)
+        keys = h @ (self.g[:, None] * self.B1).to(h.dtype)                      # (..., L, d_r)
         if mask is not None:
             values = values * mask.unsqueeze(-1).to(h.dtype)                    # padding adds nothing to S
         return values.float().mT @ keys.float()                                 # (..., d_r, d_r), the sum of eq. 1
 
     def adapter(self, S, tokens=None):
         """W_Delta = lora_B lora_A (eq. 6, 9): S (..., d_r, d_r) -> lora_A (..., r, d_in), lora_B (..., d_out, r),
-        s folded into it. An S that holds fewer than r tokens has no higher rank: tokens cuts r to that, exactly."""
+        s folded into it. rank(S) <= tokens, so r is cut to tokens where that is less, at no loss."""
         c = self.config
         if c.norm == "frobenius":                                               # full rank, r = d_r
             lora_A = frobenius_norm(S) @ self.B2                                # (..., d_r, d_in)
@@ -258,7 +258,7 @@ def frobenius_norm(S):
 
 
 # The fast form. Let Q (d_r, r) be any orthonormal basis of the leading left directions: U_r = Q E, E orthogonal. Then
-# M = Q^T S = E Sigma_r V_r^T is small and has the triplets of S. Nor does it take those (MatmulNorm): P =
+# the small M = Q^T S = E Sigma_r V_r^T has the sigma and V of S (sketched_svd), and MatmulNorm needs no SVD at all: P =
 # (M M^T)^(-1/2) M = E V_r^T gives Q P = U_r V_r^T = N, and in lora_B = s A1 Q, lora_A = P B2 (eq. 9) E cancels. The
 # true leading directions would need the SVD of S; Q from a sketch is what the released code has.
 
@@ -273,10 +273,10 @@ def sketch(d_r, rank, device):
 
 def orthonormal_basis(Y):
     """Q (..., d_r, r) with the span of Y, by Cholesky-QR: Q = Y R^-1, R^T R = Y^T Y; columns without content are 0.
-    Matrix products but for one r x r factor, which CUDA batches (a Householder QR it does not). The Gram matrix squares
-    the condition number, so it is float64; large factors stay in Y's dtype."""
-    exact = Y.double()
-    return Y @ inverse_cholesky(exact.mT @ exact).mT.to(Y.dtype)                                # (..., d_r, r)
+    Matrix products but for one r x r Cholesky, which CUDA batches (a Householder QR it does not). The Gram matrix
+    squares the condition number, so it is float64; Y itself stays in its dtype."""
+    wide = Y.double()
+    return Y @ inverse_cholesky(wide.mT @ wide).mT.to(Y.dtype)                                  # (..., d_r, r)
 
 
 def range_finder(S, rank):
@@ -316,11 +316,11 @@ class SpectralNorm(torch.autograd.Function):
         dtype, S = S.dtype, S.to(product_dtype(S))
         U, sigma, Vh = torch.linalg.svd(S) if exact else sketched_svd(S, rank)    # (.., d_r, k), (.., k), (.., k, d_r)
         sigma_1 = sigma[..., :1].clamp(min=1e-30)
-        sigma, lam = sigma / sigma_1, damping + 1e-12 / sigma_1             # in sigma_1: sigma^4 would overflow
+        sigma, lam = sigma / sigma_1, damping + 1e-12 / sigma_1             # units of sigma_1: else sigma^4 overflows
         w = torch.sqrt(sigma**2 + lam**2)
         kept = (sigma > NULL_DIRECTION) & (torch.arange(sigma.shape[-1], device=S.device) < rank)
         f = torch.where(kept, sigma / w, 0)
-        if not exact:                                                       # what has no content has no direction
+        if not exact:                                                       # a sketch's null directions are noise
             U, Vh = U * kept[..., None, :], Vh * kept[..., None]
         ctx.save_for_backward(kept, *(t.to(dtype) for t in (U, sigma, Vh, f, w, lam, sigma_1)))
         ctx.rank = rank
@@ -338,7 +338,7 @@ class SpectralNorm(torch.autograd.Function):
         X[..., :, :r] = U_dN_V                                              # columns of cut directions come from
         X[..., :r, :] = U_dN @ Vh.mT                                        # U_dN; a pair of two cut ones is unused
 
-        i, j = (..., slice(None), None), (..., None, slice(None))           # a value a row, a value a column
+        i, j = (..., slice(None), None), (..., None, slice(None))           # index as sigma_i, sigma_j of D1, D2
         both, one = kept[i] & kept[j], kept[i] ^ kept[j]
         # D1 for two kept directions, with the difference divided out: no cancellation, and f' on ties
         smooth = lam[i] ** 2 * (sigma[i] + sigma[j]) / (w[i] * w[j] * (sigma[i] * w[j] + sigma[j] * w[i]))
@@ -349,8 +349,8 @@ class SpectralNorm(torch.autograd.Function):
         K = (X + X.mT) / 2 * D1 + (X - X.mT) / 2 * D2                       # sym * D1 + skew * D2
 
         f_over_sigma = torch.where(kept, 1 / w, 0)[..., :r]
-        left = (dN_V - U @ U_dN_V) * f_over_sigma[..., None, :]             # (..., d_r, r): its second term
-        right = (U_dN - (U_dN @ Vh.mT) @ Vh) * f_over_sigma[..., :, None]   # (..., r, d_r): and its third
+        left = (dN_V - U @ U_dN_V) * f_over_sigma[..., None, :]             # (..., d_r, r): grad_S's 2nd term
+        right = (U_dN - (U_dN @ Vh.mT) @ Vh) * f_over_sigma[..., :, None]   # (..., r, d_r): its 3rd
         inside = K @ Vh                                                     # (..., k, d_r)
         inside[..., :r, :] += right
         # one product for all three terms, U (K V^T + right) + left V^T: on a CPU writing (d_r, d_r) is what takes time

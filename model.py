@@ -1,7 +1,7 @@
 """The adapted language model: a frozen transformers decoder whose target layers read W + W_Delta (§2.1, §2.2).
 
     base, tokenizer = load_base()                              # SmolLM2-135M; or a hub id, directory, .gguf file
-    model = AdaptedLM(base, GeneratorConfig())
+    model = AdaptedLM.from_pretrained(base, "assets/smollm2-135m")    # AdaptedLM(base, GeneratorConfig()): untrained
     memory = model.contextualize(chunk)                        # Sigma(1) -> S_1: one forward pass over a chunk (B, L)
     memory = model.contextualize(next_chunk, memory=memory)    # S_2, read under the adapter of S_1
     model.generate(question, memory=memory, max_new_tokens=20)        # answers with no context in the prompt
@@ -45,10 +45,10 @@ class AdaptedLM(nn.Module):
         super().__init__()
         self.base, self.config, self.checkpointing = base_model.requires_grad_(False).eval(), config, 0
         prefix, blocks = find_blocks(base_model)
-        shapes = [{f"{prefix}.{l}.{TARGETS.get(target)}": find_target(block, target) for target in config.targets}
-                  for l, block in enumerate(blocks)]                        # of each block, {name: (d_in, d_out)}
-        self.block_targets = [list(block) for block in shapes]
-        shapes = {name: shape for block in shapes for name, shape in block.items()}
+        by_block = [{f"{prefix}.{l}.{TARGETS.get(target)}": target_shape(block, target) for target in config.targets}
+                    for l, block in enumerate(blocks)]                      # [{name: (d_in, d_out)} of each block]
+        self.block_targets = [list(shapes) for shapes in by_block]
+        shapes = {name: shape for shapes in by_block for name, shape in shapes.items()}
         d_h = base_model.config.get_text_config().hidden_size
         self.generator = AdapterGenerator(config, d_h, shapes, device=base_model.device)
         self.blocks, self._lock = list(blocks), threading.RLock()
@@ -79,8 +79,8 @@ class AdaptedLM(nn.Module):
         return self._recomputed(run, l, H)
 
     def _recomputed(self, function, l, H):
-        """function(H) of block l, recomputed in the backward pass of the first blocks, when the activations of the
-        others are gone. Ours, not the base's: that one is off in eval mode."""
+        """function(H) of block l. The first blocks recompute it: the backward pass reaches them last, when the others'
+        activations are freed. Not transformers' own checkpointing, which is off in eval mode."""
         recompute = l < self.checkpointing and torch.is_grad_enabled()
         return checkpoint(function, H, use_reentrant=False, preserve_rng_state=False) if recompute else function(H)
 
@@ -117,7 +117,7 @@ class AdaptedLM(nn.Module):
         bare, adapted = [j for j in range(N) if not visible[j]], [j for j in range(N) if visible[j]]
 
         def rows(among, H):
-            """{chunk: its h for eq. 1 (B, L, d_h)} of those of these segments that are chunks."""
+            """{j: h of chunk j (B, L, d_h)} for the chunks (j < C) among these segments, which come first."""
             chunks = [j for j in among if j < C]
             h = rms_norm(H.view(B, len(among), -1, H.shape[-1])[:, :len(chunks)])           # (B, chunks, L', d_h)
             return dict(zip(chunks, F.pad(h, (0, 0, 0, L - h.shape[2])).unbind(1)))
@@ -139,7 +139,7 @@ class AdaptedLM(nn.Module):
                 # the pairs are computed once, not recomputed: they are small, and norm is slow
                 pair = [m.to(H.dtype) for m in self.generator[name].adapter(S, tokens=C * L)]   # eq. 9, (B, C, ..)
                 if wanted != [*range(C)]:           # unbind and stack, for the backward pass of an index is slow
-                    pair = [torch.stack([m[row] for row in wanted], 1) for m in (m.unbind(1) for m in pair)]
+                    pair = [torch.stack([each[row] for row in wanted], 1) for each in (m.unbind(1) for m in pair)]
                 pairs[name] = tuple(m.flatten(0, 1) for m in pair)
             return pairs                            # (B len(adapted), r, d_in), (B len(adapted), d_out, r)
 
@@ -147,7 +147,7 @@ class AdaptedLM(nn.Module):
             ids = segments[:, among]                                                        # (B, len(among), L)
             if mask is not None and mask[:, among].any():
                 ids = ids[:, :, :int(mask[:, among].any(0).any(0).nonzero().max()) + 1]     # (B, len(among), L')
-            # no attention mask: chunks are right-padded and attention is causal, so padding can only reach S
+            # no attention mask: right padding under causal attention could reach only S, where update masks it
             hidden = self.base.get_decoder()(input_ids=ids.flatten(0, 1), use_cache=False).last_hidden_state
             hidden = F.pad(hidden, (0, 0, 0, L - hidden.shape[1]))                          # (B len(among), L, d_h)
             return zip(among, hidden.view(B, len(among), L, -1).unbind(1))
@@ -155,10 +155,10 @@ class AdaptedLM(nn.Module):
         hidden = {}
         if bare:
             with torch.no_grad(), self._adapting(keep if adapted else None):
-                hidden |= run(bare)
+                hidden.update(run(bare))
         if adapted:
             with self._adapting(adapters):
-                hidden |= run(adapted)
+                hidden.update(run(adapted))
         return torch.stack([hidden[j] for j in range(N)], 1)                                # (B, N, L, d_h)
 
     def forward_segments(self, segments, mask, visible):
@@ -171,13 +171,13 @@ class AdaptedLM(nn.Module):
         (B, N, L): -100 is no target, None takes every real token. The first token of a segment is never a target."""
         if labels is None:
             labels = segments if mask is None else segments.masked_fill(~mask.bool(), -100)
-        targets, real = labels[:, :, 1:], labels[:, :, 1:] != -100                          # (B, N, L-1)
-        at = real.flatten().nonzero().squeeze(1)                                            # (T,)
-        # one contiguous 2-D block: a linear over a strided slice copies the whole lm_head once a row of the batch
+        targets, scored = labels[:, :, 1:], labels[:, :, 1:] != -100                        # (B, N, L-1)
+        at = scored.flatten().nonzero().squeeze(1)                                          # (T,)
+        # one contiguous 2-D block: a linear over a strided slice copies the whole lm_head once per row of the batch
         hidden = self._hidden(segments, mask, visible)[:, :, :-1].flatten(0, 2)[at]         # (T, d_h)
         nats = HeadLoss.apply(hidden, targets.flatten()[at], self.base.get_output_embeddings())         # (T,)
-        nats = torch.zeros(real.numel(), device=nats.device).index_put((at,), nats).view(real.shape)
-        return nats.sum(-1), real.sum(-1)
+        nats = torch.zeros(scored.numel(), device=nats.device).index_put((at,), nats).view(scored.shape)
+        return nats.sum(-1), scored.sum(-1)
 
     # ---- inference: streaming
 
@@ -230,7 +230,7 @@ class AdaptedLM(nn.Module):
 
     def _pairs(self, memory, batch):
         """lora(memory) in the base's dtype, for a batch of that many rows; {} without a memory.
-        memory: for passes over prompts also what lora(memory) returned, so that a context's pairs are computed once."""
+        memory: in forward and generate also lora(memory) itself, so that a context's pairs are computed once."""
         if memory is None:
             return {}
         pairs = memory if isinstance(memory, dict) else self.lora(memory)
@@ -306,7 +306,7 @@ def find_blocks(base_model):
                      "mistral, qwen2, qwen3 or gemma3")
 
 
-def find_target(block, target):
+def target_shape(block, target):
     """(d_in, d_out) of the linear layer of that name in a block."""
     if target not in TARGETS:
         raise InputError(f"target module {target!r} is unknown: choose from {', '.join(TARGETS)}")
