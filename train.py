@@ -121,7 +121,7 @@ def train(args):
         if resumed:
             load_checkpoint(newest[0], model, optimizer)
         elif args.start == "aligned" and args.checkpoint is None:
-            aligned_start(model, sequences(batches.text, 128, 0, 160, args.seed).split(16))
+            aligned_start(model, sequences(batches.text, 128, 0, 96, args.seed).split(16))
         _, validated = (trim_log(os.path.join(args.out, name), step if resumed else None)
                         for name in ("log.jsonl", "validation.jsonl"))
         print(f"generator of {sum(p.numel() for p in parameters) / 1e6:.1f} M parameters on {args.base}, {args.dtype}, "

@@ -31,7 +31,7 @@ MEMORY = 4e9             # bytes of second moments held at once; blocks beyond t
 @torch.no_grad()
 def aligned_start(model, batches):
     """Set A2, B1, B2 of every LayerGenerator of model (an AdaptedLM) in place. batches: a list of token ids (B, L) of
-    plain text, some 20,000 tokens in all; the same text gives the same start. Second moments are summed in float64 over
+    plain text, some 12,000 tokens in all; the same text gives the same start. Second moments are summed in float64 over
     the batches, for as many blocks at a time as MEMORY allows."""
     names, generator = model.block_targets, model.generator
     d_h, widest = len(generator.layers[0].g), max(layer.B2.shape[1] for layer in generator.layers)
@@ -106,7 +106,8 @@ def canonical(C_hx, C_hh, C_xx, mean_h, mean_x):
     F_h, F_x = factor(C_hh, u), factor(C_xx, v)
     M = torch.linalg.solve_triangular(F_h, project(C_hx, u, v), upper=False)
     M = torch.linalg.solve_triangular(F_x, M.mT, upper=False).mT                # F_h^-1 C_hx F_x^-T (d_h, d_x)
-    U, rho, Vh = torch.linalg.svd(M, full_matrices=False)
+    square, U = torch.linalg.eigh(M @ M.mT)                                     # rho^2, ascending; an SVD takes longer
+    rho, U = square.flip(-1).clamp(min=1e-30).sqrt()[:len(C_xx)], U.flip(-1)[:, :len(C_xx)]        # (k,), (d_h, k)
     K_h = torch.linalg.solve_triangular(F_h.mT, U * rho.sqrt(), upper=True)     # (d_h, k)
-    K_x = torch.linalg.solve_triangular(F_x.mT, Vh.mT * rho.sqrt(), upper=True)
+    K_x = torch.linalg.solve_triangular(F_x.mT, M.mT @ U / rho.sqrt(), upper=True)         # V rho^(1/2)
     return K_h - torch.outer(u, u @ K_h), K_x - torch.outer(v, v @ K_x)
