@@ -1136,14 +1136,17 @@ def test_exit_codes(tmp_path):
 
 
 def test_commands_of_the_documentation_parse(tmp_path, monkeypatch):
-    """Every command of docs/evaluation.md and of evaluate.py's own help, the block for a GPU and the hub included."""
-    docs = open(os.path.join(ROOT, "docs", "evaluation.md"), encoding="utf-8").read()
-    block = docs[docs.index("hf auth login"):]
-    C = re.search(r"^C=(\S+)", block, re.M)[1]
-    assert all(f"--task {task} --checkpoint $C" in block for task in ("msc", "squad")) and "/" in C
+    """Every command of README, of docs/evaluation.md and of evaluate.py's own help; README and docs/evaluation.md have
+    the block for a GPU and the hub."""
+    readme, docs = (open(os.path.join(ROOT, path), encoding="utf-8").read() for path in ("README.md",
+                                                                                         "docs/evaluation.md"))
+    for text in (readme, docs):
+        block = text[text.index("hf auth login"):]
+        C = re.search(r"^C=(\S+)", block, re.M)[1]
+        assert all(f"--task {task} --checkpoint $C" in block for task in ("msc", "squad")) and "/" in C
     monkeypatch.chdir(tmp_path)
-    commands = re.findall(r"^ *python evaluate.py (.*)", docs + evaluate.__doc__, re.M)
-    assert len(commands) > 15
+    commands = re.findall(r"^ *python evaluate.py (.*)", readme + docs + evaluate.__doc__, re.M)
+    assert len(commands) > 20
     for command in commands:
         evaluate.arguments(shlex.split(command.replace("$C", C), comments=True))
 
