@@ -101,11 +101,7 @@ def hub_reachable():
     return not constants.HF_HUB_OFFLINE
 
 
-# ---- rows of data files and of the hub's data sets; datasets and pyarrow are slow to import: only where they are used
-
-
-def open_bytes(path):
-    return gzip.open(path) if path.endswith(".gz") else open(path, "rb")
+# ---- rows of data files and of the hub's data sets
 
 
 def is_file_source(source):
@@ -113,8 +109,8 @@ def is_file_source(source):
 
 
 def read_rows(source, split="train"):
-    """Yield (where, row) for every row of a .parquet, .jsonl(.gz) or .txt(.gz) file or a hub data set, streaming, at
-    least one; `where` names file and line."""
+    """Yield (where, row) for every row of a .parquet, .jsonl(.gz), .txt(.gz) or .csv file or a hub data set, streaming,
+    at least one; `where` names file and line."""
     where = None
     with bad_input(f"{source} cannot be read"):              # damaged files and lost connections end in many ways
         for where, row in _rows(source, split):
@@ -126,11 +122,12 @@ def read_rows(source, split="train"):
 def _rows(source, split):
     if is_file_source(source) and not os.path.isfile(source):
         raise InputError(f"{source}: no such file")
+    open_bytes = gzip.open if source.endswith(".gz") else open
     if source.endswith((".txt", ".txt.gz")):
-        with open_bytes(source) as file:
+        with open_bytes(source, "rb") as file:
             yield source, {"text": file.read().decode("utf-8")}
     elif source.endswith((".jsonl", ".jsonl.gz")):
-        with open_bytes(source) as file:
+        with open_bytes(source, "rb") as file:
             for number, line in enumerate(file, 1):
                 where = f"{source} line {number}"
                 if line.strip():
@@ -141,7 +138,7 @@ def _rows(source, split):
             for number, row in enumerate(csv.DictReader(file), 2):
                 yield f"{source} row {number}", row
     else:
-        import datasets
+        import datasets                                      # slow to import
         if source.endswith(".parquet"):
             rows = datasets.load_dataset("parquet", data_files=source, split="train", streaming=True)
         elif os.path.exists(source):
@@ -159,18 +156,6 @@ def field(row, key, kind, where):
     if not isinstance(row, dict) or not isinstance(row.get(key), kind):
         raise InputError(f"{where}: field {key!r} is missing or is not a {kind.__name__}")
     return row[key]
-
-
-def count_rows(source):
-    """Rows a local file will yield, for a progress bar; None when only reading would tell."""
-    with contextlib.suppress(Exception):                     # read_rows will say what is wrong
-        if source.endswith(".parquet"):
-            import pyarrow.parquet
-            return pyarrow.parquet.ParquetFile(source).metadata.num_rows
-        if source.endswith((".jsonl", ".jsonl.gz")):
-            with open_bytes(source) as file:
-                return sum(1 for _ in file)
-    return 1 if source.endswith((".txt", ".txt.gz")) else None
 
 
 # ---- predictions, a line of json each: a killed evaluation continues where it was
