@@ -14,20 +14,20 @@ TABLE_3 = ["stanfordnlp/coqa", "ucinlp/drop", "deepmind/narrativeqa", "qiaojin/P
            "textmachinelab/quail", "microsoft/ms_marco:v1.1", "kmfoda/booksum", "sggetao/PwC"]
 
 
-# a field that only rows of one set have: (context, [(question, [answers])]) of such a row
+# by a field that tells its set, (context, [(question, [answers])]) of a row: this project's own schema, CoQA, DROP,
+# NarrativeQA (on summaries), PubMedQA, QuAIL, MS MARCO, BookSum, PwC, SQuAD
 SCHEMAS = {
-    "qas": lambda row: (row["context"], [(qa["question"], qa["answers"]) for qa in row["qas"]]),        # this project's
+    "qas": lambda row: (row["context"], [(qa["question"], qa["answers"]) for qa in row["qas"]]),
     "story": lambda row: (row["story"], [(q, [a]) for q, a in zip(row["questions"], row["answers"]["input_text"])]),
-    "passage": lambda row: (row["passage"], [(row["question"], row["answers_spans"]["spans"])]),                  # DROP
+    "passage": lambda row: (row["passage"], [(row["question"], row["answers_spans"]["spans"])]),
     "document": lambda row: (row["document"]["summary"]["text"],
                              [(row["question"]["text"], [a["text"] for a in row["answers"]])]),
     "long_answer": lambda row: ("\n".join(row["context"]["contexts"]), [(row["question"], [row["long_answer"]])]),
-    "correct_answer_id": lambda row: (row["context"],
-                                      [(row["question"], [row["answers"][row["correct_answer_id"]]])]),          # QuAIL
+    "correct_answer_id": lambda row: (row["context"], [(row["question"], [row["answers"][row["correct_answer_id"]]])]),
     "passages": lambda row: ("\n\n".join(row["passages"]["passage_text"]), [(row["query"], row["answers"])]),
-    "chapter": lambda row: (row["chapter"], [("Write a summary of the text.", [row["summary_text"]])]),        # BookSum
-    "prompt": lambda row: (row["input"], [(row["prompt"], [row["answer"]])]),                                      # PwC
-    "context": lambda row: (row["context"], [(row["question"], row["answers"]["text"])])}                        # SQuAD
+    "chapter": lambda row: (row["chapter"], [("Write a summary of the text.", [row["summary_text"]])]),
+    "prompt": lambda row: (row["input"], [(row["prompt"], [row["answer"]])]),
+    "context": lambda row: (row["context"], [(row["question"], row["answers"]["text"])])}
 
 
 def demonstration(text, output):

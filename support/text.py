@@ -23,32 +23,30 @@ def control_tokens(tokenizer, chat_template, special):
     return re.compile("|".join(map(re.escape, sorted(added, key=len, reverse=True))) or "(?!)")
 
 
-def spelled_out(tokenizer, text, special=True):
+def break_up(tokenizer, text, special=True):
     """text with a BREAK inside every control token and behind it, so that no piece between two BREAKs holds one."""
-    def broken(match):
-        return match[0][0] + BREAK + pattern.sub(broken, match[0][1:]) + BREAK
-
-    pattern = control_tokens(tokenizer, str(tokenizer.chat_template), special)
-    return pattern.sub(broken, without_surrogates(text).replace(BREAK, ""))
+    control = control_tokens(tokenizer, str(tokenizer.chat_template), special)
+    return control.sub(lambda match: match[0][0] + BREAK + break_up(tokenizer, match[0][1:], special) + BREAK,
+                       without_surrogates(text).replace(BREAK, ""))
 
 
 def token_ids(tokenizer, texts, **options):
     """Token ids of texts, each tokenised piece by piece between its BREAKs: a list of lists."""
     pieces = [[piece for piece in text.split(BREAK) if piece] for text in texts]
-    every = [piece for some in pieces for piece in some]
-    ids = iter(tokenizer(every, add_special_tokens=False, verbose=False, **options)["input_ids"] if every else [])
+    flat = [piece for some in pieces for piece in some]
+    ids = iter(tokenizer(flat, add_special_tokens=False, verbose=False, **options)["input_ids"] if flat else [])
     return [[t for _ in some for t in next(ids)] for some in pieces]
 
 
 def tokenize(tokenizer, texts):
     """Token ids of texts (a list) as plain text, without BOS: a list of lists."""
-    texts = [spelled_out(tokenizer, text, special=False) for text in texts]        # the option below leaves these whole
+    texts = [break_up(tokenizer, text, special=False) for text in texts]       # special ones: by the option below
     return token_ids(tokenizer, texts, split_special_tokens=True)
 
 
 def apply_template(tokenizer, messages, **options):
     """Token ids of messages in the base's chat template. Control tokens in their content are plain text."""
-    messages = [{**m, "content": spelled_out(tokenizer, m["content"])} for m in messages]
+    messages = [{**m, "content": break_up(tokenizer, m["content"])} for m in messages]
     return token_ids(tokenizer, [tokenizer.apply_chat_template(messages, tokenize=False, **options)])[0]
 
 
