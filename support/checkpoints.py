@@ -1,10 +1,10 @@
 """The directory of a training run, for train.py: checkpoints written aside, logs cut back to them, and process 0's
 state on every process, since it alone may have the directory."""
 
-import glob
 import json
 import os
 import shutil
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -21,8 +21,8 @@ def save_checkpoint(args, step, tokens, model, optimizer):
     state = {f"{key}/{name}": value for name, p in model.generator.tensors().items()
              for key, value in optimizer.state[p].items()}
     save_file(state, os.path.join(part, "optimizer.safetensors"))
-    with open(os.path.join(part, "trainer.json"), "w") as file:
-        json.dump({"step": step, "tokens": tokens, "args": vars(args)}, file, indent=1)
+    facts = {"step": step, "tokens": tokens, "args": vars(args)}
+    Path(part, "trainer.json").write_text(json.dumps(facts, indent=1))
     for name in os.listdir(part):
         with open(os.path.join(part, name), "rb+") as file:
             os.fsync(file.fileno())
@@ -33,7 +33,7 @@ def save_checkpoint(args, step, tokens, model, optimizer):
 
 def checkpoints(out):
     """Complete checkpoints of a run, oldest first."""
-    return sorted(glob.glob(os.path.join(glob.escape(out), "step-*")))
+    return sorted(map(str, Path(out).glob("step-*")))
 
 
 def check_same_flags(args, earlier):
@@ -54,15 +54,13 @@ def load_checkpoint(path, model, optimizer):
 
 
 def trim_log(path, step):
-    """Drop the lines that a killed run wrote after the checkpoint of that step; all of them where it left none (step
-    None). Returns the steps of those kept."""
+    """Drop the lines that a killed run wrote after the checkpoint of that step, all of them where it left none (step
+    None), and return the steps of the others."""
     kept = []
     if os.path.exists(path):
-        with open(path) as file:
-            kept = [line for line in file if step is not None and line.endswith("\n")]
-        kept = [line for line in kept if json.loads(line)["step"] <= step]
-        with open(path + ".part", "w") as file:
-            file.writelines(kept)
+        *lines, _ = Path(path).read_text().split("\n")                # after the last line end: nothing, or half a line
+        kept = [line for line in lines if step is not None and json.loads(line)["step"] <= step]
+        Path(path + ".part").write_text("".join(line + "\n" for line in kept))
         os.replace(path + ".part", path)
     return [json.loads(line)["step"] for line in kept]
 

@@ -5,13 +5,14 @@ import json
 import os
 import re
 from dataclasses import asdict
+from pathlib import Path
 
 import huggingface_hub
 from safetensors.torch import save_file
 
 from generator import GeneratorConfig, config_from_dict
 from support.bases import DEFAULT_BASE, DEFAULT_BASE_HUB_ID
-from support.files import InputError, hub_reachable, make_directory, read_json, read_safetensors
+from support.files import InputError, bad_input, hub_reachable, make_directory, read_json, read_safetensors
 
 PEFT_CARD = """---
 base_model: {base}
@@ -28,18 +29,11 @@ context alone. The base answers from it with no context in the prompt; so can an
 
 def locate_checkpoint(name):
     """Directory of a checkpoint: a local one as it is, a hub id (owner/name) downloaded, json and safetensors only."""
-    name = os.fspath(name)
+    name, patterns = os.fspath(name), ["adapter_config.json", "generator_config.json", "*.safetensors"]
     if os.path.isdir(name):
         return name
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
-        raise InputError(f"checkpoint {name}: no such directory, and not a hub id (owner/name)")
-    try:
-        patterns = ["adapter_config.json", "generator_config.json", "*.safetensors"]
+    with bad_input(f"checkpoint {name}: no such directory, not a hub id (owner/name) or not to be had from the hub"):
         return huggingface_hub.snapshot_download(name, allow_patterns=patterns, local_files_only=not hub_reachable())
-    except Exception as error:                                         # no such repository, no connection, no room
-        reason = str(error).strip().split("\n")[0]
-        raise InputError(f"checkpoint {name}: no such directory, and not to be had from the hub "
-                         f"({type(error).__name__}: {reason})") from None
 
 
 def read_config(directory):
@@ -61,8 +55,7 @@ def write_generator(directory, base_name, config, tensors):
     make_directory(directory)
     save_file({name: p.detach().cpu().contiguous() for name, p in tensors.items()},
               os.path.join(directory, "generator.safetensors"))
-    with open(os.path.join(directory, "generator_config.json"), "w") as file:
-        json.dump({"base": base_name, **asdict(config)}, file, indent=1)
+    Path(directory, "generator_config.json").write_text(json.dumps({"base": base_name, **asdict(config)}, indent=1))
 
 
 def read_generator(directory):
@@ -87,20 +80,13 @@ def read_fastlora(directory, c):
     """(GeneratorConfig, tensors) from a checkpoint of the authors' code (peft_type FASTLORA) and its config c.
     Theirs is transposed: A1 -> our B2, A2 -> B1^T, A3 -> A2, B -> A1. Their S is our S^T; norm commutes with that."""
     path = os.path.join(directory, "adapter_config.json")
-    try:
-        if c["peft_type"] != "FASTLORA":
-            raise InputError(f"{path}: peft_type is {c['peft_type']!r}; a generator checkpoint has FASTLORA, or a "
-                             "generator_config.json of this project")
-        norm = {"forbenius": "frobenius"}.get(c["fastlora_norm"], c["fastlora_norm"])
-        if c["fastlora_inter_size"] not in (None, c["fastlora_r"]):
-            raise InputError(f"{path}: fastlora_inter_size {c['fastlora_inter_size']} differs from fastlora_r "
-                             f"{c['fastlora_r']}; the paper has one d_r, and so has this project")
-        if c["fastlora_merge"] != "pre-norm-sum":
-            raise InputError(f"{path}: fastlora_merge is {c['fastlora_merge']!r}, only pre-norm-sum is the paper's S_t")
-        d_r, rank = c["fastlora_r"], min(c["fastlora_max_rank"], c["fastlora_r"])
-        scale = c["fastlora_alpha"] / d_r
-    except (KeyError, TypeError, ZeroDivisionError) as error:
-        raise InputError(f"{path}: missing or malformed field ({error})") from None
+    with bad_input(f"{path}: missing or malformed field", KeyError, TypeError, ZeroDivisionError):
+        for key, known in (("peft_type", ["FASTLORA"]), ("fastlora_merge", ["pre-norm-sum"]),      # the paper's S_t
+                           ("fastlora_inter_size", [None, c.get("fastlora_r")])):                  # and its one d_r
+            if c[key] not in known:
+                raise InputError(f"{path}: {key} is {c[key]!r}, where only {' or '.join(map(str, known))} can be read")
+        d_r, norm = c["fastlora_r"], {"forbenius": "frobenius"}.get(c["fastlora_norm"], c["fastlora_norm"])
+        rank, scale = min(c["fastlora_max_rank"], d_r), c["fastlora_alpha"] / d_r
     theirs, _ = read_safetensors(os.path.join(directory, "adapter_model.safetensors"))
     ours, tensors = {"A1": "B2", "A2": "B1", "A3": "A2", "B": "A1", "hidden_state_norm": "g"}, {}
     pattern = r"base_model\.model\.(.+)\.base_layer\.(.+)\.fastlora_(A1|A2|A3|B|hidden_state_norm)\.weight"
@@ -127,9 +113,8 @@ def write_peft(directory, base_name, config, pairs, tokens):
         tensors[f"base_model.model.{name}.lora_B.weight"] = (lora_B.detach() / factor).cpu().contiguous()
     make_directory(directory)
     save_file(tensors, os.path.join(directory, "adapter_model.safetensors"), metadata={"format": "pt"})
-    with open(os.path.join(directory, "adapter_config.json"), "w") as file:
-        json.dump({"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_name, "r": r,
-                   "lora_alpha": alpha, "target_modules": config.targets, "lora_dropout": 0.0, "bias": "none",
-                   "fan_in_fan_out": False, "inference_mode": True}, file, indent=1)
-    with open(os.path.join(directory, "README.md"), "w") as file:
-        file.write(PEFT_CARD.format(base=json.dumps(base_name), tokens=tokens, r=r))
+    peft = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_name, "r": r,
+            "lora_alpha": alpha, "target_modules": config.targets, "lora_dropout": 0.0, "bias": "none",
+            "fan_in_fan_out": False, "inference_mode": True}
+    Path(directory, "adapter_config.json").write_text(json.dumps(peft, indent=1))
+    Path(directory, "README.md").write_text(PEFT_CARD.format(base=json.dumps(base_name), tokens=tokens, r=r))

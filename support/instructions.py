@@ -6,12 +6,28 @@ import re
 
 from tqdm import tqdm
 
-from support.files import InputError, count_rows, read_rows
+from support.files import InputError, bad_input, read_rows
 from support.text import tokenize
 
 # the sets with a hub id; MetaICL has none: give its files
 TABLE_3 = ["stanfordnlp/coqa", "ucinlp/drop", "deepmind/narrativeqa", "qiaojin/PubMedQA:pqa_labeled",
            "textmachinelab/quail", "microsoft/ms_marco:v1.1", "kmfoda/booksum", "sggetao/PwC"]
+
+
+# by a field that tells its set, (context, [(question, [answers])]) of a row: this project's own schema, CoQA, DROP,
+# NarrativeQA (on summaries), PubMedQA, QuAIL, MS MARCO, BookSum, PwC, SQuAD
+SCHEMAS = {
+    "qas": lambda row: (row["context"], [(qa["question"], qa["answers"]) for qa in row["qas"]]),
+    "story": lambda row: (row["story"], [(q, [a]) for q, a in zip(row["questions"], row["answers"]["input_text"])]),
+    "passage": lambda row: (row["passage"], [(row["question"], row["answers_spans"]["spans"])]),
+    "document": lambda row: (row["document"]["summary"]["text"],
+                             [(row["question"]["text"], [a["text"] for a in row["answers"]])]),
+    "long_answer": lambda row: ("\n".join(row["context"]["contexts"]), [(row["question"], [row["long_answer"]])]),
+    "correct_answer_id": lambda row: (row["context"], [(row["question"], [row["answers"][row["correct_answer_id"]]])]),
+    "passages": lambda row: ("\n\n".join(row["passages"]["passage_text"]), [(row["query"], row["answers"])]),
+    "chapter": lambda row: (row["chapter"], [("Write a summary of the text.", [row["summary_text"]])]),
+    "prompt": lambda row: (row["input"], [(row["prompt"], [row["answer"]])]),
+    "context": lambda row: (row["context"], [(row["question"], row["answers"]["text"])])}
 
 
 def demonstration(text, output):
@@ -20,59 +36,32 @@ def demonstration(text, output):
 
 
 def question_answers(row, where):
-    """(context, [(question, [answers])]) of a row without empty ones. Its set is told by its fields: this project's own
-    schema, SQuAD's, or one of Table 3's."""
-    try:
-        if "qas" in row:
-            context, pairs = row["context"], [(qa["question"], list(qa["answers"])) for qa in row["qas"]]
-        elif "story" in row:                                                                # CoQA
-            context = row["story"]
-            pairs = [(q, [a]) for q, a in zip(row["questions"], row["answers"]["input_text"])]
-        elif "passage" in row:                                                              # DROP
-            context, pairs = row["passage"], [(row["question"], list(row["answers_spans"]["spans"]))]
-        elif "document" in row:                                                             # NarrativeQA, on summaries
-            context = row["document"]["summary"]["text"]
-            pairs = [(row["question"]["text"], [a["text"] for a in row["answers"]])]
-        elif "long_answer" in row:                                                          # PubMedQA
-            context, pairs = "\n".join(row["context"]["contexts"]), [(row["question"], [row["long_answer"]])]
-        elif "correct_answer_id" in row:                                                    # QuAIL
-            context, pairs = row["context"], [(row["question"], [row["answers"][row["correct_answer_id"]]])]
-        elif "passages" in row:                                                             # MS MARCO
-            context, pairs = "\n\n".join(row["passages"]["passage_text"]), [(row["query"], list(row["answers"]))]
-        elif "chapter" in row:                                                              # BookSum
-            context, pairs = row["chapter"], [("Write a summary of the text.", [row["summary_text"]])]
-        elif "prompt" in row:                                                               # PwC
-            context, pairs = row["input"], [(row["prompt"], [row["answer"]])]
-        elif "context" in row and "question" in row:                                        # SQuAD
-            context, pairs = row["context"], [(row["question"], list(row["answers"]["text"]))]
-        else:
-            raise InputError(f"{where}: the fields {', '.join(row)} are not of a known instruction set: give context "
-                             "and qas [{question, answers}], or task, input and output")
+    """(context, [(question, [answers])]) of a row without empty ones. Its set is told by its fields, see SCHEMAS."""
+    kind = next((field for field in SCHEMAS if field in row), None)
+    if kind is None:
+        raise InputError(f"{where}: the fields {', '.join(row)} are not of a known instruction set: give context and "
+                         "qas [{question, answers}], or task, input and output")
+    with bad_input(f"{where}: a field of the instruction data is missing or malformed"):
+        context, pairs = SCHEMAS[kind](row)
         pairs = [(q.strip(), [a for a in answers if a.strip()]) for q, answers in pairs]
         return context.strip() and context, [(q, answers) for q, answers in pairs if q and answers]
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
-        raise InputError(f"{where}: a field of the instruction data is missing or malformed "
-                         f"({type(error).__name__}: {error})") from None
 
 
 def task_example(row, where):
     """(task, definition, input, [outputs]) of a row in the manner of MetaICL or Super-NaturalInstructions."""
-    outputs = [row["output"]] if isinstance(row.get("output"), str) else row.get("output")
-    definition = row.get("definition") or ""
-    texts = (row["task"], row.get("input"), definition, *outputs) if isinstance(outputs, list) and outputs else (None,)
-    if not all(isinstance(text, str) for text in texts):
+    task, definition, text, outputs = row["task"], row.get("definition") or "", row.get("input"), row.get("output")
+    outputs = outputs if isinstance(outputs, list) else [outputs]
+    if not outputs or not all(isinstance(value, str) for value in (task, definition, text, *outputs)):
         raise InputError(f"{where}: 'task', 'input', 'output' and 'definition' must be texts, 'output' one or a list")
-    return row["task"], definition, row["input"], outputs
+    return task, definition, text, outputs
 
 
 def load_instructions(sources):
-    """(documents, tasks): [(source, context, [(question, [answers])])], rows of one context joined, and
-    {task: (source, definition, [(input, [outputs])])}. A source is the set that a row names as its "dataset", else the
-    file."""
+    """(documents, tasks): [(source, context, [(question, [answers])])], rows of one context joined, and {task: (source,
+    definition, [(input, [outputs])])}. A source is the set that a row names as its "dataset", else the file."""
     documents, tasks = {}, {}
     for source in sources:
-        rows = tqdm(read_rows(source), total=count_rows(source), unit="row", desc=os.path.basename(source), leave=False)
-        for where, row in rows:
+        for where, row in tqdm(read_rows(source), unit="row", desc=os.path.basename(source), leave=False):
             name = row["dataset"] if isinstance(row.get("dataset"), str) else source
             if "task" in row:
                 task, definition, text, outputs = task_example(row, where)
@@ -98,10 +87,9 @@ def instruction_units(documents, tasks, weights=()):
 
 
 def excerpt(tokenizer, text, pairs, room, random):
-    """(sentences of text, the pairs they answer): a window around the literal answer to one of the questions, grown
-    sentence by sentence on a random side up to room tokens; one sentence at least. A question is asked only where the
-    window holds its answer, said once in all of text, as whole words other than yes and no. Where there is no such
-    answer: (text, pairs). Where each line begins with its speaker, lines stand for sentences."""
+    """(sentences of text, the pairs they answer): a window around the answer to one of the questions, grown sentence by
+    sentence on a random side up to room tokens; one sentence at least. Only answers said once in all of text count, as
+    whole words other than yes and no; without one: (text, pairs). A dialogue's lines stand for sentences."""
     def said_once(answer):
         found = list(re.finditer(rf"(?<!\w){re.escape(answer)}(?!\w)", text, re.IGNORECASE))
         return found[0].span() if len(found) == 1 and answer.lower() not in ("yes", "no") else None
@@ -124,6 +112,5 @@ def excerpt(tokenizer, text, pairs, room, random):
 
 def load_texts(sources):
     """Texts of documents, each once: the field "text", or the context of a row with questions."""
-    rows = ((where, row) for source in sources for where, row in read_rows(source))
     return list(dict.fromkeys(row["text"] if isinstance(row.get("text"), str) else question_answers(row, where)[0]
-                              for where, row in rows))
+                              for source in sources for where, row in read_rows(source)))

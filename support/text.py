@@ -15,52 +15,48 @@ from support.files import without_surrogates
 BREAK = "\ufdd0"          # never a character of a text (Unicode noncharacter)
 
 
-@functools.lru_cache(maxsize=4)
-def control_tokens(tokenizer, chat_template):
-    """Patterns of (every control token, those a tokenizer does not list as special): special tokens, and added ones
-    that the chat template writes. The second is None where there are none."""
-    added = [t for t in tokenizer.added_tokens_decoder.values() if t.content.strip()]
-    added.sort(key=lambda t: -len(t.content))
-    others = [re.escape(t.content) for t in added if not t.special and t.content in str(chat_template)]
-    special = [re.escape(t.content) for t in added if t.special]
-    return re.compile("|".join(special + others) or "(?!)"), re.compile("|".join(others)) if others else None
+@functools.lru_cache(maxsize=8)
+def control_tokens(tokenizer, chat_template, special):
+    """Pattern of the added tokens that the chat template writes; special: and of all special tokens."""
+    added = [t.content for t in tokenizer.added_tokens_decoder.values()
+             if t.content.strip() and (special if t.special else t.content in chat_template)]
+    return re.compile("|".join(map(re.escape, sorted(added, key=len, reverse=True))) or "(?!)")
 
 
-def break_up(pattern, text):
-    """text with a BREAK inside every match and behind it, so that no piece between two BREAKs holds one."""
-    return pattern.sub(lambda match: match[0][0] + BREAK + break_up(pattern, match[0][1:]) + BREAK, text)
+def break_up(tokenizer, text, special=True):
+    """text with a BREAK inside every control token and behind it, so that no piece between two BREAKs holds one."""
+    control = control_tokens(tokenizer, str(tokenizer.chat_template), special)
+    return control.sub(lambda match: match[0][0] + BREAK + break_up(tokenizer, match[0][1:], special) + BREAK,
+                       without_surrogates(text).replace(BREAK, ""))
+
+
+def token_ids(tokenizer, texts, **options):
+    """Token ids of texts, each tokenised piece by piece between its BREAKs: a list of lists."""
+    pieces = [[piece for piece in text.split(BREAK) if piece] for text in texts]
+    flat = [piece for some in pieces for piece in some]
+    ids = iter(tokenizer(flat, add_special_tokens=False, verbose=False, **options)["input_ids"] if flat else [])
+    return [[t for _ in some for t in next(ids)] for some in pieces]
 
 
 def tokenize(tokenizer, texts):
     """Token ids of texts (a list) as plain text, without BOS: a list of lists."""
-    texts = [without_surrogates(text) for text in texts]
-    options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
-    encoded = tokenizer(texts, **options)["input_ids"] if texts else []
-    others = control_tokens(tokenizer, str(tokenizer.chat_template))[1]
-    for i, text in enumerate(texts if others else []):
-        if others.search(text):                              # split_special_tokens leaves these whole
-            pieces = [p for p in break_up(others, text.replace(BREAK, "")).split(BREAK) if p]
-            encoded[i] = [t for ids in tokenizer(pieces, **options)["input_ids"] for t in ids]
-    return encoded
+    texts = [break_up(tokenizer, text, special=False) for text in texts]       # special ones: by the option below
+    return token_ids(tokenizer, texts, split_special_tokens=True)
 
 
 def apply_template(tokenizer, messages, **options):
     """Token ids of messages in the base's chat template. Control tokens in their content are plain text."""
-    control = control_tokens(tokenizer, str(tokenizer.chat_template))[0]
-    messages = [{**m, "content": break_up(control, without_surrogates(m["content"]).replace(BREAK, ""))}
-                for m in messages]
-    pieces = [p for p in tokenizer.apply_chat_template(messages, tokenize=False, **options).split(BREAK) if p]
-    return [t for ids in tokenizer(pieces, add_special_tokens=False, verbose=False)["input_ids"] for t in ids]
+    messages = [{**m, "content": break_up(tokenizer, m["content"])} for m in messages]
+    return token_ids(tokenizer, [tokenizer.apply_chat_template(messages, tokenize=False, **options)])[0]
 
 
 def document_marks(tokenizer):
     """(ids before a document, ids after it): BOS and EOS as in the paper. Where a tokenizer has <|endoftext|> (SmolLM2,
     Qwen), its bos and eos are chat tokens, so that one ends a document and nothing begins it."""
-    end = tokenizer.convert_tokens_to_ids("<|endoftext|>")                   # the unknown token's, where it is not one
-    if end is not None and tokenizer.convert_ids_to_tokens(end) == "<|endoftext|>":
+    end = tokenizer.added_tokens_encoder.get("<|endoftext|>")
+    if end is not None:
         return [], [end]
-    begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
-    return [t for t in [begin] if t is not None], [t for t in [end] if t is not None]
+    return tuple([] if t is None else [t] for t in (tokenizer.bos_token_id, tokenizer.eos_token_id))
 
 
 def context_ids(tokenizer, text):
