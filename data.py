@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from support.bases import DEFAULT_BASE, locate_base, tokenizer_at
-from support.files import CACHE, InputError, field, is_file_source, read_rows, run_command, stamps
+from support.files import CACHE, InputError, count_rows, field, is_file_source, read_rows, run_command, stamps
 from support.instructions import demonstration, excerpt, instruction_units, load_instructions
 from support.text import apply_template, context_ids, document_marks, tokenize, user_turn
 
@@ -302,12 +302,13 @@ def pack(sources, tokenizer, path, max_tokens=None):
         raise InputError("--max-tokens must be at least 1")
     before, after = document_marks(tokenizer)
     dtype = np.uint16 if len(tokenizer) <= 65_536 else np.uint32
+    counts = [count_rows(source) for source in sources]
+    total, unit = (max_tokens, "token") if max_tokens else (None if None in counts else sum(counts), "doc")
     tokens = documents = 0
     texts = (field(row, "text", str, where) for source in sources for where, row in read_rows(source))
     part = f"{path}.{os.getpid()}.part"
     try:
-        unit = "token" if max_tokens else "doc"
-        with open(part, "wb") as file, tqdm(total=max_tokens, unit=unit, unit_scale=True, desc="packing") as bar:
+        with open(part, "wb") as file, tqdm(total=total, unit=unit, unit_scale=True, desc="packing") as bar:
             while tokens != max_tokens and (some := list(itertools.islice(texts, 512))):
                 flat = [t for ids in tokenize(tokenizer, some) for t in (*before, *ids, *after)]
                 flat = flat[:max_tokens - tokens] if max_tokens else flat

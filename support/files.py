@@ -158,6 +158,18 @@ def field(row, key, kind, where):
     return row[key]
 
 
+def count_rows(source):
+    """Rows that a local file will yield, for a progress bar; None where only reading would tell."""
+    with contextlib.suppress(Exception):                     # read_rows will say what is wrong
+        if source.endswith(".parquet"):
+            import pyarrow.parquet
+            return pyarrow.parquet.ParquetFile(source).metadata.num_rows
+        if source.endswith((".jsonl", ".jsonl.gz")):
+            with (gzip.open if source.endswith(".gz") else open)(source, "rb") as file:
+                return sum(1 for _ in file)
+    return 1 if source.endswith((".txt", ".txt.gz")) else None
+
+
 # ---- predictions, a line of json each: a killed evaluation continues where it was
 
 

@@ -6,7 +6,7 @@ import re
 
 from tqdm import tqdm
 
-from support.files import InputError, bad_input, read_rows
+from support.files import InputError, bad_input, count_rows, read_rows
 from support.text import tokenize
 
 # the sets with a hub id; MetaICL has none: give its files
@@ -61,7 +61,8 @@ def load_instructions(sources):
     definition, [(input, [outputs])])}. A source is the set that a row names as its "dataset", else the file."""
     documents, tasks = {}, {}
     for source in sources:
-        for where, row in tqdm(read_rows(source), unit="row", desc=os.path.basename(source), leave=False):
+        rows = tqdm(read_rows(source), total=count_rows(source), unit="row", desc=os.path.basename(source), leave=False)
+        for where, row in rows:
             name = row["dataset"] if isinstance(row.get("dataset"), str) else source
             if "task" in row:
                 task, definition, text, outputs = task_example(row, where)
