@@ -24,7 +24,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from support.bases import DEFAULT_BASE, locate_base, tokenizer_at
-from support.files import CACHE, InputError, count_rows, field, is_file_source, read_rows, run_command, stamps
+from support.files import (CACHE, InputError, bad_input, count_rows, field, is_file_source, read_rows, run_command,
+                           stamps)
 from support.instructions import demonstration, excerpt, instruction_units, load_instructions
 from support.text import apply_template, context_ids, document_marks, tokenize, user_turn
 
@@ -329,14 +330,12 @@ def pack(sources, tokenizer, path, max_tokens=None):
 
 def load_tokens(path, tokenizer):
     """The token file as a read-only memory map (tokens,)."""
-    try:
+    with bad_input(f"{path} is not a packed token file"):
         with open(path + ".json") as file:
             meta = json.load(file)
         if meta["dtype"] not in ("uint16", "uint32"):
             raise ValueError(f"dtype {meta['dtype']!r}")
         tokens = np.memmap(path, dtype=meta["dtype"], mode="r")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise InputError(f"{path} is not a packed token file: {error}") from None
     facts = {"tokens": len(tokens), **tokenizer_facts(tokenizer)}
     if any(meta.get(key) != value for key, value in facts.items()):
         raise InputError(f"{path}: the token file is cut short or was packed with another tokenizer; pack it again")

@@ -27,7 +27,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from support.files import InputError, read_safetensors
+from support.files import InputError, bad_input, read_safetensors
 from support.matmul_norm import MatmulNorm, inverse_cholesky, product_dtype
 
 NORMS = ("svd", "svd-exact", "frobenius")
@@ -225,10 +225,8 @@ def check_config(c):
 def config_from_dict(values):
     """GeneratorConfig from a json object; keys it does not know are ignored, chunk may be left out."""
     names = [f.name for f in fields(GeneratorConfig) if f.name in values or f.name != "chunk"]
-    try:
+    with bad_input("generator config: missing or malformed field", KeyError, TypeError):
         return GeneratorConfig(**{name: values[name] for name in names})
-    except (KeyError, TypeError) as error:
-        raise InputError(f"generator config: missing or malformed field ({error})") from None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
