@@ -108,9 +108,9 @@ def lacking_memory(base):
 
 
 def finetune(args):
-    """CPT: 8 epochs of log-likelihood over --documents in pieces of 1,024 tokens, batch 16; then SFT: question-answer
-    pairs, closed-book, early stopping. Writes a transformers directory. One process, with four copies of the weights on
-    its device: a 7B base takes 58 GB in bfloat16, 116 GB in float32."""
+    """CPT: 8 epochs of log-likelihood over --documents in pieces of 1,024 tokens, batch 16; then SFT: questions and
+    answers, closed-book, early stopping. Writes a transformers directory. One process, with four copies of the weights
+    on its device: a 7B base takes 58 GB in bfloat16, 116 GB in float32."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise InputError("--stage finetune runs in one process: start it without torchrun")
     if not (args.data or args.documents):

@@ -21,14 +21,12 @@ def arguments(argv=None, doc=None):
     either("--task", choices=["ask", *sorted(METHODS)])
     either("--merge", nargs="+", metavar="JSON", help="one table and plot from the --output of several runs")
     add("--base", help=f"hub id, directory or .gguf file of the base; default: the checkpoint's, or {DEFAULT_BASE}")
-    add("--checkpoint", action="append", help="generator directory or hub id, the authors' format included; none: an "
-                                              "untrained generator; ppl compares several: repeatable")
+    add("--checkpoint", action="append", help="generator directory or hub id; none: an untrained one; ppl: repeatable")
     add("--data", help="hub id, .parquet or .jsonl; streamingqa: .csv; metaicl: hub id or directory")
     add("--method", action="append", help="repeatable; default: all of the task but -instructed and -permuted")
     add("--controls", type=int, default=4, help="other contexts under which the gold is scored; F1 takes the first")
     add("--evidence", action="store_true", help="msc: contexts cut round the turn that holds the gold")
-    add("--context-lengths", type=int, nargs="+", help="squad, streamingqa: tokens of a group of documents (default "
-        "512 to 32768); ppl: of the context, and of what follows (default 1024)")
+    add("--context-lengths", type=int, nargs="+", help="tokens; squad, streamingqa: default 512 to 32768; ppl: 1024")
     add("--groups", type=int, help="squad, streamingqa: the first N groups of a length (the authors: a tenth)")
     add("--shots", type=int, nargs="+", default=[1, 2, 4, 8, 16], help="metaicl: demonstrations")
     add("--demo-seeds", type=int, nargs="+", choices=METAICL_SEEDS, default=METAICL_SEEDS, help="metaicl: their files")
@@ -40,8 +38,8 @@ def arguments(argv=None, doc=None):
     add("--output", help="write the table and its circumstances as JSON")
     add("--predictions", help="append every prediction to this JSONL; a run that was stopped continues from it")
     add("--plot", help="draw the table: .png, .svg or .pdf")
-    add("--rows", action="append", default=[], metavar="NAME=FILE", help="score another program's answers beside ours: "
-        ".jsonl of id, prediction and, if known, inference_tflops, storage_mfloats, context_length or shots")
+    add("--rows", action="append", default=[], metavar="NAME=FILE", help="another program's answers as .jsonl (id, "
+        "prediction and, if known, inference_tflops, storage_mfloats, context_length or shots), scored beside ours")
     add("--context", action="append", default=[], help="ask: text file to read, - for standard input; repeatable")
     add("--question", action="append", help="ask: repeatable; without one, questions are typed in until an empty line")
     add("--memory", help="ask: .safetensors file of what was read; loaded if it exists, streamed on, saved")
@@ -85,13 +83,12 @@ def check(args):
             (any(count is not None and count < 1 for count in counts), "--batch-size, --controls, --limit, --groups, "
              "--context-lengths and --shots must be at least 1"),
             (len(checkpoints) > 1 and task != "ppl", "--checkpoint is given more than once: only ppl compares them"),
-            (args.evidence and task != "msc", "--evidence belongs to --task msc"),
-            (args.groups and task not in ("squad", "streamingqa"), "--groups belongs to squad and streamingqa"),
+            (args.evidence and task != "msc" or args.groups and task not in ("squad", "streamingqa"),
+             "--evidence belongs to --task msc, --groups to squad and streamingqa"),
             (not all(name and file and name not in known for name, file in rows) or len(dict(rows)) < len(rows)
              or rows and task == "ppl", "--rows takes NAME=FILE.jsonl, a new name each, in every task but ppl"),
-            (task == "ppl" and not args.data, "--task ppl needs long documents of yours: --data; the paper's "
-             "cerebras/SlimPajama-627B cannot be read from the hub any more"),
-            (task == "streamingqa" and not args.data, "--task streamingqa needs --data: a .csv, none is on the hub")):
+            (task in ("ppl", "streamingqa") and not args.data, f"--task {task} needs --data: the paper's, "
+             "cerebras/SlimPajama-627B (ppl) and StreamingQA, cannot be read from the hub")):
         if wrong:
             raise InputError(words)
     args.rows = dict(rows)
