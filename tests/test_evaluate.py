@@ -401,7 +401,7 @@ def test_answer_nats_one_token_at_a_time(tokenizer):
         assert solver.answer_nats(model, tokenizer, prompts, golds, **kept) == pytest.approx(want, rel=1e-4)
     assert torch.equal(before, kept["cache"].layers[0].keys)
     assert solver.answer_nats(model, tokenizer, prompts[:2], ["x", " "])[1] is None
-    items[0]["golds"] = ["y" * 90, "x" * 60]                            # the window has room for the gold that is scored
+    items[0]["golds"] = ["y" * 90, "x" * 60]                           # the window has room for the gold that is scored
     prompts, _, (cost,) = evaluate.in_context(run, IN_CONTEXT_PROMPT, ["A cold river. " * 40], items)
     assert max(map(len, prompts)) == 512 - 60 and cost["lost"]
 
@@ -834,8 +834,9 @@ def test_metaicl_gap_by_demonstrations_and_permuted_ones(tmp_path, base_director
 def test_fine_tuned_is_left_out_where_it_does_not_fit(tmp_path, base_directory, metaicl_directory, monkeypatch):
     monkeypatch.setattr("os.sysconf", lambda name: 1000)                 # a machine of a megabyte
     shutil.copytree(metaicl_directory / "quarel", tmp_path / "one" / "quarel")
-    one, _ = run(tmp_path, base_directory, "metaicl", "--data", str(tmp_path / "one"), "--checkpoint", "none", "--limit",
-                 "1", "--shots", "1", "--demo-seeds", "100", "--method", "zero-shot", "--method", "adapter-shuffled")
+    one, _ = run(tmp_path, base_directory, "metaicl", "--data", str(tmp_path / "one"), "--checkpoint", "none",
+                 "--limit", "1", "--shots", "1", "--demo-seeds", "100", "--method", "zero-shot", "--method",
+                 "adapter-shuffled")
     assert "quarel is the only one" in one["note"] and {row["method"] for row in one["rows"]} == {"zero-shot"}
     os.remove(tmp_path / "out.jsonl")
     flags = ["--data", str(metaicl_directory), "--checkpoint", "none", "--limit", "1", "--shots", "1", "--demo-seeds",
