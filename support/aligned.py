@@ -33,35 +33,31 @@ def aligned_start(model, batches):
     """Set A2, B1, B2 of every LayerGenerator of model (an AdaptedLM) in place. batches: a list of token ids (B, L) of
     plain text, some 12,000 tokens in all; the same text gives the same start. Second moments are summed in float64 over
     the batches, for as many blocks at a time as MEMORY allows."""
-    names, generator = model.block_targets, model.generator
-    d_h, widest = len(generator.layers[0].g), max(layer.B2.shape[1] for layer in generator.layers)
+    names, layers = model.block_targets, model.generator.layers
+    d_h, widest = len(layers[0].g), max(layer.B2.shape[1] for layer in layers)
     group = max(1, int(MEMORY / (8 * (2 * d_h**2 + len(names[0]) * widest * (widest + d_h)))))
-    total = -(-len(names) // group) * len(batches) + len(names)
-    with tqdm(total=total, desc="aligned start", unit="pass", leave=False) as bar:
-        for blocks in torch.arange(len(names)).split(group):
-            moments = defaultdict(float)
-            for ids in batches:
-                add_moments(moments, model, blocks.tolist(), ids)
-                bar.update()
-            for l in blocks.tolist():
-                for name in names[l]:
-                    set_layer(generator[name], {key: sums / moments["T"] for key, sums in moments.items()
-                                                if key in ("e", "ee") or key[0] in (l, name)}, l, name)
-                bar.update()
+    for at in range(0, len(names), group):
+        blocks, moments = range(at, min(at + group, len(names))), defaultdict(float)
+        for ids in tqdm(batches, desc="aligned start, statistics", unit="batch", leave=False):
+            add_moments(moments, model, blocks, ids)
+        tokens = moments.pop("T")
+        for sums in moments.values():
+            sums /= tokens
+        for l in tqdm(blocks, desc="aligned start", unit="block", leave=False):
+            for name in names[l]:
+                set_layer(model.generator[name], moments, l, name)
 
 
 def add_moments(moments, model, blocks, ids):
     """Add the sums of h, z, e and their products over one forward pass of ids (B, L) to moments, for these blocks."""
-    watched = {l: model.blocks[l] for l in blocks}
-    watched |= {name: model.base.get_submodule(name) for l in blocks for name in model.block_targets[l]}
+    watched = {l: model.blocks[l] for l in blocks} | {
+        name: model.base.get_submodule(name) for l in blocks for name in model.block_targets[l]}
     inputs, ids = {}, ids.to(model.base.device)
     hooks = [module.register_forward_pre_hook(lambda module, args, key=key: inputs.update({key: args[0]}))
              for key, module in watched.items()]
-    try:
-        model.base.get_decoder()(input_ids=ids, use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    model.base.get_decoder()(input_ids=ids, use_cache=False)
+    for hook in hooks:
+        hook.remove()
 
     def add(key, x, y=None):                                                    # sums over tokens, products in fp32
         moments[key] += (x.sum(0) if y is None else x.mT @ y).double()

@@ -8,6 +8,7 @@ import statistics
 
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from data import split_into_chunks
@@ -28,25 +29,22 @@ def load_models(args):
     """([(name, AdaptedLM)] for each --checkpoint on one base, tokenizer). Without --base it is the base that the first
     checkpoint was trained for; without a checkpoint the generator is untrained and says so."""
     names = args.checkpoint or [DEFAULT_CHECKPOINT if args.base in (None, DEFAULT_BASE) else "none"]
-    directories = {name: locate_checkpoint(name) for name in names if name != "none"}
-    args.base = args.base or next(filter(None, map(checkpoint_base, directories.values())), DEFAULT_BASE)
+    directories = [None if name == "none" else locate_checkpoint(name) for name in names]
+    args.base = args.base or next(filter(None, map(checkpoint_base, filter(None, directories))), DEFAULT_BASE)
     base, tokenizer = load_base(args.base, getattr(torch, args.dtype) if args.dtype else None, args.device)
-    models = []
-    for name in names:
-        if name in directories:
-            models.append((name, AdaptedLM.from_pretrained(base, directories[name])))
-            continue
+    if "none" in names:
         print("NOTE: the generator is untrained (A1 = 0), so the adapter rows equal closed-book; train one with "
               "train.py and name it with --checkpoint")
-        torch.manual_seed(args.seed)
-        models.append((name, AdaptedLM(base, GeneratorConfig())))
-    return models, tokenizer
+    torch.manual_seed(args.seed)
+    models = [AdaptedLM.from_pretrained(base, directory) if directory else AdaptedLM(base, GeneratorConfig())
+              for directory in directories]
+    return list(zip(names, models)), tokenizer
 
 
 def encode(model, ids, memory=None):
     """Memory of a context (list of ids), streamed chunk by chunk. memory: what was read before."""
-    ids, mask = split_into_chunks([ids], 0, model.config.chunk)                                    # (1, N, L)
-    for chunk, real in zip(ids.to(model.base.device).unbind(1), mask.to(model.base.device).unbind(1)):
+    ids, mask = (t.to(model.base.device) for t in split_into_chunks([ids], 0, model.config.chunk))     # (1, N, L)
+    for chunk, real in zip(ids.unbind(1), mask.unbind(1)):
         memory = model.contextualize(chunk, real, memory)
     return memory
 
@@ -63,16 +61,13 @@ def answer(model, tokenizer, prompts, memory=None, prefix=(), cache=None, new_to
     LoRA pairs of one; cache: the base's KV cache of prefix, ids with which every prompt begins."""
     ids, mask = left_pad([prompt[len(prefix):] for prompt in prompts], tokenizer.pad_token_id)     # (B, L)
     if cache is not None:                                   # prefix, padding, rest: positions are counted by the mask
-        B, P = len(prompts), len(prefix)
-        ids = torch.cat([torch.tensor([prefix]).expand(B, -1), ids], 1)                            # (B, P + L)
-        mask = torch.cat([torch.ones(B, P, dtype=torch.long), mask], 1)
-        cache = copies(cache, B)
-    device = model.base.device
+        ids = torch.cat([torch.tensor([prefix]).expand(len(ids), -1), ids], 1)                     # (B, P + L)
+        mask = F.pad(mask, (len(prefix), 0), value=1)
+        cache = copies(cache, len(ids))
+    device, ends = model.base.device, model.base.generation_config.eos_token_id
     out = model.generate(ids.to(device), memory, attention_mask=mask.to(device), past_key_values=cache,
                          max_new_tokens=new_tokens, do_sample=False)
-    new = out[:, ids.shape[1]:].tolist()
-    ends = model.base.generation_config.eos_token_id
-    ends = set(ends if isinstance(ends, list) else [ends])
+    new, ends = out[:, ids.shape[1]:].tolist(), ends if isinstance(ends, list) else [ends]
     counts = [next((i + 1 for i, t in enumerate(row) if t in ends), len(row)) for row in new]
     return [text.split("\n")[0].strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)], counts
 
@@ -82,9 +77,8 @@ def answer_nats(model, tokenizer, prompts, golds, memory=None, prefix=(), cache=
     """Teacher-forced nats a token of each gold after its prompt, the end token left out: a list, from one forward pass.
     A gold without a token has none: None. memory, prefix, cache: as in answer."""
     golds = tokenize(tokenizer, [gold.strip() for gold in golds])
-    rows = [prompt[len(prefix):] + gold for prompt, gold in zip(prompts, golds)]
-    L, pad = max(map(len, rows)), tokenizer.pad_token_id            # padded on the right, where no token attends to it
-    ids = torch.tensor([row + [pad] * (L - len(row)) for row in rows], device=model.base.device)   # (B, L)
+    rows = [torch.tensor(prompt[len(prefix):] + gold) for prompt, gold in zip(prompts, golds)]
+    ids = pad_sequence(rows, True, tokenizer.pad_token_id).to(model.base.device)           # (B, L), padded on the right
     if cache is None:
         logits = model(ids, memory=memory)                                                         # (B, L, V)
     else:
@@ -105,8 +99,7 @@ def solve(run, method, items, prompts, costs, memory=None, controls=(), prefix=(
         part, golds = prompts[at:at + fit], [min(item["golds"], key=len) for item in items[at:at + fit]]
         answers = answer(model, tokenizer, part, memory, prefix, cache, 10 if task == "metaicl" else NEW_TOKENS)
         nats = [answer_nats(model, tokenizer, part, golds, m, prefix, cache) for m in (memory, *controls)]
-        for item, gold, prompt, text, new, each in zip(items[at:], golds, part, *answers, zip(*nats)):
-            cost = costs[len(records)]
+        for item, cost, gold, prompt, text, new, each in zip(items[at:], costs[at:], golds, part, *answers, zip(*nats)):
             past = cost.get("past", 0)        # the KV cache of a context is reused, as in Table 1; an adapter is merged
             tokens = len(prompt) - past + new
             record = {**item, "gold": gold, "prediction": text, **run.score(text, item["golds"]), "nats": average(each),
@@ -119,23 +112,21 @@ def solve(run, method, items, prompts, costs, memory=None, controls=(), prefix=(
 
 def predict(run, read_contexts, method, groups, **where):
     """Records of the answers to groups; from the predictions file where it has them. A group is (contexts, items): one
-    context for all its items or one each; an item has number, id, question, golds and cluster (label of its context);
-    where is the condition, part of a record's key.
-
-    A batch is computed whole if one of its answers is missing: padded as in an unbroken run, it gives the same answers
-    to the last bit."""
-    args, name, records = run.args, " ".join([method, *map(str, where.values())]), []
-    digest, size, base = fingerprint(run, method), args.batch_size, run.model.base
+    context for all its items or one each; an item has number, id, question, golds and cluster (label of its context).
+    A batch is computed whole if one answer is missing: padded as in an unbroken run, it gives the same to the last bit.
+    """
+    name, records = " ".join([method, *map(str, where.values())]), []
+    digest, size, base = fingerprint(run, method), run.args.batch_size, run.model.base
     with tqdm(total=sum(len(items) for _, items in groups), desc=name, unit="question", leave=None) as bar:
         for group, (contexts, items) in enumerate(groups):
             read, weights = None, [p.data for p in base.parameters()]
             for at in range(0, len(items), size):
                 batch, part = items[at:at + size], slice(at, at + size)
-                keys = [f"{args.task} {name} group {group} item {item['number']} {digest}" for item in batch]
+                keys = [f"{run.args.task} {name} group {group} item {item['number']} {digest}" for item in batch]
                 if not all(key in run.done for key in keys):
                     prompts, kept, costs = read = read or read_contexts(run, method, contexts, items)
                     for key, record in zip(keys, solve(run, method, batch, prompts[part], costs[part], **kept)):
-                        run.write({"key": key, "task": args.task, "method": method, **where, **record})
+                        run.write({"key": key, "task": run.args.task, "method": method, **where, **record})
                 records += [{**run.done[key], **run.score(run.done[key]["prediction"], item["golds"])}
                             for key, item in zip(keys, batch)]
                 bar.update(len(keys))

@@ -22,13 +22,11 @@ def ask(args):
     memory = Memory.load(args.memory) if args.memory and os.path.exists(args.memory) else None
     if not texts and memory is None:
         raise InputError("--task ask has nothing to read: give a text with --context, or a --memory that exists")
-    models, tokenizer = load_models(args)
-    model = models[0][1]
+    ((_, model), *_), tokenizer = load_models(args)
     if memory is not None:
         model.lora(memory)                      # refused here, before anything is read, if another generator wrote it
         if len(memory.tokens) != 1:
-            raise InputError(f"--memory {args.memory} holds {len(memory.tokens)} contexts side by side: "
-                             "ask takes one of them")
+            raise InputError(f"--memory {args.memory} holds {len(memory.tokens)} contexts side by side: ask takes one")
     before, loaded = 0 if memory is None else int(memory.tokens), time.time()
     for text in texts:
         memory = encode(model, context_ids(tokenizer, text), memory)
@@ -37,26 +35,24 @@ def ask(args):
     if args.export:
         model.export_peft(memory, args.export)
         print(f"LoRA adapter of the context in {args.export}")
-    tokens, seconds = int(memory.tokens), time.time() - loaded
-    S, lora, cache = (floats / 1e6 for floats in (sum(state.numel() for state in memory.states.values()),
-                                                  adapter_floats(model), kv_cache_floats(model.base, tokens)))
-    print(f"{tokens - before} tokens read in {seconds:.1f} s (the model loaded in {loaded - began:.1f} s), {tokens} "
-          f"remembered in {S:.2f} M floats of S or {lora:.2f} M of LoRA; their KV cache is {cache:.2f} M")
+    tokens, S = int(memory.tokens), sum(state.numel() for state in memory.states.values()) / 1e6
+    print(f"{tokens - before} tokens read in {time.time() - loaded:.1f} s (model loaded in {loaded - began:.1f} s), "
+          f"{tokens} remembered in {S:.2f} M floats of S or {adapter_floats(model) / 1e6:.2f} M of LoRA; their KV "
+          f"cache is {kv_cache_floats(model.base, tokens) / 1e6:.2f} M")
     for question in args.question or typed_questions():
         bare = user_turn(tokenizer, question)
         asked = [("adapter", bare, memory), *([("closed-book", bare, None)] if args.compare else [])]
         if args.compare and texts:
-            prompts, lost = in_context_prompts(tokenizer, IN_CONTEXT_PROMPT, "\n\n".join(texts), [question],
-                                               window(model.base) - NEW_TOKENS)
+            (prompt,), lost = in_context_prompts(tokenizer, IN_CONTEXT_PROMPT, "\n\n".join(texts), [question],
+                                                 window(model.base) - NEW_TOKENS)
             cut = f" (the first {lost} tokens of the context do not fit)" if lost else ""
-            asked.append(("in-context" + cut, prompts[0], None))
+            asked.append(("in-context" + cut, prompt, None))
         for name, prompt, weights in asked:
             t0, ((words,), (new,)) = time.time(), answer(model, tokenizer, [prompt], weights, new_tokens=NEW_TOKENS)
             cost = f"   [{len(prompt)} prompt tokens, {new} new, {time.time() - t0:.1f} s]"
             print(f"{name}: {words}{cost}" if args.compare else words)
         if args.compare and before:
-            print(f"in-context does not see the {before} tokens that {args.memory} remembers from before: "
-                  "their text is not kept")
+            print(f"in-context does not see the {before} tokens that {args.memory} remembers from before")
 
 
 def typed_questions():
@@ -67,7 +63,7 @@ def typed_questions():
 
 
 def read_text(path):
-    """The text of a file, or of standard input (-). Raises InputError when it is missing, not UTF-8, or empty."""
+    """The text of a file, or of standard input (-)."""
     try:
         text = sys.stdin.buffer.read().decode("utf-8") if path == "-" else open(path, encoding="utf-8").read()
     except (OSError, UnicodeDecodeError) as error:

@@ -15,20 +15,15 @@ HUB_IDS = {"msc": "MemGPT/MSC-Self-Instruct", "squad": "rajpurkar/squad", "metai
 MSC_SAMPLE = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "assets", "msc_sample.jsonl")
 SPANS = ("oracle turn", "oracle turn ± 2", "oracle session", "conversation")      # the gold located the oracle ones
 
-# Fig. 7: one user turn. Of MetaICL the context are demonstrations joined by blank lines, the question is one without an
-# output. Without a context: the same but for the words about it
-SHORT = "without any explanation or additional words"
+# Fig. 7: one user turn. MetaICL's context is demonstrations, its question one without an output
 IN_CONTEXT_PROMPT = (
     "{context}\n\nInstruction: Answer the question based on the context above. Respond with a short phrase only. "
-    f"Keep the answer short and concise, {SHORT}\n\nQuestion: {{question}}\n\nAnswer:")
-METAICL_PROMPT = (
-    "{context}\n\nInstruction: Based on the demonstration above, provide a short and concise answer, "
-    f"{SHORT}.\n\n{{question}}")
+    "Keep the answer short and concise, without any explanation or additional words\n\nQuestion: {question}\n\nAnswer:")
+ZERO_SHOT_PROMPT = (
+    "Instruction: Provide a short and concise answer, without any explanation or additional words.\n\n{question}")
 CLOSED_BOOK_PROMPT = IN_CONTEXT_PROMPT.replace("{context}\n\n", "").replace(" based on the context above", "")
-ZERO_SHOT_PROMPT = f"Instruction: Provide a short and concise answer, {SHORT}.\n\n{{question}}"
-
+METAICL_PROMPT = "{context}\n\n" + ZERO_SHOT_PROMPT.replace("Provide", "Based on the demonstration above, provide")
 IN_CONTEXT = ("in-context", "full-conversation", "few-shot")         # the methods with the context in the prompt
-
 METAICL_SEEDS = [100, 13, 21, 42, 87]
 # the 26 test tasks of MetaICL's hr_to_lr setting (Table 4), split by the task_type of its configuration files
 METAICL_KINDS = {
@@ -52,8 +47,7 @@ def prompt_template(task, method):
 
 def in_context_prompts(tokenizer, template, context, questions, room):
     """(ids of a prompt for each question, tokens lost): where the longest prompt is more than room tokens, the context
-    loses its beginning, as in the paper, and for all questions alike, so that they share it. Raises InputError where
-    even an empty context does not fit."""
+    loses its beginning, as in the paper, and for all questions alike, so that they share it."""
     def prompt(question):
         return user_turn(tokenizer, template.format(context=context, question=question))
 
@@ -74,44 +68,41 @@ def load_data(args, note):
         note(f"the hub is out of reach: this is the built-in sample of {len(load_msc())} conversations, NOT the "
              f"paper's benchmark ({HUB_IDS['msc']})")
     args.data = args.data or HUB_IDS[args.task]
-    if args.task == "msc":
-        rows = load_msc(args.data, args.evidence)
-        found = [row for row in rows if row.get("spans")] if args.evidence else rows
-        if args.evidence:
-            note(f"--evidence: {len(rows) - len(found)} of {len(rows)} conversations have no turn with the answer word "
-                 "for word and are left out")
+    if args.task == "msc" and args.evidence:
+        rows = load_msc(args.data, evidence=True)
+        found = [row for row in rows if row["spans"]]
+        note(f"--evidence: {len(rows) - len(found)} of {len(rows)} conversations have no turn with the answer word for "
+             "word and are left out")
         return found
+    if args.task == "msc":
+        return load_msc(args.data)
     if args.task == "ppl":
         texts = read_rows(args.data, split="validation")
         return itertools.chain([next(texts)], texts)
-    if args.task != "metaicl":
-        return load_qa(args.data, args.task)
-    tasks, missing = load_metaicl(args.data, args.demo_seeds, max(args.shots), "fine-tuned" in args.method)
-    note(f"{len(tasks)} of MetaICL's 26 test tasks are averaged; not in {args.data}: {', '.join(missing) or 'none'}")
-    return tasks
+    if args.task == "metaicl":
+        tasks, missing = load_metaicl(args.data, args.demo_seeds, max(args.shots), "fine-tuned" in args.method)
+        note(f"{len(tasks)} of MetaICL's 26 test tasks averaged; not in {args.data}: {', '.join(missing) or 'none'}")
+        return tasks
+    return load_qa(args.data, args.task)
 
 
-def load_msc(source=None, evidence=False):
-    """Conversations in the MSC-Self-Instruct schema: [{"id", "sessions": [text of each session], "question",
-    "answer"}], with evidence also "spans", what evidence_spans gives.
-
-    source: hub id, .parquet or .jsonl; None reads the built-in sample. Only previous_dialogs, a last session in the
-    row's own dialog (where it is not empty) and self_instruct are read: personas and summary_* hold the answer. Turns
-    alternate; "Speaker 1: " / "Speaker 2: " goes before them unless they already begin with a name.
-    """
-    source, rows = source or MSC_SAMPLE, []
+def load_msc(source=MSC_SAMPLE, evidence=False):
+    """Conversations in the MSC-Self-Instruct schema, of which only previous_dialogs, a last session in the row's own
+    dialog and self_instruct are read (personas and summary_* hold the answer): [{"id", "sessions": [text of each],
+    "question", "answer"}], with evidence also "spans". Turns alternate; "Speaker 1: " / "Speaker 2: " goes before them
+    unless they already begin with a name."""
+    rows = []
     for where, row in read_rows(source):
         dialogs = field(row, "previous_dialogs", list, where) + ([row] if row.get("dialog") else [])
         turns = [[field(turn, "text", str, where) for turn in field(dialog, "dialog", list, where)]
                  for dialog in dialogs]
-        asked = field(row, "self_instruct", dict, where)
+        if not any(turns):
+            raise InputError(f"{where}: previous_dialogs holds no turn to read")
         if not all(re.match(r"[A-Z][\w.'’ -]{0,30}: ", text) for session in turns for text in session):
             turns = [[f"Speaker {i % 2 + 1}: {text}" for i, text in enumerate(session)] for session in turns]
-        sessions = ["\n".join(session) for session in turns]
-        if not any(sessions):
-            raise InputError(f"{where}: previous_dialogs holds no turn to read")
-        metadata = row.get("metadata") if isinstance(row.get("metadata"), dict) else {}
-        rows.append({"id": str(metadata.get("initial_data_id", len(rows))), "sessions": sessions,
+        asked, metadata = field(row, "self_instruct", dict, where), row.get("metadata")
+        name = metadata.get("initial_data_id", len(rows)) if isinstance(metadata, dict) else len(rows)
+        rows.append({"id": str(name), "sessions": ["\n".join(session) for session in turns],
                      "question": field(asked, "B", str, where), "answer": field(asked, "A", str, where)})
         if evidence:
             rows[-1]["spans"] = evidence_spans(turns, rows[-1]["answer"])
@@ -121,57 +112,53 @@ def load_msc(source=None, evidence=False):
 def evidence_spans(sessions, answer):
     """{span of SPANS: text} round the first turn that holds the answer as whole words, but for case, after the name of
     its speaker; None where none does. sessions: lists of turns."""
-    words = re.compile(rf"(?<!\w){re.escape(answer.strip())}(?!\w)", re.IGNORECASE)
-    for session in sessions if answer.strip() else ():
+    words = re.compile(rf"(?<!\w){re.escape(answer.strip()) or '(?!)'}(?!\w)", re.IGNORECASE)
+    for session in sessions:
         for i, turn in enumerate(session):
             if words.search(turn.split(": ", 1)[-1]):
-                near, whole = session[max(0, i - 2):i + 3], "\n\n".join("\n".join(turns) for turns in sessions)
+                near, whole = session[max(0, i - 2):i + 3], "\n\n".join(map("\n".join, sessions))
                 return dict(zip(SPANS, (turn, "\n".join(near), "\n".join(session), whole)))
 
 
 def first_ids(rows, tokenizer, length, count):
-    """The first `length` ids of each of the first `count` documents that have so many. rows: (where, row) as read_rows
-    yields them."""
+    """The first `length` ids of each of the first `count` documents that have so many. rows: as of read_rows."""
     texts = (context_ids(tokenizer, field(row, "text", str, where))[:length] for where, row in rows)
     return list(itertools.islice((ids for ids in texts if len(ids) == length), count))
 
 
 def load_qa(source, task):
     """Documents with their questions, in the order of the data: [{"text", "questions": [{"number" of its row, "id",
-    "question", "golds": [text, ...]}]}].
+    "question", "golds": [text, ...]}]}]. Rows of one text are one document.
 
     task "squad": rows with context, question, answers {"text": [...]}; "streamingqa": rows with text, question, answers
-    split on a backslash, from a .csv with these columns. Rows of one text are one document.
-    """
+    split on a backslash, from a .csv with these columns."""
     documents, text_key = {}, "context" if task == "squad" else "text"
     for number, (where, row) in enumerate(read_rows(source, split="validation")):
         if task == "squad":
             golds = field(field(row, "answers", dict, where), "text", list, where)
         else:
             golds = [gold.strip() for gold in field(row, "answers", str, where).split("\\")]
-        golds = [gold for gold in golds if isinstance(gold, str) and gold]
+        golds, text = [gold for gold in golds if isinstance(gold, str) and gold], field(row, text_key, str, where)
         if not golds:
             raise InputError(f"{where}: answers holds no text")
-        document = documents.setdefault(field(row, text_key, str, where), [])
-        document.append({"number": number, "id": str(row.get("id", number)),
-                         "question": field(row, "question", str, where), "golds": golds})
-    if not all(text.strip() for text in documents):
-        raise InputError(f"{source}: a row has an empty {text_key}")
+        if not text.strip():
+            raise InputError(f"{where}: empty {text_key}")
+        documents.setdefault(text, []).append({"number": number, "id": str(row.get("id", number)),
+                                               "question": field(row, "question", str, where), "golds": golds})
     return [{"text": text, "questions": questions} for text, questions in documents.items()]
 
 
 def load_metaicl(source, seeds, shots, dev):
-    """MetaICL's test tasks found in a directory of its layout, <task>/<task>_16_<seed>_{train,dev,test}.jsonl, or in
-    such a data set on the hub: {task: {"test": rows, seed: (train rows, dev rows)}}, a row {"number", "id", "question",
-    "golds": [text]}; and the names of those not found. The test items are those of seed 100, as in the released code;
-    dev: whether dev files are read (only fine-tuning wants them)."""
+    """MetaICL's test tasks found in a directory of its layout, or such a data set on the hub: {task: {"test": rows,
+    seed: (train rows, dev rows)}}, a row {"number", "id", "question", "golds": [text]}; and the names of those not
+    found. The test items are those of seed 100, as in the released code; dev: whether dev files are read."""
     directory, names = source, sum(METAICL_KINDS.values(), ())
-    if not os.path.exists(source) and re.fullmatch(r"[\w.-]+/[\w.-]+", source):
-        files = [f"data/{name}/{name}_16_{part}.jsonl" for name in names
-                 for part in ("100_test", *(f"{seed}_{split}" for seed in seeds for split in ("train", "dev")))]
+    if not os.path.exists(source):
+        parts = ["100_test", *(f"{seed}_{split}" for seed in seeds for split in ("train", "dev"))]
         try:
             directory = os.path.join(huggingface_hub.snapshot_download(
-                source, repo_type="dataset", allow_patterns=files, local_files_only=not hub_reachable()), "data")
+                source, repo_type="dataset", local_files_only=not hub_reachable(),
+                allow_patterns=[f"data/{name}/{name}_16_{part}.jsonl" for name in names for part in parts]), "data")
         except Exception as error:                           # no such data set, no connection: many kinds of exception
             reason = str(error).strip().split("\n")[0]
             raise InputError(f"{source}: no such directory, and not to be had from the hub ({reason})") from None
@@ -183,13 +170,11 @@ def load_metaicl(source, seeds, shots, dev):
                 for number, (where, row) in enumerate(read)]
 
     tasks = {}
-    for task in names:
-        if os.path.isdir(os.path.join(directory, task)):
-            tasks[task] = {seed: (rows(task, seed, "train"), rows(task, seed, "dev") if dev else []) for seed in seeds}
-            tasks[task]["test"] = rows(task, 100, "test")
-            fewest = min(len(tasks[task][seed][0]) for seed in seeds)
-            if fewest < shots:
-                raise InputError(f"{source}: {task} has {fewest} training examples, fewer than --shots {shots}")
+    for task in [name for name in names if os.path.isdir(os.path.join(directory, name))]:
+        tasks[task] = {seed: (rows(task, seed, "train"), rows(task, seed, "dev") if dev else []) for seed in seeds}
+        if (fewest := min(len(train) for train, _ in tasks[task].values())) < shots:
+            raise InputError(f"{source}: {task} has {fewest} training examples, fewer than --shots {shots}")
+        tasks[task]["test"] = rows(task, 100, "test")
     if not tasks:
         raise InputError(f"{source}: none of MetaICL's 26 test tasks is there; give a directory with "
                          "<task>/<task>_16_<seed>_train.jsonl, .._dev.jsonl and .._test.jsonl")
@@ -198,12 +183,9 @@ def load_metaicl(source, seeds, shots, dev):
 
 def load_answers(path, task, data):
     """Answers of another program: {context_length or shots, 0 where a line names neither: {id: its prediction and
-    costs}} of a .jsonl file, its ids those of the predictions file. Raises InputError for an id that is unknown or
-    told twice."""
-    if task == "metaicl":
-        ids = [row["id"] for rows in data.values() for row in rows["test"]]
-    else:
-        ids = [row["id"] for part in data for row in part.get("questions", [part])]
+    costs}} of a .jsonl file, its ids those of the predictions file."""
+    parts = itertools.chain(*(each["test"] for each in data.values())) if task == "metaicl" else data
+    ids = [row["id"] for part in parts for row in part.get("questions", [part])]
     answers, known, key = {}, set(ids), {"msc": None, "metaicl": "shots"}.get(task, "context_length")
     if len(known) < len(ids):
         raise InputError("--rows needs data whose ids are all different, which these are not")
@@ -220,7 +202,7 @@ def load_answers(path, task, data):
 
 
 def given_records(run, method, what, groups):
-    """The records of a row of --rows. Raises InputError where an answer to one of its items is missing."""
+    """The records of a row of --rows."""
     given = run.rows[method][what.get("context_length", what.get("shots", 0))]
     items = [item for _, some in groups for item in some]
     if missing := [item["id"] for item in items if item["id"] not in given]:
@@ -231,9 +213,9 @@ def given_records(run, method, what, groups):
 
 
 def control_contexts(keys, seed, count, first=None):
-    """For each item the indices of `count` others that share no part of its context, drawn at random, the same number
-    for all: fewer where some item has fewer, an empty list where there is none. keys: a set an item. The first `first`
-    are drawn before the rest: those are read anyway."""
+    """For each item the indices of `count` others that share no part of its context (keys: a set an item), drawn at
+    random, as many for all: fewer where some item has fewer, none where it has none. The first `first` items are drawn
+    before the rest: those are read anyway."""
     draw, order, others = random.Random(seed), list(range(len(keys))), []
     for own in keys:
         draw.shuffle(order)

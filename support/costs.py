@@ -11,8 +11,7 @@ COSTS = ("inference_tflops", "contextualisation_tflops", "storage_mfloats", "con
 
 
 def widths(base):
-    """(weights of the blocks' linear layers, weights of lm_head, width of a token's queries in all blocks, of its
-    keys)."""
+    """(weights of the blocks' linear layers, of lm_head, width of a token's queries in all blocks, of its keys)."""
     c = base.config.get_text_config()
     width = c.num_hidden_layers * (getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads)
     weights = sum(m.weight.numel() for m in find_blocks(base)[1].modules() if isinstance(m, torch.nn.Linear))
@@ -26,8 +25,8 @@ def window(base):
 
 
 def base_flops(base, tokens, past=0, head=True):
-    """FLOPs of the base for that many tokens after `past` cached ones; embeddings are looked up.
-    head=False leaves lm_head out: reading a context asks for no logits."""
+    """FLOPs of the base for that many tokens after `past` cached ones. head=False: without lm_head, as a context is
+    read."""
     weights, lm_head, queries, _ = widths(base)
     pairs = tokens * past + tokens * (tokens + 1) / 2                  # of a query and a key
     return 2 * (weights + head * lm_head) * tokens + 4 * queries * pairs               # 2 for q k, 2 for v
@@ -41,14 +40,12 @@ def released_flops(base, tokens, context):
 
 
 def kv_cache_floats(base, tokens):
-    """Floats of the keys and values of that many tokens."""
     return 2 * widths(base)[3] * tokens
 
 
 def generator_flops(model, tokens, chunks):
     """FLOPs of the generator's matrix products for a context: projections and S for each token, norm and LoRA pair for
-    each chunk. In norm (svd; svd-exact has none) the four products with S and the nine of (d_r, r) with (r, r) are
-    counted, factors of r x r are not."""
+    each chunk. Of norm (svd) the four products with S and the nine of (d_r, r) with (r, r) are counted."""
     d_r, r, total = model.config.d_r, model.config.adapter_rank, 0
     norm = 8 * d_r * d_r * r + 18 * d_r * r * r if model.config.norm == "svd" else 0
     for layer in model.generator.layers:
@@ -58,16 +55,14 @@ def generator_flops(model, tokens, chunks):
 
 
 def context_flops(model, tokens):
-    """FLOPs of contextualising: the base without lm_head, chunk by chunk with chunk-local attention, and the
-    generator."""
+    """FLOPs of contextualising: the base without lm_head, chunk by chunk, and the generator."""
     chunks = -(-tokens // model.config.chunk)
     sizes = [tokens // chunks + (i < tokens % chunks) for i in range(chunks)]
     return sum(base_flops(model.base, n, head=False) for n in sizes) + generator_flops(model, tokens, chunks)
 
 
 def adapter_floats(model):
-    """Floats of one LoRA adapter, r (d_in + d_out) a target layer: what has to be kept of a context to answer about it.
-    To go on streaming, keep S: d_r^2 a target."""
+    """Floats of one LoRA adapter, r (d_in + d_out) a target layer: what is kept of a context to answer about it."""
     return sum(model.config.adapter_rank * (layer.B2.shape[1] + len(layer.A1)) for layer in model.generator.layers)
 
 

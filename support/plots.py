@@ -32,25 +32,21 @@ def markdown(rows, costs):
     """The scores of the rows as a Markdown table or, with costs, their costs; a metric has its standard error."""
     def cell(row, key):
         value, error = row.get(key), row.get(key + "_stderr")
-        if error:                                                            # two digits of the error
-            digits = max(0, 1 - math.floor(math.log10(error)))
+        if error:
+            digits = max(0, 1 - math.floor(math.log10(error)))               # two of the error
             return f"{value:.{digits}f} ± {error:.{digits}f}"
         return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
     longest_first = sorted(rows, key=len, reverse=True)                      # the row of the adapter orders the columns
-    keys = [key for key in dict.fromkeys(key for row in longest_first for key in row) if not key.endswith("_stderr")]
-    spent = [key for key in keys if key.endswith(("_tflops", "_mfloats", "seconds"))]
-    keys = [key for key in keys if key in NAMES or (key in spent) == costs]
-    columns = [[key, *(cell(row, key) for row in rows)] for key in keys]
-    widths = [max(3, *map(len, column)) for column in columns]
-    lines = [[text.ljust(width) for text, width in zip(line, widths)] for line in zip(*columns)]
-    lines.insert(1, ["-" * width for width in widths])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    keys = dict.fromkeys(key for row in longest_first for key in row if not key.endswith("_stderr"))
+    keys = [key for key in keys if key in NAMES or key.endswith(("_tflops", "_mfloats", "seconds")) == costs]
+    columns = [[key, "---", *(cell(row, key) for row in rows)] for key in keys]
+    columns = [[text.ljust(max(map(len, column))) for text in column] for column in columns]
+    return "\n".join("| " + " | ".join(line) + " |" for line in zip(*columns))
 
 
 def write_table(args, rows, result):
-    """Print scores and costs; write them with their circumstances to --output, aside first, then renamed; draw
-    --plot."""
+    """Print scores and costs; write them with their circumstances to --output; draw --plot."""
     print(f"\n{markdown(rows, False)}\n\n{markdown(rows, True)}")
     if args.output:
         with open(args.output + ".part", "w", encoding="utf-8") as file:
@@ -70,13 +66,12 @@ def merge(paths):
     """(rows, circumstances) of the --output files of several runs of one task, each row with its run's name. Runs on
     other data, or on another part of it, are named."""
     results, rows = {path: read_json(path) for path in paths}, []
-    names = short_names([os.path.splitext(path)[0] for path in results])
+    names, tasks = short_names(results), {result.get("task") for result in results.values()}
     for path, result in results.items():
         table = result.get("rows")
         if not isinstance(table, list) or not all(isinstance(row, dict) and "method" in row for row in table):
             raise InputError(f"--merge {path} is not a table that --output wrote")
-        rows += [{"run": names[os.path.splitext(path)[0]], **row} for row in table]
-    tasks = {result.get("task") for result in results.values()}
+        rows += [{"run": os.path.splitext(names[path])[0], **row} for row in table]
     if len(tasks) > 1 or not rows:
         raise InputError(f"--merge takes rows of one task: these files hold {len(rows)} of {len(tasks)} tasks")
     for key in ("data", "limit", "seed"):
@@ -89,14 +84,12 @@ def plot(path, rows):
     """Fig. 2 and 3 (F1, nats and costs against context length), Fig. 4 to 6 (accuracy against shots, a panel for the
     averages and each task) or, where nothing varies, bars; with standard errors. A line is a method, of one checkpoint
     and run where there are several; one that no context reaches is dashed."""
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure                    # slow to import
 
-    checkpoints = short_names(dict.fromkeys(row["checkpoint"] for row in rows if "checkpoint" in row))
-
-    def name(row):
-        parts = [checkpoints[row["checkpoint"]]] if "checkpoint" in row else []
-        return " ".join([row["method"], *parts, *([f"({row['run']})"] if "run" in row else [])])
-
+    checkpoints = short_names({row["checkpoint"] for row in rows if "checkpoint" in row})
+    names = [" ".join([row["method"], *([checkpoints[row["checkpoint"]]] if "checkpoint" in row else []),
+                       *([f"({row['run']})"] if "run" in row else [])]) for row in rows]
+    rows = [{**row, "name": name} for row, name in zip(rows, names)]
     x = next((key for key in AXES if any(key in row for row in rows)), None)
     panels = [(title, key, [row for row in rows if row.get(key) is not None
                             and (key not in COSTS or row["method"] != "adapter-shuffled")])
@@ -105,26 +98,22 @@ def plot(path, rows):
         first = ("classification", "non-classification")
         kinds = sorted({row["task"] for row in rows} - {"all"}, key=lambda task: (task not in first, task))
         panels = [(f"{kind}: accuracy", "accuracy", [row for row in rows if row["task"] == kind]) for kind in kinds]
-    names, lines = list(dict.fromkeys(map(name, rows))), {}
-    across = min(len(panels), 2 if len(panels) <= 4 else 3 if len(panels) <= 9 else 5)
-    down = -(-len(panels) // across)
+    across, lines = math.ceil(len(panels) ** 0.5), {}
+    down = math.ceil(len(panels) / across)
     figure = Figure(figsize=(4.5 * across, 3.2 * down + 0.4), layout="constrained")
-    grid = figure.subplots(down, across, squeeze=False).flatten()
-    for axes in grid[len(panels):]:
-        axes.remove()
-    for (title, key, drawn), axes in zip(panels, grid):
-        for n, label in enumerate(names):
-            points = sorted((row for row in drawn if name(row) == label), key=lambda row: row.get(x, 0))
+    for place, (title, key, drawn) in enumerate(panels, 1):
+        axes = figure.add_subplot(down, across, place, title=title, axisbelow=True)
+        axes.grid(alpha=0.3)
+        for n, name in enumerate(dict.fromkeys(names)):
+            points = sorted((row for row in drawn if row["name"] == name), key=lambda row: row.get(x, 0))
             values, errors = [row[key] for row in points], [row.get(key + "_stderr") or 0 for row in points]
             if x is None:
-                axes.barh([label] * len(points), values, xerr=errors, color=f"C{n % 10}")
+                axes.barh([name] * len(points), values, xerr=errors, color=f"C{n % 10}")
             elif points and not points[0].get(x):
-                lines[label] = axes.axhline(values[0], linestyle="--", color=f"C{n % 10}")
+                lines[name] = axes.axhline(values[0], linestyle="--", color=f"C{n % 10}")
             elif points:
-                style = {"marker": "osD^vP*X<>"[n % 10], "linestyle": ":" if "shuffled" in label else "-", "capsize": 3}
-                lines[label] = axes.errorbar([row[x] for row in points], values, errors, color=f"C{n % 10}", **style)
-        axes.set(title=title, axisbelow=True)
-        axes.grid(alpha=0.3)
+                style = {"marker": "osD^vP*X<>"[n % 10], "linestyle": ":" if "shuffled" in name else "-", "capsize": 3}
+                lines[name] = axes.errorbar([row[x] for row in points], values, errors, color=f"C{n % 10}", **style)
         floor = None if key == "gap" else 0
         if x:
             ticks = sorted({row[x] for row in drawn if row.get(x)})
