@@ -9,7 +9,7 @@ from generator import Memory
 from support.answers import answer, encode, load_models
 from support.benchmarks import IN_CONTEXT_PROMPT, in_context_prompts
 from support.costs import adapter_floats, kv_cache_floats, window
-from support.files import InputError
+from support.files import InputError, bad_input
 from support.text import context_ids, user_turn
 
 NEW_TOKENS = 60
@@ -64,10 +64,8 @@ def typed_questions():
 
 def read_text(path):
     """The text of a file, or of standard input (-)."""
-    try:
+    with bad_input(f"--context {path} cannot be read as UTF-8 text", OSError, UnicodeDecodeError):
         text = sys.stdin.buffer.read().decode("utf-8") if path == "-" else open(path, encoding="utf-8").read()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--context {path} cannot be read as UTF-8 text: {error}") from None
     if not text.strip():
         raise InputError(f"--context {path} is empty: it needs at least one word")
     return text

@@ -7,7 +7,7 @@ import re
 
 import huggingface_hub
 
-from support.files import InputError, field, hub_reachable, read_rows
+from support.files import InputError, bad_input, field, hub_reachable, read_rows
 from support.instructions import demonstration
 from support.text import context_ids, tokenize, user_turn
 
@@ -155,13 +155,10 @@ def load_metaicl(source, seeds, shots, dev):
     directory, names = source, sum(METAICL_KINDS.values(), ())
     if not os.path.exists(source):
         parts = ["100_test", *(f"{seed}_{split}" for seed in seeds for split in ("train", "dev"))]
-        try:
+        with bad_input(f"{source}: no such directory, and not to be had from the hub"):
             directory = os.path.join(huggingface_hub.snapshot_download(
                 source, repo_type="dataset", local_files_only=not hub_reachable(),
                 allow_patterns=[f"data/{name}/{name}_16_{part}.jsonl" for name in names for part in parts]), "data")
-        except Exception as error:                           # no such data set, no connection: many kinds of exception
-            reason = str(error).strip().split("\n")[0]
-            raise InputError(f"{source}: no such directory, and not to be had from the hub ({reason})") from None
 
     def rows(task, seed, split):
         read = read_rows(os.path.join(directory, task, f"{task}_16_{seed}_{split}.jsonl"))

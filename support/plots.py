@@ -94,11 +94,13 @@ def plot(path, rows):
     panels = [(title, key, [row for row in rows if row.get(key) is not None
                             and (key not in COSTS or row["method"] != "adapter-shuffled")])
               for key, title in PANELS.items() if any(key in row for row in rows)]
+    if x == "context_tokens":                               # --evidence: what is remembered
+        panels = [panel for panel in panels if panel[1] not in COSTS]
     if x == "shots":
         first = ("classification", "non-classification")
         kinds = sorted({row["task"] for row in rows} - {"all"}, key=lambda task: (task not in first, task))
         panels = [(f"{kind}: accuracy", "accuracy", [row for row in rows if row["task"] == kind]) for kind in kinds]
-    across, lines = math.ceil(len(panels) ** 0.5), {}
+    across, lines = len(panels) if len(panels) < 4 else math.ceil(len(panels) ** 0.5), {}
     down = math.ceil(len(panels) / across)
     figure = Figure(figsize=(4.5 * across, 3.2 * down + 0.4), layout="constrained")
     for place, (title, key, drawn) in enumerate(panels, 1):
@@ -114,7 +116,7 @@ def plot(path, rows):
             elif points:
                 style = {"marker": "osD^vP*X<>"[n % 10], "linestyle": ":" if "shuffled" in name else "-", "capsize": 3}
                 lines[name] = axes.errorbar([row[x] for row in points], values, errors, color=f"C{n % 10}", **style)
-        floor = None if key == "gap" else 0
+        floor = 0 if all(row[key] >= 0 for row in drawn) else None
         if x:
             ticks = sorted({row[x] for row in drawn if row.get(x)})
             ticks = [tick for tick, before in zip(ticks, [0, *ticks]) if tick > 1.3 * before]      # no two in one place
