@@ -47,7 +47,7 @@ def fit_base(base, train, validation, lr, batch_size, epochs, patience, seed, pa
     history, best = [score()], weights()
     for epoch in range(epochs):
         order = random.Random(f"{seed} {epoch}").sample(train, len(train))
-        about = f"fine-tuning, epoch {epoch + 1} of {epochs}, validation {history[-1]:.3f}"
+        about = f"fine-tuning, epoch {epoch + 1} of {epochs}" + (f", {history[-1]:.3f} nats" if validation else "")
         for at in tqdm(range(0, len(order), batch_size), desc=about, unit="step", leave=False):
             for nats in passes(order[at:at + batch_size]):
                 nats.backward()
