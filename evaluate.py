@@ -419,9 +419,9 @@ def main(argv=None):
         raise InputError(f"{args.data}: no method could be evaluated on it")
     write_table(args, rows, {
         "task": args.task, "data": os.path.relpath(args.data) if os.path.exists(args.data) else args.data,
-        "note": " ".join(dict.fromkeys(notes)) or None, "n": max(row["n"] for row in rows), "limit": args.limit, "seed": args.seed,
-        "base": args.base, "checkpoint": models[0][0] if len(models) == 1 else [name for name, _ in models],
-        "dtype": dtype, "versions": versions,
+        "note": " ".join(dict.fromkeys(notes)) or None, "n": max(row["n"] for row in rows), "limit": args.limit,
+        "seed": args.seed, "base": args.base, "dtype": dtype, "versions": versions,
+        "checkpoint": models[0][0] if len(models) == 1 else [name for name, _ in models],
         "prompts": {method: prompt_template(args.task, method) for method in args.method if args.task != "ppl"}})
     print("".join(f"NOTE: {text}\n" for text in dict.fromkeys(notes)), end="")
 
