@@ -8,6 +8,7 @@ import os
 import random
 
 import torch
+import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -34,7 +35,10 @@ def fit_base(base, train, validation, lr, batch_size, epochs, patience, seed, pa
             part, rest = zip(*rest[:size]), rest[size:]
             ids, labels = (pad_sequence([torch.tensor(row) for row in rows], True, value).to(base.device)     # (B, L)
                            for rows, value in zip(part, (pad, -100)))
-            yield base(input_ids=ids, labels=labels, num_items_in_batch=targets, use_cache=False).loss
+            hidden = base.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]      # (B, L-1, d_h)
+            at = labels[:, 1:] != -100                          # (B, L-1): few, and lm_head is for them alone
+            logits = base.get_output_embeddings()(hidden[at]).float()                                  # (T, V)
+            yield F.cross_entropy(logits, labels[:, 1:][at], reduction="sum") / targets
 
     @torch.no_grad()
     def score():
