@@ -6,6 +6,7 @@ import random
 import re
 
 import huggingface_hub
+from huggingface_hub.utils import validate_repo_id
 
 from support.files import InputError, bad_input, field, hub_reachable, read_rows
 from support.instructions import demonstration
@@ -156,6 +157,7 @@ def load_metaicl(source, seeds, shots, dev):
     if not os.path.exists(source):
         parts = ["100_test", *(f"{seed}_{split}" for seed in seeds for split in ("train", "dev"))]
         with bad_input(f"{source}: no such directory, and not to be had from the hub"):
+            validate_repo_id(source)                         # a path is refused before the hub is asked
             directory = os.path.join(huggingface_hub.snapshot_download(
                 source, repo_type="dataset", local_files_only=not hub_reachable(),
                 allow_patterns=[f"data/{name}/{name}_16_{part}.jsonl" for name in names for part in parts]), "data")
@@ -225,7 +227,7 @@ def control_contexts(keys, seed, count, first=None):
 def controls_of(run, keys, first=None):
     """control_contexts as --seed and --controls ask, with a note where there are fewer."""
     others = control_contexts(keys, run.args.seed, run.args.controls, first)
-    if 0 < (count := max(map(len, others))) < run.args.controls and "adapter-shuffled" in run.args.method:
+    if 0 < (count := max(map(len, others), default=0)) < run.args.controls and "adapter-shuffled" in run.args.method:
         run.note(f"adapter-shuffled: some contexts have {count} others, so the gold is scored under {count}, not under "
                  f"{run.args.controls}")
     return others

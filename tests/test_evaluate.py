@@ -523,6 +523,10 @@ def test_msc_by_evidence(tmp_path, base_directory, generator_directory, tokenize
     lengths = [table["adapter", span]["context_tokens"] for span in SPANS]
     assert lengths == sorted(lengths) and lengths[0] < lengths[-1]
     assert all("gap" in table["adapter", span] for span in SPANS)
+    write_rows(tmp_path / "none.jsonl", rows[1:2])                      # not one answer is said
+    with pytest.raises(InputError, match="no method could be evaluated"):
+        evaluate.main(["--task", "msc", "--base", base_directory, "--data", str(tmp_path / "none.jsonl"), "--evidence",
+                       "--checkpoint", "none", "--device", "cpu"])
     model = load_adapted(base_directory, generator_directory)
     item = load_msc(str(tmp_path / "c.jsonl"), evidence=True)[2]
     memory = model.contextualize(ids_of(tokenizer, item["spans"]["oracle turn ± 2"]))
