@@ -44,8 +44,9 @@ def aligned_start(model, batches):
         for sums in moments.values():
             sums /= tokens
         for l in tqdm(blocks, desc="aligned start", unit="block", leave=False):
+            values, _ = canonical(moments[l, "he"], moments[l, "hh"], moments["ee"], moments[l, "h"], moments["e"])
             for name in names[l]:
-                set_layer(model.generator[name], moments, l, name)
+                set_layer(model.generator[name], values, moments, l, name)
 
 
 def add_moments(moments, model, blocks, ids):
@@ -73,11 +74,11 @@ def add_moments(moments, model, blocks, ids):
             add((name, "z"), z), add((name, "zz"), z, z), add((name, "hz"), h, z)
 
 
-def set_layer(layer, C, l, name):
-    """A2, B1, B2 of one LayerGenerator from the moments C of block l and target name. Rows beyond k stay random."""
+def set_layer(layer, values, C, l, name):
+    """A2, B1, B2 of one LayerGenerator from the values (d_h, k) of block l and the moments C of target name. Rows
+    beyond k stay random."""
     hh, zz, mean = C[l, "hh"], C[name, "zz"], C[l, "h"]
     keys, queries = canonical(C[name, "hz"], hh, zz, mean, C[name, "z"])
-    values, _ = canonical(C[l, "he"], hh, C["ee"], mean, C["e"])
     for weight, K, C_xx, factor in (
             (layer.B1.T, keys, hh, 1), (layer.A2, values, hh, 1), (layer.B2, queries, zz, QUERY_SCALE)):
         K = K[:, :len(weight)].T                                                # (k, d)

@@ -104,6 +104,10 @@ def hub_reachable():
 # ---- rows of data files and of the hub's data sets
 
 
+def open_bytes(path):
+    return gzip.open(path) if path.endswith(".gz") else open(path, "rb")
+
+
 def is_file_source(source):
     return source.endswith((".parquet", ".jsonl", ".jsonl.gz", ".txt", ".txt.gz"))
 
@@ -122,12 +126,11 @@ def read_rows(source, split="train"):
 def _rows(source, split):
     if is_file_source(source) and not os.path.isfile(source):
         raise InputError(f"{source}: no such file")
-    open_bytes = gzip.open if source.endswith(".gz") else open
     if source.endswith((".txt", ".txt.gz")):
-        with open_bytes(source, "rb") as file:
+        with open_bytes(source) as file:
             yield source, {"text": file.read().decode("utf-8")}
     elif source.endswith((".jsonl", ".jsonl.gz")):
-        with open_bytes(source, "rb") as file:
+        with open_bytes(source) as file:
             for number, line in enumerate(file, 1):
                 where = f"{source} line {number}"
                 if line.strip():
@@ -165,7 +168,7 @@ def count_rows(source):
             import pyarrow.parquet
             return pyarrow.parquet.ParquetFile(source).metadata.num_rows
         if source.endswith((".jsonl", ".jsonl.gz")):
-            with (gzip.open if source.endswith(".gz") else open)(source, "rb") as file:
+            with open_bytes(source) as file:
                 return sum(1 for _ in file)
     return 1 if source.endswith((".txt", ".txt.gz")) else None
 

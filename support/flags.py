@@ -87,8 +87,10 @@ def check(args):
              "--evidence belongs to --task msc, --groups to squad and streamingqa"),
             (not all(name and file and name not in known for name, file in rows) or len(dict(rows)) < len(rows)
              or rows and task == "ppl", "--rows takes NAME=FILE.jsonl, a new name each, in every task but ppl"),
-            (task in ("ppl", "streamingqa") and not args.data, f"--task {task} needs --data: the paper's, "
-             "cerebras/SlimPajama-627B (ppl) and StreamingQA, cannot be read from the hub")):
+            (task == "ppl" and not args.data, "--task ppl needs long documents: --data (.parquet, .jsonl or a hub id); "
+             "the paper's cerebras/SlimPajama-627B cannot be read from the hub any more"),
+            (task == "streamingqa" and not args.data,
+             "--task streamingqa has no data set on the hub: name a .csv with --data")):
         if wrong:
             raise InputError(words)
     args.rows = dict(rows)

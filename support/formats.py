@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import huggingface_hub
+from huggingface_hub.utils import validate_repo_id
 from safetensors.torch import save_file
 
 from generator import GeneratorConfig, config_from_dict
@@ -33,6 +34,7 @@ def locate_checkpoint(name):
     if os.path.isdir(name):
         return name
     with bad_input(f"checkpoint {name}: no such directory, not a hub id (owner/name) or not to be had from the hub"):
+        validate_repo_id(name)                               # a path is refused before the hub is asked
         return huggingface_hub.snapshot_download(name, allow_patterns=patterns, local_files_only=not hub_reachable())
 
 

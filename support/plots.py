@@ -93,9 +93,8 @@ def plot(path, rows):
     x = next((key for key in AXES if any(key in row for row in rows)), None)
     panels = [(title, key, [row for row in rows if row.get(key) is not None
                             and (key not in COSTS or row["method"] != "adapter-shuffled")])
-              for key, title in PANELS.items() if any(key in row for row in rows)]
-    if x == "context_tokens":                               # --evidence: what is remembered
-        panels = [panel for panel in panels if panel[1] not in COSTS]
+              for key, title in PANELS.items()
+              if any(key in row for row in rows) and not (key in COSTS and x == "context_tokens")]      # --evidence
     if x == "shots":
         first = ("classification", "non-classification")
         kinds = sorted({row["task"] for row in rows} - {"all"}, key=lambda task: (task not in first, task))
