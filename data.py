@@ -167,8 +167,8 @@ def task_context(tokenizer, definition, items, room, random):
 
 def instruction_example(tokenizer, documents, tasks, unit, chunk, chunks, random, excerpts=0.0):
     """Example of a unit, the index of a document or the name of a task. Its context's room is log-uniform between a
-    sentence and chunks x chunk tokens, so that each doubling of the length has an equal share. Texts are
-    joined by blank lines and raw, as in evaluation."""
+    sentence and chunks x chunk tokens, so that each doubling of the length has an equal share. Texts are joined by
+    blank lines and raw, as in evaluation."""
     limit = chunk * chunks
     room = int(np.exp(random.uniform(np.log(min(SENTENCE_TOKENS, limit)), np.log(limit + 1))))
     if isinstance(unit, str):
@@ -207,7 +207,7 @@ class Batches(NamedTuple):
     text: np.ndarray = None    # pretraining: the packed tokens
 
 
-def controls_of(documents):
+def control_items(documents):
     """For each item the index of another whose context shares no document with its own, None where each shares one.
     documents: the documents of each item's context, as sets. Neighbours may be alike: item i takes from i + n/2 on."""
     n = len(documents)
@@ -236,7 +236,7 @@ def pretraining_batches(tokenizer, sources, validation, *, chunk, chunks, batch_
         rows = sequences(tokens, length, step * batch_size, batch_size, seed)                      # (B, C L)
         return doubled(rows, chunks, tokenizer.pad_token_id, (seed, step) if windows else None)
 
-    controls = controls_of([{start} for start in starts])
+    controls = control_items([{start} for start in starts])
     return Batches(training, doubled(held_out, chunks, tokenizer.pad_token_id), controls, len(tokens) // length,
                    f"{len(tokens) / 1e6:.2f} M tokens", tokens)
 
@@ -279,7 +279,7 @@ def instruction_batches(tokenizer, sources, validation, *, chunk, chunks, batch_
         raise InputError("instruction tuning needs at least 1 unit to train on and 2 documents to validate on, of at "
                          f"most {limit} tokens: found {len(units)} and {len(items)}; give more data, longer --chunks, "
                          "--validation documents, or a lower --eval-sequences, which are held out without them")
-    controls = controls_of([e.texts for e in items])
+    controls = control_items([e.texts for e in items])
     about = f"{len(documents)} documents ({dropped} longer than {limit} tokens left out) and {len(tasks)} tasks"
     if None in controls:
         about += f", {controls.count(None)} of {len(items)} validation items without a control of other documents"

@@ -215,8 +215,8 @@ def train(args):
 @torch.no_grad()
 def validate(args, model, batches, process, world):
     """Token-mean nats of each fixed validation item, (n, 3): second half (reconstruction, or the answers); completion,
-    NaN where there is none; the second half under the adapter of a control context, which tells memory from a
-    mere change of style, NaN where an item has none."""
+    NaN where there is none; the second half under the adapter of a control context, which tells memory from a mere
+    change of style, NaN where an item has none."""
     segments, mask, visible, labels = batches.validation
     C, n, device = int(visible.max()), len(segments), model.base.device
     losses = torch.zeros(n, 3, dtype=torch.float64)
