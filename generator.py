@@ -45,6 +45,7 @@ class GeneratorConfig:
     damping: float = 1e-2      # lambda = damping sigma_1; 0 is eq. 7 to the letter (svd norms only)
     targets: list = field(default_factory=lambda: ["o_proj"])
     chunk: int = 1024          # tokens of a context read at a time: those it was trained with, the paper's 1,024
+    blocks: list = None        # [first, last] of the blocks that have adapters; None: all, as in the paper
 
     def __post_init__(self):
         check_config(self)
@@ -208,13 +209,15 @@ def one_generator(memories):
 def check_config(c):
     """Refuse a config that no generator can have."""
     c.targets = [c.targets] if isinstance(c.targets, str) else list(c.targets)
-    numbers = all(isinstance(v, int) for v in (c.d_r, c.rank, c.chunk))
+    numbers = all(isinstance(v, int) for v in (c.d_r, c.rank, c.chunk, *(c.blocks or ())))
     if not numbers or not all(isinstance(v, (int, float)) and abs(v) < 1e9 for v in (c.scale, c.damping)):
-        raise InputError(f"d_r, rank and chunk must be integers, scale and damping finite numbers: {c}")
+        raise InputError(f"d_r, rank, chunk and blocks must be integers, scale and damping finite numbers: {c}")
     for wrong, words in (
             (c.norm not in NORMS, f"norm {c.norm!r} is unknown: choose one of {', '.join(NORMS)}"),
             (not 1 <= c.rank <= c.d_r, f"rank must lie between 1 and d_r = {c.d_r}, not {c.rank}"),
             (c.chunk < 1, f"chunk must be at least 1 token, it is {c.chunk}"),
+            (c.blocks is not None and not (len(c.blocks) == 2 and 0 <= c.blocks[0] <= c.blocks[1]),
+             f"blocks must be the first and the last block with adapters, not {c.blocks}"),
             (c.damping < 0, f"damping must not be negative, it is {c.damping}"),
             (not c.targets or not all(isinstance(target, str) for target in c.targets),
              "targets must name at least one module, for example o_proj")):
@@ -223,8 +226,8 @@ def check_config(c):
 
 
 def config_from_dict(values):
-    """GeneratorConfig from a json object; keys it does not know are ignored, chunk may be left out."""
-    names = [f.name for f in fields(GeneratorConfig) if f.name in values or f.name != "chunk"]
+    """GeneratorConfig from a json object; keys it does not know are ignored, chunk and blocks may be left out."""
+    names = [f.name for f in fields(GeneratorConfig) if f.name in values or f.name not in ("chunk", "blocks")]
     with bad_input("generator config: missing or malformed field", KeyError, TypeError):
         return GeneratorConfig(**{name: values[name] for name in names})
 

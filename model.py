@@ -45,10 +45,12 @@ class AdaptedLM(nn.Module):
         super().__init__()
         self.base, self.config, self.checkpointing = base_model.requires_grad_(False).eval(), config, 0
         prefix, blocks = find_blocks(base_model)
-        by_block = [{f"{prefix}.{l}.{TARGETS.get(target)}": target_shape(block, target) for target in config.targets}
-                    for l, block in enumerate(blocks)]                      # [{name: (d_in, d_out)} of each block]
-        self.block_targets = [list(shapes) for shapes in by_block]
-        shapes = {name: shape for shapes in by_block for name, shape in shapes.items()}
+        first, last = config.blocks or (0, len(blocks) - 1)
+        if last >= len(blocks):
+            raise InputError(f"blocks {first} to {last} do not exist: this base has blocks 0 to {len(blocks) - 1}")
+        shapes = {f"{prefix}.{l}.{TARGETS.get(target)}": target_shape(blocks[l], target)         # {name: (d_in, d_out)}
+                  for l in range(first, last + 1) for target in config.targets}
+        self.block_targets = [[n for n in shapes if n.startswith(f"{prefix}.{l}.")] for l in range(len(blocks))]
         d_h = base_model.config.get_text_config().hidden_size
         self.generator = AdapterGenerator(config, d_h, shapes, device=base_model.device)
         self.blocks, self._lock = list(blocks), threading.RLock()
@@ -64,7 +66,7 @@ class AdaptedLM(nn.Module):
 
     def _block(self, l, block_forward, H, *args, **kwargs):
         """Block l of the base. Its input H, the residual stream, is what the block's generators read."""
-        if self._adapters is None:
+        if self._adapters is None or not self.block_targets[l]:
             return block_forward(H, *args, **kwargs)
         pairs = self._adapters(l, H)
 
@@ -211,8 +213,7 @@ class AdaptedLM(nn.Module):
 
     @torch.no_grad()
     def generate(self, input_ids, memory=None, **generation):
-        """Token ids from the base's own transformers generate, KV cache and all. Prompts are left-padded, with
-        attention_mask=."""
+        """Token ids from the base's own transformers generate. Prompts are left-padded, with attention_mask=."""
         fixed = self._pairs(memory, len(input_ids))
         with self._adapting(lambda l, H: fixed):
             return self.base.generate(input_ids, **generation)
@@ -229,8 +230,7 @@ class AdaptedLM(nn.Module):
         return {name: self.generator[name].adapter(S.to(self.base.device)) for name, S in memory.states.items()}
 
     def _pairs(self, memory, batch):
-        """lora(memory) in the base's dtype, for a batch of that many rows; {} without a memory.
-        memory: in forward and generate also lora(memory) itself, so that a context's pairs are computed once."""
+        """lora(memory), or memory if it is that already (computed once a context), in the base's dtype, for a batch."""
         if memory is None:
             return {}
         pairs = memory if isinstance(memory, dict) else self.lora(memory)

@@ -36,7 +36,7 @@ from support.finetune import finetune
 from support.instructions import TABLE_3
 from support.machine import choose_attention, keep_freed_memory, peak_memory
 
-SHAPE = ("d_r", "rank", "scale", "norm", "damping", "targets")     # of a generator; a --checkpoint decides them
+SHAPE = ("d_r", "rank", "scale", "norm", "damping", "targets", "blocks")   # of a generator; a --checkpoint decides them
 MAX_SKIPPED = 10          # steps in a row without a finite gradient before the run gives up
 
 
@@ -314,8 +314,8 @@ def arguments(argv=None):
     add("--windows", action="store_true", help="reconstruct random windows of the prefix, as the released code does")
     for flag, kind in (("--d-r", int), ("--rank", int), ("--scale", float), ("--damping", float)):
         add(flag, type=kind)
-    add("--norm", choices=NORMS)
-    add("--targets", nargs="+")
+    add("--norm", choices=NORMS), add("--targets", nargs="+")
+    add("--blocks", type=int, nargs=2, metavar=("FIRST", "LAST"), help="blocks with adapters; default: all")
     add("--dtype", choices=["float32", "bfloat16"], help="of the base; generator and S stay fp32. Default bfloat16 "
         "where the hardware has it; finetune float32, where steps of 1e-5 do not round away")
     add("--device", help="default: CUDA where there is one")

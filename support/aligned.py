@@ -35,7 +35,7 @@ def aligned_start(model, batches):
     the batches, for as many blocks at a time as MEMORY allows."""
     names, layers = model.block_targets, model.generator.layers
     d_h, widest = len(layers[0].g), max(layer.B2.shape[1] for layer in layers)
-    group = max(1, int(MEMORY / (8 * (2 * d_h**2 + len(names[0]) * widest * (widest + d_h)))))
+    group = max(1, int(MEMORY / (8 * (2 * d_h**2 + max(map(len, names)) * widest * (widest + d_h)))))
     for at in range(0, len(names), group):
         blocks, moments = range(at, min(at + group, len(names))), defaultdict(float)
         for ids in tqdm(batches, desc="aligned start, statistics", unit="batch", leave=False):

@@ -116,7 +116,8 @@ def write_peft(directory, base_name, config, pairs, tokens):
     make_directory(directory)
     save_file(tensors, os.path.join(directory, "adapter_model.safetensors"), metadata={"format": "pt"})
     peft = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_name, "r": r,
-            "lora_alpha": alpha, "target_modules": config.targets, "lora_dropout": 0.0, "bias": "none",
+            "lora_alpha": alpha, "target_modules": config.targets, "lora_dropout": 0.0,
+            "layers_to_transform": config.blocks and [*range(config.blocks[0], config.blocks[1] + 1)], "bias": "none",
             "fan_in_fan_out": False, "inference_mode": True}
     Path(directory, "adapter_config.json").write_text(json.dumps(peft, indent=1))
     Path(directory, "README.md").write_text(PEFT_CARD.format(base=json.dumps(base_name), tokens=tokens, r=r))
