@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import re
 import subprocess
 import sys
 import types
@@ -356,3 +357,27 @@ def test_weights_of_sources(tmp_path):
     for bad in ("w=1", "x", "x=", "x=0.5", "x=-1", "=3"):
         with pytest.raises(InputError, match="--weights"):
             instruction_units(documents, tasks, [bad])
+
+
+def test_synthetic_conversations(tmp_path):
+    """The same for the same seed; every answer stands once in the text; turns alternate; no slot is left."""
+    paths = [str(tmp_path / name) for name in ("a.jsonl", "b.jsonl", "c.jsonl")]
+    for path, seed in zip(paths, "112"):
+        command = [sys.executable, "-m", "support.conversations", "--count", "12", "--seed", seed, "--out", path]
+        subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    texts = [open(path, encoding="utf-8").read() for path in paths]
+    assert texts[0] == texts[1] != texts[2]
+    refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert refused.returncode == 2 and paths[2] in refused.stderr and "new file" in refused.stderr
+    documents, tasks = load_instructions(paths[1:])
+    assert len(documents) == 24 and not tasks
+    for source, text, pairs in documents:
+        assert source == "conversations" and len(pairs) >= 10 and 450 <= len(text.split()) <= 1000
+        sessions = [session.split("\n") for session in text.split("\n\n")]
+        assert 3 <= len(sessions) <= 5 and not set("{}@|()\0") & set(text)
+        for turns in sessions:
+            speakers = [turn.split(": ")[0] for turn in turns]
+            assert len(set(speakers)) == 2 and all(a != b for a, b in zip(speakers, speakers[1:]))
+        for question, (answer,) in pairs:
+            said = [len(re.findall(rf"(?<!\w){re.escape(answer)}(?!\w)", part, re.I)) for part in (text, question)]
+            assert said == [1, 0] and "@" not in question
