@@ -136,7 +136,8 @@ class AdapterGenerator(nn.Module):
         operation has changed a weight (edits through .data go unseen)."""
         state = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in self.parameters()]
         if self._fingerprint[0] != state:
-            digest = hashlib.sha256(json.dumps(asdict(self.config), sort_keys=True).encode())
+            config = {name: value for name, value in asdict(self.config).items() if value is not None}  # as in its file
+            digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
             for name, p in self.tensors().items():
                 digest.update(name.encode())
                 digest.update(p.detach().float().cpu().numpy().tobytes())

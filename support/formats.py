@@ -57,7 +57,8 @@ def write_generator(directory, base_name, config, tensors):
     make_directory(directory)
     save_file({name: p.detach().cpu().contiguous() for name, p in tensors.items()},
               os.path.join(directory, "generator.safetensors"))
-    Path(directory, "generator_config.json").write_text(json.dumps({"base": base_name, **asdict(config)}, indent=1))
+    values = {"base": base_name} | {name: value for name, value in asdict(config).items() if value is not None}
+    Path(directory, "generator_config.json").write_text(json.dumps(values, indent=1))
 
 
 def read_generator(directory):
