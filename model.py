@@ -230,7 +230,7 @@ class AdaptedLM(nn.Module):
         return {name: self.generator[name].adapter(S.to(self.base.device)) for name, S in memory.states.items()}
 
     def _pairs(self, memory, batch):
-        """lora(memory), or memory if it is that already (computed once a context), in the base's dtype, for a batch."""
+        """lora(memory), or memory if it is that (computed once a context), in the base's dtype; {} without a memory."""
         if memory is None:
             return {}
         pairs = memory if isinstance(memory, dict) else self.lora(memory)

@@ -34,10 +34,11 @@ def aligned_start(model, batches):
     plain text, some 12,000 tokens in all; the same text gives the same start. Second moments are summed in float64 over
     the batches, for as many blocks at a time as MEMORY allows."""
     names, layers = model.block_targets, model.generator.layers
+    adapted = [l for l, some in enumerate(names) if some]
     d_h, widest = len(layers[0].g), max(layer.B2.shape[1] for layer in layers)
-    group = max(1, int(MEMORY / (8 * (2 * d_h**2 + max(map(len, names)) * widest * (widest + d_h)))))
-    for at in range(0, len(names), group):
-        blocks, moments = range(at, min(at + group, len(names))), defaultdict(float)
+    group = max(1, int(MEMORY / (8 * (2 * d_h**2 + len(model.config.targets) * widest * (widest + d_h)))))
+    for at in range(0, len(adapted), group):
+        blocks, moments = adapted[at:at + group], defaultdict(float)
         for ids in tqdm(batches, desc="aligned start, statistics", unit="batch", leave=False):
             add_moments(moments, model, blocks, ids)
         tokens = moments.pop("T")
