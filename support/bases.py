@@ -110,6 +110,8 @@ def write(name, directory, file, target):
     try:
         tokenizer_at(name, directory, gguf_file=file).save_pretrained(part)
         model_at(name, directory, torch.device("cpu"), torch.float32, gguf_file=file).save_pretrained(part)
+        if not os.path.isfile(os.path.join(part, "config.json")):
+            raise OSError("in a process group transformers saves a model on rank 0 alone")
         sums = {saved: checksum(os.path.join(part, saved)) for saved in os.listdir(part)}
         Path(part, "checksums.json").write_text(json.dumps(sums))
         os.rename(part, target)

@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from tokenizers import pre_tokenizers
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from generator import InputError
 from model import load_base, load_tokenizer
@@ -103,6 +104,17 @@ def test_converted_once_and_bit_for_bit(cache, tmp_path, capsys):
     directory, = converted(cache)
     assert "tiny" in directory.name and transformers.__version__ in directory.name
     assert capsys.readouterr().err.count("is converted for quick starts, once") == 1
+
+
+def test_a_process_of_a_group_leaves_no_half_conversion(cache, tiny, capsys):
+    """transformers saves a model on rank 0 alone; another rank must not leave a directory without weights behind."""
+    reference = directly(tiny)
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=1, world_size=2)
+    try:
+        assert same(tiny, reference) and not converted(cache) and "rank 0 alone" in capsys.readouterr().err
+    finally:
+        torch.distributed.destroy_process_group()
+    assert same(tiny, reference) and len(converted(cache)) == 1
 
 
 def test_a_second_start_does_not_read_the_gguf(cache, tiny, monkeypatch):
