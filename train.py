@@ -27,14 +27,14 @@ from tqdm import tqdm
 
 from data import instruction_batches, pretraining_batches, sequences, trim
 from generator import NORMS, GeneratorConfig
-from model import DEFAULT_BASE, AdaptedLM, load_base
+from model import DEFAULT_BASE, AdaptedLM, load_base, locate_base
 from support.aligned import aligned_start
 from support.checkpoints import (check_same_flags, checkpoints, load_checkpoint, save_checkpoint, share, share_state,
                                  trim_log)
 from support.files import InputError, is_file_source, make_directory, read_json, run_command
 from support.finetune import finetune
 from support.instructions import TABLE_3
-from support.machine import choose_attention, keep_freed_memory, peak_memory
+from support.machine import balanced_rows, choose_attention, keep_freed_memory, peak_memory
 
 SHAPE = ("d_r", "rank", "scale", "norm", "damping", "targets", "blocks")   # of a generator; a --checkpoint decides them
 MAX_SKIPPED = 10          # steps in a row without a finite gradient before the run gives up
@@ -67,6 +67,7 @@ def train(args):
         args.device = f"cuda:{local}"
         torch.cuda.set_device(local)
     if world > 1:
+        locate_base(args.base)                          # a .gguf file is converted now: in a group only rank 0 can
         cuda = str(args.device).startswith("cuda")
         dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(minutes=15),
                                 device_id=torch.device(args.device) if cuda else None)
@@ -100,8 +101,7 @@ def train(args):
         dist.barrier(packing)
     instruct = args.stage == "instruct"
     objective = "reconstruction" if instruct else args.objective           # instruct: of segments C on, the answers
-    common = {"chunk": args.chunk, "chunks": args.chunks, "batch_size": args.batch, "seed": args.seed,
-              "eval_sequences": args.eval_sequences}
+    common = {k: getattr(args, k) for k in ("chunk", "chunks", "seed", "eval_sequences")} | {"batch_size": args.batch}
     if instruct:
         batches = instruction_batches(tokenizer, args.data, args.validation, **common, weights=args.weights or (),
                                       excerpts=args.excerpts or 0.0)
@@ -138,8 +138,8 @@ def train(args):
         labels = labels.masked_fill((weights == 0)[:, :, None], -100)      # no lm_head for what has no weight
         if objective == "completion":
             mask[:, int(visible.max()):] = 0            # trim then drops the second half, which trains nothing
-        parts = []
-        for rows in torch.arange(process, args.batch, world).split(args.micro_batch):
+        parts, cost = [], (mask.sum(-1) * (1 + 2 * (visible > 0))).sum(1)       # (B,): a backward pass is two forward
+        for rows in balanced_rows(cost.tolist(), world)[process].split(args.micro_batch):
             (m, s, l, w), v = trim(mask[rows], visible, segments[rows], labels[rows], weights[rows])
             tensors = [s, None if m.all() else m, l, w]
             parts.append(([t.pin_memory() if t is not None and device.type == "cuda" else t for t in tensors], v))

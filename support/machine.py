@@ -28,3 +28,14 @@ def choose_attention(base, chunk):
     plain attention on short ones."""
     if base.device.type == "cpu" and base.dtype == torch.bfloat16 and chunk <= 256:
         base.set_attn_implementation("eager")
+
+
+def balanced_rows(costs, processes):
+    """The rows of a batch for each process, so that all take about as long: [(rows of process p,) long tensors]. The
+    costliest first, each to the process that has least so far; rows of one cost are dealt out in turn."""
+    rows, loads = [[] for _ in range(processes)], [0] * processes
+    for row in sorted(range(len(costs)), key=lambda row: -costs[row]):
+        least = loads.index(min(loads))
+        rows[least].append(row)
+        loads[least] += costs[row]
+    return [torch.tensor(mine) for mine in rows]

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import product
 
 import numpy as np
 import pytest
@@ -27,6 +28,7 @@ from model import load_base
 from processes import finish, start, start_group
 from support.finetune import fit_base
 from support.instructions import load_instructions
+from support.machine import balanced_rows
 from support.text import user_turn
 
 
@@ -112,6 +114,19 @@ def test_two_machines_without_a_shared_disk(tmp_path, base_directory, text_file)
     assert finish(*start_group(line + ["--resume"], tmp_path / "printed", disks, machines=True)) == [0, 0]
     assert "from step 3;" in (tmp_path / "printed-0").read_text()
     assert_same_weights(tmp_path, disks[0] / "run", 6)
+
+
+def test_rows_are_balanced_between_processes():
+    """Each row once, rows of one cost in turn, and no process busier than 7/6 of the best division of all (the bound
+    that Graham proved for two processes)."""
+    assert [rows.tolist() for rows in balanced_rows([5] * 6, 2)] == [[0, 2, 4], [1, 3, 5]]
+    random = np.random.default_rng(0)
+    for _ in range(20):
+        costs = random.integers(1, 1000, 8)
+        rows = balanced_rows(costs.tolist(), 2)
+        assert sorted(torch.cat(rows).tolist()) == [*range(8)]
+        best = min(max(costs @ bits, costs @ (1 - bits)) for bits in (np.array(b) for b in product((0, 1), repeat=8)))
+        assert max(costs[mine].sum() for mine in rows) <= 7 / 6 * best
 
 
 def test_processes_and_micro_batches_agree(tmp_path, base_directory, text_file):
