@@ -10,7 +10,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from support.files import InputError, bad_input, field, hub_reachable, read_rows
 from support.instructions import demonstration
-from support.text import context_ids, tokenize, user_turn
+from support.text import context_ids, tokenize, user_turn, whole_words
 
 HUB_IDS = {"msc": "MemGPT/MSC-Self-Instruct", "squad": "rajpurkar/squad", "metaicl": "allenai/metaicl-data"}
 MSC_SAMPLE = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "assets", "msc_sample.jsonl")
@@ -113,7 +113,7 @@ def load_msc(source=MSC_SAMPLE, evidence=False):
 def evidence_spans(sessions, answer):
     """{span of SPANS: text} round the first turn that holds the answer as whole words, but for case, after the name of
     its speaker; None where none does. sessions: lists of turns."""
-    words = re.compile(rf"(?<!\w){re.escape(answer.strip()) or '(?!)'}(?!\w)", re.IGNORECASE)
+    words = whole_words(answer.strip())
     for session in sessions:
         for i, turn in enumerate(session):
             if words.search(turn.split(": ", 1)[-1]):

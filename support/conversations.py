@@ -14,6 +14,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from support.files import InputError, run_command
+from support.text import whole_words
 
 SLOT = re.compile(r"\{(\w+)\}")
 BENDING = ["", "'s", "does", "has", "is", "was", "they", "their", "them"]  # the "@" words of a question ...
@@ -53,11 +54,6 @@ def fill(text, values, rng):
     text = SLOT.sub(lambda m: "\0" + values[m[1]], text)
     text = re.sub(r"\b([Aa]) \0(?!eu|one\b)(?=[aeio]|u(?!ni|ku|se))", r"\1n ", text, flags=re.IGNORECASE)
     return " ".join(text.replace("\0", "").split())
-
-
-def found(answer, text):
-    """How often the answer stands in the text as whole words, whatever the case."""
-    return len(re.findall(rf"(?<!\w){re.escape(answer)}(?!\w)", text, re.IGNORECASE))
 
 
 def draw_facts(count, lists, kinds, used, rng):
@@ -125,8 +121,9 @@ def write_conversation(lists, talk, kinds, rng):
     decks = {role: [] for role in talk}         # small talk comes again only when all of its role is used up
 
     def say(role, speaker=0):
-        lines = [line for line in talk[role] if names[0] != "Speaker 1" or "{other}" not in line]
-        decks[role] = decks[role] or rng.sample(lines, len(lines))
+        if not decks[role]:
+            lines = [line for line in talk[role] if names[0] != "Speaker 1" or "{other}" not in line]
+            decks[role] = rng.sample(lines, len(lines))
         return decks[role].pop().replace("{other}", names[1 - speaker])
 
     facts = draw_facts(rng.randint(12, 24), lists, kinds, {name.lower() for name in names}, rng)
@@ -135,7 +132,8 @@ def write_conversation(lists, talk, kinds, rng):
     context = "\n\n".join("\n".join(f"{names[who]}: {text}" for who, text in turns) for turns in sessions)
     asked = [ask(fact, names[fact["owner"]], genders[fact["owner"]], talk, rng) for fact in facts]
     asked = rng.sample(asked, min(len(asked), rng.randint(10, 20)))
-    qas = [{"question": q, "answers": [a]} for q, a in asked if found(a, context) == 1 and not found(a, q)]
+    qas = [{"question": q, "answers": [a]} for q, a in asked
+           if len((words := whole_words(a)).findall(context)) == 1 and not words.search(q)]
     return context, qas
 
 
@@ -145,8 +143,10 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", required=True, help="a new .jsonl file, for train.py --stage instruct --data")
     args = parser.parse_args()
-    if os.path.exists(args.out) or not os.path.isdir(os.path.dirname(args.out) or ".") or args.count < 1:
-        raise InputError(f"--out {args.out}: name a new file, in a directory that exists; --count is at least 1")
+    if os.path.exists(args.out) or not os.path.isdir(os.path.dirname(args.out) or "."):
+        raise InputError(f"--out {args.out}: name a new file, in a directory that exists")
+    if args.count < 1:
+        raise InputError(f"--count {args.count}: write at least 1 conversation")
     templates = read_templates(Path(__file__).with_suffix(".txt"))
     rng, rows = random.Random(args.seed), []
     bar = tqdm(total=args.count, unit="conversation")

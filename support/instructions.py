@@ -7,7 +7,7 @@ import re
 from tqdm import tqdm
 
 from support.files import InputError, bad_input, count_rows, read_rows
-from support.text import tokenize
+from support.text import tokenize, whole_words
 
 # the sets with a hub id; MetaICL has none: give its files
 TABLE_3 = ["stanfordnlp/coqa", "ucinlp/drop", "deepmind/narrativeqa", "qiaojin/PubMedQA:pqa_labeled",
@@ -92,7 +92,7 @@ def excerpt(tokenizer, text, pairs, room, random):
     sentence on a random side up to room tokens; one sentence at least. Only answers said once in all of text count, as
     whole words other than yes and no; without one: (text, pairs). A dialogue's lines stand for sentences."""
     def said_once(answer):
-        found = list(re.finditer(rf"(?<!\w){re.escape(answer)}(?!\w)", text, re.IGNORECASE))
+        found = list(whole_words(answer).finditer(text))
         return found[0].span() if len(found) == 1 and answer.lower() not in ("yes", "no") else None
 
     answered = [(span, pair) for pair in pairs if (span := next(filter(None, map(said_once, pair[1])), None))]

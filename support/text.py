@@ -72,6 +72,11 @@ def user_turn(tokenizer, text):
     return apply_template(tokenizer, [{"role": "user", "content": text}], add_generation_prompt=True)
 
 
+def whole_words(words):
+    """Pattern that finds these words as whole words, whatever the case; no words are found nowhere."""
+    return re.compile(rf"(?<!\w){re.escape(words) or '(?!)'}(?!\w)", re.IGNORECASE)
+
+
 def left_pad(prompts, pad):
     """Prompts (lists of ids) as generate wants them: ids (B, L) left-padded, attention mask (B, L)."""
     L = max(map(len, prompts))
