@@ -270,7 +270,6 @@ def instruction_batches(tokenizer, sources, validation, *, chunk, chunks, batch_
         for i in range(step * batch_size, (step + 1) * batch_size):
             epoch, k = divmod(i, len(units))
             examples.append(example(documents, units[epoch_order(len(units), 1, seed, epoch)[k]], excerpts, 1, i))
-        examples.sort(key=lambda e: len(e.context))     # neighbours share a micro-batch: little padding
         return instruction_batch(examples, tokenizer.pad_token_id, chunk)
 
     items = [example(held_out, k, 0.0, 2, k) for k in range(min(eval_sequences, len(held_out)))]
