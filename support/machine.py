@@ -32,8 +32,8 @@ def choose_attention(base, chunk):
 
 def balanced_rows(costs, processes):
     """The rows of a batch for each process, so that all take about as long: [(rows of process p,) long tensors]. The
-    costliest first, each to the process that has least so far; rows of one cost are dealt out in turn. Neighbours share a
-    micro-batch: of like cost, they need little padding."""
+    costliest first, each to the process that has least so far; rows of one cost are dealt out in turn. Neighbours
+    share a micro-batch: of like cost, they need little padding."""
     rows, loads = [[] for _ in range(processes)], [0] * processes
     for row in sorted(range(len(costs)), key=lambda row: -costs[row]):
         least = loads.index(min(loads))
