@@ -98,7 +98,7 @@ def excerpt(tokenizer, text, pairs, room, random):
     answered = [(span, pair) for pair in pairs if (span := next(filter(None, map(said_once, pair[1])), None))]
     if not answered:
         return text, pairs
-    turns = all(re.match(r"[^:\n]{1,40}: ", line) for line in text.splitlines())
+    turns = all(re.match(r"[^:\n]{1,40}: ", line) for line in text.splitlines() if line.strip())
     ends = re.finditer(r"\n+" if turns else r"[.!?][\"'”’)]*\s+", text)
     bounds = sorted({0, len(text), *(end.end() for end in ends)})              # sentence i: bounds[i] .. bounds[i + 1]
     lengths = [len(ids) for ids in tokenize(tokenizer, [text[a:b] for a, b in zip(bounds, bounds[1:])])]

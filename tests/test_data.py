@@ -323,7 +323,7 @@ def test_an_excerpt_holds_the_answers_it_asks_for(tokenizer):
 
 
 def test_an_excerpt_of_a_dialogue_keeps_its_speakers(tokenizer):
-    text = "Ann: Hello! Who is it?\nBo: Me. I bring pears. Are you well?\nAnn: Yes! Come in."
+    text = "Ann: Hello! Who is it?\nBo: Me. I bring pears. Are you well?\n\nAnn: Yes! Come in."
     got, _ = excerpt(tokenizer, text, [("What does Bo bring?", ["pears"])], 5, np.random.default_rng(0))
     assert got == "Bo: Me. I bring pears. Are you well?"
     got, _ = excerpt(tokenizer, text[5:], [("What does Bo bring?", ["pears"])], 5, np.random.default_rng(0))
