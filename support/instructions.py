@@ -43,6 +43,7 @@ def question_answers(row, where):
                          "qas [{question, answers}], or task, input and output")
     with bad_input(f"{where}: a field of the instruction data is missing or malformed"):
         context, pairs = SCHEMAS[kind](row)
+        pairs = [(q, [answers] if isinstance(answers, str) else answers) for q, answers in pairs]
         pairs = [(q.strip(), [a for a in answers if a.strip()]) for q, answers in pairs]
         return context.strip() and context, [(q, answers) for q, answers in pairs if q and answers]
 

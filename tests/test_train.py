@@ -334,7 +334,8 @@ def test_instruction_schemas(tmp_path):
             "microsoft/ms_marco": {"query": "q1", "passages": {"passage_text": ["S", "T"]}, "answers": ["a1"]},
             "kmfoda/booksum": {"chapter": "S", "summary_text": "a1"},
             "sggetao/PwC": {"input": "S", "prompt": "q1", "answer": "a1"},
-            "rajpurkar/squad": {"context": "S", "question": "q1", "answers": {"text": ["a1"], "answer_start": [0]}}}
+            "rajpurkar/squad": {"context": "S", "question": "q1", "answers": {"text": ["a1"], "answer_start": [0]}},
+            "one answer, no list": {"context": "S", "qas": [{"question": "q1", "answers": "a1"}]}}
     for name, row in rows.items():
         path = tmp_path / (name.replace("/", "_") + ".jsonl")
         path.write_text(json.dumps(row) + "\n" + json.dumps(row) + "\n")
