@@ -332,7 +332,7 @@ def ppl(run, texts):
         for name, model in run.models if method.startswith("adapter") else run.models[:1]:
             run.model, records, began = model, [], time.time()
             for i in tqdm(range(len(documents)), desc=f"{method} {L}", unit="document"):
-                key = f"ppl {method} {L} {i} {fingerprint(run, method)}"
+                key = f"ppl {method} {L} of {max(lengths)} {i} {fingerprint(run, method)}"
                 if key not in run.done:
                     run.write({"key": key, "task": "ppl", "method": method, "context_length": L, "document": i,
                                **nats(model, method, i, L)})

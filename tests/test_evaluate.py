@@ -894,9 +894,10 @@ def test_ppl_of_other_lengths_in_the_generators_chunks(tmp_path, base_directory)
     model = make_model(base=base, chunk=16)
     model.save_pretrained(tmp_path / "generator")
     texts = [("%d rivers " % i) * 60 for i in range(3)]
-    write_rows(tmp_path / "d.jsonl", [{"text": text} for text in texts])
+    write_rows(tmp_path / "d.jsonl", [{"text": text} for text in ["too short for 100 " * 6, *texts]])
     flags = ["--data", str(tmp_path / "d.jsonl"), "--checkpoint", str(tmp_path / "generator"), "--method",
              "closed-book", "--method", "adapter"]
+    run(tmp_path, base_directory, "ppl", *flags, "--context-lengths", "40")          # of other documents: not reused
     result, _ = run(tmp_path, base_directory, "ppl", *flags, "--context-lengths", "40", "100", "--plot",
                     str(tmp_path / "p.svg"))
     rows = {(row["method"], row["context_length"]): row for row in result["rows"]}
