@@ -185,7 +185,7 @@ def adapter(run, template, contexts, items):
 def read_adapter(model, tokenizer, text):
     """(LoRA pairs of a context in the base's dtype, its costs), the last norm included."""
     ids, began, dtype = context_ids(tokenizer, text), clock(model.base.device), model.base.dtype
-    pairs = {name: tuple(m.to(dtype) for m in pair) for name, pair in model.lora(encode(model, ids)).items()}
+    pairs = {name: tuple(m.detach().to(dtype) for m in pair) for name, pair in model.lora(encode(model, ids)).items()}
     return pairs, {"contextualisation_tflops": context_flops(model, len(ids)) / 1e12,
                    "storage_mfloats": adapter_floats(model) / 1e6, "context_tokens": len(ids),
                    "contextualisation_seconds": clock(model.base.device) - began}
