@@ -84,8 +84,6 @@ def train(args):
     model.checkpointing = args.checkpointing
     if args.batch % world:
         raise InputError(f"--batch {args.batch} must be a multiple of the {world} processes")
-    if device.type == "cuda" and args.dtype == "bfloat16":
-        torch.backends.cuda.matmul.fp32_precision = "tf32"      # holds the bf16 factors of S exactly; norm avoids it
     choose_attention(base, args.chunk)
     parameters, layers = list(model.generator.parameters()), model.generator.layers
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, args.beta2), weight_decay=args.weight_decay,
@@ -97,9 +95,9 @@ def train(args):
         p.grad = grad.view_as(p)
     totals = flat[-5:]
 
-    if world > 1 and local > 0:                         # the first process of a machine packs, the others find the file
+    instruct = args.stage == "instruct"                 # each process reads the questions
+    if world > 1 and local > 0 and not instruct:        # the first process of a machine packs, the others find the file
         dist.barrier(packing)
-    instruct = args.stage == "instruct"
     objective = "reconstruction" if instruct else args.objective           # instruct: of segments C on, the answers
     common = {k: getattr(args, k) for k in ("chunk", "chunks", "seed", "eval_sequences")} | {"batch_size": args.batch}
     if instruct:
@@ -109,7 +107,7 @@ def train(args):
     else:
         batches = pretraining_batches(tokenizer, args.data, args.validation, **common, max_tokens=args.max_tokens,
                                       windows=args.windows)
-    if world > 1 and local == 0:
+    if world > 1 and (local == 0 or instruct):
         dist.barrier(packing)
 
     step, tokens, validated = 0, 0, []
@@ -129,6 +127,8 @@ def train(args):
               f"{args.steps} steps from step {step}; {world} process{'es' if world > 1 else ''}")
     validated = share(validated)
     share_state(parameters, optimizer, step > 0)
+    if device.type == "cuda" and args.dtype == "bfloat16":
+        torch.backends.cuda.matmul.fp32_precision = "tf32"      # holds the bf16 factors of S exactly; norm avoids it
 
     def prepare(step):
         """The micro-batches of this process, as (segments, mask, labels, weights), visible. Every process cuts the
