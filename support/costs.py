@@ -48,9 +48,10 @@ def generator_flops(model, tokens, chunks):
     each chunk. Of norm (svd) the four products with S and the nine of (d_r, r) with (r, r) are counted."""
     d_r, r, total = model.config.d_r, model.config.adapter_rank, 0
     norm = 8 * d_r * d_r * r + 18 * d_r * r * r if model.config.norm == "svd" else 0
+    with_A1 = model.config.norm != "frobenius"                              # whose lora_B is s A1 itself
     for layer in model.generator.layers:
         d_out, d_in, d_h = len(layer.A1), layer.B2.shape[1], len(layer.g)
-        total += tokens * (4 * d_h * d_r + 2 * d_r * d_r) + chunks * (norm + 2 * r * d_r * (d_in + d_out))
+        total += tokens * (4 * d_h * d_r + 2 * d_r * d_r) + chunks * (norm + 2 * r * d_r * (d_in + d_out * with_A1))
     return total
 
 

@@ -224,8 +224,9 @@ def test_base_flops_against_the_counter():
     assert abs(counter.get_total_flops() - costs.base_flops(base, 6, past=5)) <= 2 * rotary
 
 
-def test_generator_flops_against_the_counter():
-    model = make_model(targets=["o_proj", "down_proj"])
+@pytest.mark.parametrize("norm", ["svd", "frobenius"])
+def test_generator_flops_against_the_counter(norm):
+    model = make_model(targets=["o_proj", "down_proj"], norm=norm)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         for layer in model.generator.layers:
             layer.adapter(sum(layer.update(torch.randn(20, 64)) for _ in range(3)))
