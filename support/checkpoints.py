@@ -33,7 +33,7 @@ def save_checkpoint(args, step, tokens, model, optimizer):
 
 def checkpoints(out):
     """Complete checkpoints of a run, oldest first."""
-    return sorted(map(str, Path(out).glob("step-*")))
+    return sorted(map(str, Path(out).glob("step-*")), key=lambda path: (len(path), path))      # step-1000000 is last
 
 
 def check_same_flags(args, earlier):

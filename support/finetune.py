@@ -134,6 +134,8 @@ def finetune(args):
     if args.data and not (pairs and held_out):
         raise InputError(f"--data {' '.join(args.data)}: too few contexts with questions to train and validate on "
                          "(10 without --validation)")
+    part = args.out.rstrip("/") + ".part"
+    make_directory(part)                                # refused now rather than after hours
     base, tokenizer = load_base(args.base, getattr(torch, args.dtype), args.device)
     history, fits, pad, began = None, [], tokenizer.pad_token_id, clock(base.device)
     for block in find_blocks(base)[1] if args.checkpointing else ():         # transformers' own is off in eval mode
@@ -150,8 +152,6 @@ def finetune(args):
         history = fit_base(base, *examples, args.lr, args.batch, args.epochs, args.patience, args.seed, pad)
         fits.append((*examples, history))
         print("validation nats an answer token, before and after each epoch:", *(f"{nats:.4f}" for nats in history))
-    part = args.out.rstrip("/") + ".part"
-    make_directory(part)
     base.save_pretrained(part)
     tokenizer.save_pretrained(part)
     costs = training_costs(base, began, fits)

@@ -26,6 +26,7 @@ from data import conversation, doubled, instruction_batch, instruction_example, 
 from generator import InputError
 from model import load_base
 from processes import finish, start, start_group
+from support.checkpoints import checkpoints
 from support.finetune import fit_base
 from support.instructions import load_instructions
 from support.machine import balanced_rows
@@ -86,6 +87,12 @@ def test_sigterm_and_time_limit_leave_a_checkpoint(tmp_path, base_directory, tex
         step = sum(1 for _ in open(tmp_path / name / "log.jsonl"))
         assert f"stopped at step {step} of 100000" in (tmp_path / f"{name}.txt").read_text()
         assert weights(tmp_path / name, step)
+
+
+def test_checkpoints_beyond_a_million_steps(tmp_path):
+    for step in (1_000_000, 999_800, 200):
+        (tmp_path / f"step-{step:06d}").mkdir()
+    assert [int(path.rpartition("-")[2]) for path in checkpoints(str(tmp_path))] == [200, 999_800, 1_000_000]
 
 
 def test_killed_twenty_times(tmp_path, base_directory, text_file):
@@ -463,7 +470,8 @@ def test_finetune_stage(tmp_path, base_directory, qa_file):
     history = json.load(open(out / "finetune.json"))["validation_nats"]
     assert min(history) < history[0] - 0.5
     for change, words in (([], "exists already"), (["--out", str(tmp_path / "y"), "--lr", "-1"], "--lr"),
-                          (["--out", str(tmp_path / "y"), "--data", "no.jsonl"], "no.jsonl: no such file")):
+                          (["--out", str(tmp_path / "y"), "--data", "no.jsonl"], "no.jsonl: no such file"),
+                          (["--out", qa_file + "/y", "--base", "not read yet"], "y.part cannot be a directory")):
         with pytest.raises(InputError, match=words):
             train.finetune(train.arguments(flags + change))
     assert not (tmp_path / "y").exists()
