@@ -18,7 +18,7 @@ from support.bases import DEFAULT_BASE
 from support.benchmarks import prompt_template
 from support.costs import base_flops, kv_cache_floats, released_flops
 from support.formats import checkpoint_base, locate_checkpoint
-from support.text import left_pad, tokenize
+from support.text import tokenize
 
 DEFAULT_CHECKPOINT = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "assets", "smollm2-135m")
 NEW_TOKENS = 20           # greedy, cut at the first newline; MetaICL 10
@@ -59,7 +59,9 @@ def copies(cache, rows):
 def answer(model, tokenizer, prompts, memory=None, prefix=(), cache=None, new_tokens=NEW_TOKENS):
     """Greedy answers to prompts (lists of ids), and the number of tokens generated for each. memory: a Memory or the
     LoRA pairs of one; cache: the base's KV cache of prefix, ids with which every prompt begins."""
-    ids, mask = left_pad([prompt[len(prefix):] for prompt in prompts], tokenizer.pad_token_id)     # (B, L)
+    rows = [torch.tensor(prompt[len(prefix):]) for prompt in prompts]
+    ids = pad_sequence(rows, True, tokenizer.pad_token_id, "left")                             # (B, L)
+    mask = pad_sequence([torch.ones_like(row) for row in rows], True, 0, "left")               # (B, L)
     if cache is not None:                                   # prefix, padding, rest: positions are counted by the mask
         ids = torch.cat([torch.tensor([prefix]).expand(len(ids), -1), ids], 1)                     # (B, P + L)
         mask = F.pad(mask, (len(prefix), 0), value=1)

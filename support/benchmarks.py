@@ -192,8 +192,8 @@ def load_answers(path, task, data):
         costs = ("inference_tflops", "contextualisation_tflops", "storage_mfloats")
         given = {cost: row[cost] for cost in costs if row.get(cost) is not None}
         name, place = str(row.get("id")), row.get(key, 0)
-        if not all(isinstance(value, (int, float)) for value in (place, *given.values())):
-            raise InputError(f"{where}: costs, context_length and shots must be numbers")
+        if not isinstance(place, int) or place < 0 or not all(isinstance(v, (int, float)) for v in given.values()):
+            raise InputError(f"{where}: costs must be numbers, context_length and shots natural numbers")
         if name not in known or name in answers.setdefault(place, {}):
             raise InputError(f"{where}: id {name!r} is not one of the data's, or stands there twice")
         answers[place][name] = {"prediction": field(row, "prediction", str, where), **given}

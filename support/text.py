@@ -8,8 +8,6 @@ document_marks write control tokens.
 import functools
 import re
 
-import torch
-
 from support.files import without_surrogates
 
 BREAK = "\ufdd0"          # never a character of a text (Unicode noncharacter)
@@ -75,10 +73,3 @@ def user_turn(tokenizer, text):
 def whole_words(words):
     """Pattern that finds these words as whole words, whatever the case; no words are found nowhere."""
     return re.compile(rf"(?<!\w){re.escape(words) or '(?!)'}(?!\w)", re.IGNORECASE)
-
-
-def left_pad(prompts, pad):
-    """Prompts (lists of ids) as generate wants them: ids (B, L) left-padded, attention mask (B, L)."""
-    L = max(map(len, prompts))
-    ids = torch.tensor([[pad] * (L - len(p)) + list(p) for p in prompts])
-    return ids, torch.tensor([[0] * (L - len(p)) + [1] * len(p) for p in prompts])

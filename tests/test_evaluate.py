@@ -959,6 +959,7 @@ def test_rows_of_other_systems(tmp_path, base_directory, squad_file):
     for change, words in ((answers[:-1], "1 of 6 answers are missing, the first of them that to '2-2'"),
                           (answers + [{"id": "9-9", "prediction": ""}], "line 13: id '9-9' is not one"),
                           (answers + answers[:1], "line 13: id '0-0' is not one of the data's, or stands there twice"),
+                          ([{"id": "0-0", "context_length": 512.0, "prediction": ""}], "natural numbers"),
                           ([{"id": "0-0"}], "field 'prediction'")):
         write_rows(path, change)
         with pytest.raises(InputError, match=words):
