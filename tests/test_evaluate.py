@@ -8,8 +8,6 @@ import random
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 import types
 
 import datasets
@@ -26,10 +24,11 @@ from conftest import ROOT, make_base, make_model
 from evaluate import exact_match, f1_score, mean_and_stderr, normalize_answer, normalize_text, recall, rouge_l_recall
 from generator import Memory
 from model import AdaptedLM, load_base
+from processes import finish, start
 from support import answers as solver, benchmarks, costs, plots
 from support.benchmarks import (IN_CONTEXT_PROMPT, METAICL_KINDS, METAICL_PROMPT, METAICL_SEEDS, MSC_SAMPLE, SPANS,
                                 control_contexts, in_context_prompts, load_metaicl, load_msc, load_qa)
-from support.files import InputError, hub_reachable
+from support.files import InputError
 from support.instructions import demonstration
 
 GOLDEN = json.load(open(os.path.join(os.path.dirname(__file__), "golden", "text_golden.json"), encoding="utf-8"))
@@ -148,16 +147,12 @@ def test_metrics_equal_the_authors(case):
 
 @pytest.mark.parametrize("metric, cases", [
     (recall, (("It was the Blue Boat, I think", "a blue boat", 1), ("bluebird", "blue", 0), ("", "x", 0),
-              ("blue big boat", "blue boat", 0), ("the", "a", 0), ("in 1999.", "1999", 1))),
+              ("red or blue", "blue", 1), ("blue big boat", "blue boat", 0), ("the", "a", 0), ("in 1999.", "1999", 1))),
     (lambda prediction, gold: evaluate.icl_scores(prediction, [gold])["accuracy"],
      (("Positive", "positive", 1), ("Output: no", "No", 1), ("no.", "no", 0), ("", "no", 0), ("É", "é", 1)))])
 def test_recall_and_accuracy(metric, cases):
     for prediction, gold, want in cases:
         assert metric(prediction, gold) == want
-
-
-def test_listing_games_recall():
-    assert recall("red, blue, green or brown", "blue") == 1 and "games it" in recall.__doc__
 
 
 def test_scores_of_a_hand_computed_case():
@@ -197,11 +192,11 @@ def test_memory_gap_by_hand():
     others = [{"cluster": c, "number": n, "control_nats": v}
               for c, n, v in ((1, 2, [2.0, 5.0]), (0, 0, [2.0, 4.0]), (0, 1, [2.0, 3.0]))]
     row = evaluate.memory_gap(own, others)
-    gaps = [1.5, 2.0, -0.5]                                             # 3.5 - 2, 3 - 1, 2.5 - 3; clusters 1, 0, 0
+    # gaps 3.5 - 2, 3 - 1, 2.5 - 3 of clusters 1, 0, 0
     assert row["gap"] == pytest.approx(1.0) and row["gap_stderr"] == pytest.approx((2 * (0.5**2 + 0.5**2)) ** 0.5 / 3)
     assert row["best-of-3"] == pytest.approx(100 * (0.5 + 1 + 0) / 3) and row["chance"] == pytest.approx(100 / 3)
     assert row["pairs"] == 3
-    assert sum(gaps) == 3 and "pairs" not in evaluate.memory_gap(own[:3], others)
+    assert "pairs" not in evaluate.memory_gap(own[:3], others)
     assert evaluate.memory_gap(own, []) == {}
     bare = [{"number": n, "nats": v} for n, v in ((0, 2.0), (1, 3.0), (2, None), (3, 11.0))]          # gains 1, 0, 2
     row = evaluate.memory_gap(own, [], bare)
@@ -431,15 +426,17 @@ def test_cache_copies_that_do_not_fit_are_made_in_parts(tokenizer, monkeypatch):
 
 
 def test_msc_untrained_adapter_is_closed_book(tmp_path, base_directory, capsys):
-    result, predictions = run(tmp_path, base_directory, "msc", "--data", MSC_SAMPLE, "--checkpoint", "none", "--limit",
-                              "3", "--batch-size", "2")
+    result, predictions = run(tmp_path, base_directory, "msc", "--checkpoint", "none", "--limit", "3", "--batch-size",
+                              "2")
     rows = by_method(result)
+    assert "NOT the paper's benchmark" in result["note"]
     assert list(rows) == ["closed-book", "full-conversation", "adapter", "adapter-shuffled"]
     answers = {m: [p["prediction"] for p in predictions if p["method"] == m] for m in rows}
     assert answers["adapter"] == answers["adapter-shuffled"] == answers["closed-book"] != answers["full-conversation"]
     for row in rows.values():
         assert set(METRICS) <= set(row) and all(m + "_stderr" in row for m in METRICS) and row["n"] == 3
-    assert rows["adapter"]["best-of-5"] >= 0 and rows["adapter"]["chance"] == 20        # four controls by default
+    assert abs(rows["adapter"]["gap"]) < 1e-5 and rows["adapter"]["chance"] == 20       # four controls by default
+    assert rows["adapter"]["nats"] == pytest.approx(rows["closed-book"]["nats"], rel=1e-5)
     tflops, released = ({method: row[key] for method, row in rows.items()}
                         for key in ("inference_tflops", "released_tflops"))
     assert tflops["adapter"] == tflops["closed-book"] < tflops["full-conversation"]
@@ -497,13 +494,14 @@ def test_msc_scores_nats_gap_and_reading_once(tmp_path, base_directory, tokenize
 def test_evidence_spans(tmp_path):
     """Round the first turn with the answer, inside its session; a conversation that never says it has none."""
     write_rows(tmp_path / "c.jsonl", [
-        {"previous_dialogs": [{"dialog": [{"text": f"{s}{i}"} for i in range(4)]} for s in "ab"],
+        {"previous_dialogs": [{"dialog": [{"text": f"{s}{i}"} for i in range(6)]} for s in "ab"],
          "dialog": [{"text": "my Boat is BLUE"}, {"text": "blue?"}],
          "self_instruct": {"B": "Which?", "A": answer}} for answer in ("b1", "blue", "green", "blu", "Speaker 1")])
     first, second, third, *fourth = load_msc(str(tmp_path / "c.jsonl"), evidence=True)
-    a, b = ("\n".join(f"Speaker {i % 2 + 1}: {s}{i}" for i in range(4)) for s in "ab")
+    a, b = ("\n".join(f"Speaker {i % 2 + 1}: {s}{i}" for i in range(6)) for s in "ab")
     whole = "\n\n".join([a, b, "Speaker 1: my Boat is BLUE\nSpeaker 2: blue?"])
-    assert list(first["spans"]) == list(SPANS) and list(first["spans"].values()) == ["Speaker 2: b1", b, b, whole]
+    assert list(first["spans"]) == list(SPANS)
+    assert list(first["spans"].values()) == ["Speaker 2: b1", b[:b.index("\nSpeaker 1: b4")], b, whole]
     assert second["spans"]["oracle turn"] == "Speaker 1: my Boat is BLUE" and third["spans"] is None
     assert [row["spans"] for row in fourth] == [None, None]             # half a word; the name before a turn
     # the row's own dialog is the last session
@@ -631,15 +629,6 @@ def test_qa_rows_groups_and_answers(tmp_path, base_directory, squad_file, genera
             ] == [pytest.approx(want, rel=1e-4)]
     assert len({p["key"] for p in predictions}) == len(predictions) == 6 * (1 + 3 + 3 + 2)
     assert (tmp_path / "p.png").read_bytes()[:4] == b"\x89PNG"
-
-
-def test_untrained_generator_knows_no_context(tmp_path, base_directory, squad_file):
-    result, _ = run(tmp_path, base_directory, "squad", "--data", squad_file, "--checkpoint", "none",
-                    "--context-lengths", "100")
-    rows = by_method(result)
-    assert abs(rows["adapter"]["gap"]) < 1e-5 and rows["adapter"]["chance"] == pytest.approx(100 / 3)
-    assert rows["adapter"]["nats"] == pytest.approx(rows["closed-book"]["nats"], rel=1e-5)
-    assert set(rows["in-context"]) >= {"nats", "nats_stderr"}
 
 
 def test_first_groups(tmp_path, base_directory, squad_file, generator_directory):
@@ -1128,19 +1117,16 @@ def test_ask_refusals(tmp_path, base_directory):
     (["--task", "msc", "--data", "no/hub-id"], "no/hub-id.*cannot be read")])
 def test_refusals(base_directory, flags, words, monkeypatch):
     monkeypatch.chdir(ROOT)
-    # nothing listens there: the hub is out of reach
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    hub_reachable.cache_clear()
     with pytest.raises(InputError, match=words) as caught:
         evaluate.main(["--base", base_directory, *flags])
     assert "\n" not in str(caught.value)
 
 
 def test_exit_codes(tmp_path):
-    for flags, words in ((["--task", "dance"], "invalid choice: 'dance'"),
-                         (["--task", "msc", "--data", str(tmp_path / "no.jsonl")], "no.jsonl: no such file")):
-        done = subprocess.run([sys.executable, "evaluate.py", *flags], cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr
+    process = start(["evaluate.py", "--task", "msc", "--data", str(tmp_path / "no.jsonl")], tmp_path / "printed")
+    assert finish(process) == [2]
+    printed = (tmp_path / "printed").read_text()
+    assert "no.jsonl: no such file" in printed and "Traceback" not in printed
 
 
 def test_commands_of_the_documentation_parse(tmp_path, monkeypatch):

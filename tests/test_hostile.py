@@ -290,6 +290,7 @@ def test_fuzz_configs_and_token_files(tmp_path, base_directory):
     (tmp_path / "t.txt").write_text("Some words. " * 50)
     data.pack([str(tmp_path / "t.txt")], tokenizer, path)
     tokens, facts = open(path, "rb").read(), json.load(open(path + ".json"))
+    good = [0, 0, 0]
     for case in range(100):
         content = json.dumps({**facts,
                               "dtype": draw.choice(["object", "uint16", "uint8", "O", "f8", "M8", 5, None, []])}
@@ -297,20 +298,21 @@ def test_fuzz_configs_and_token_files(tmp_path, base_directory):
         with open(path, "wb") as file, open(path + ".json", "wb") as meta:
             file.write(corrupt(draw, tokens) if draw.random() < 0.5 else tokens)
             meta.write(corrupt(draw, content) if draw.random() < 0.3 else content)
-        run(str(tmp_path), lambda: data.load_tokens(path, tokenizer).sum())
+        good[0] += run(str(tmp_path), lambda: data.load_tokens(path, tokenizer).sum())
     for _ in range(80):
         content = json.dumps(distort(draw,
                                      {"d_r": 24, "rank": 8, "scale": 0.5, "norm": "svd", "damping": 0.01,
                                       "targets": ["o_proj"]})).encode()
         (tmp_path / "c.json").write_bytes(corrupt(draw, content) if draw.random() < 0.4 else content)
-        run(str(tmp_path), lambda: config_from_dict(read_json(str(tmp_path / "c.json"))))
+        good[1] += run(str(tmp_path), lambda: config_from_dict(read_json(str(tmp_path / "c.json"))))
     files = {name: open(os.path.join(base_directory, name), "rb").read() for name in os.listdir(base_directory)}
     (tmp_path / "base").mkdir()
     for _ in range(20):
         broken = draw.choice(sorted(files))
         for name, content in files.items():
             (tmp_path / "base" / name).write_bytes(corrupt(draw, content) if name == broken else content)
-        run(str(tmp_path), lambda: load_base(str(tmp_path / "base"), device="cpu"))
+        good[2] += run(str(tmp_path), lambda: load_base(str(tmp_path / "base"), device="cpu"))
+    assert all(0 < n < cases for n, cases in zip(good, (100, 80, 20)))
 
 
 def test_nothing_from_a_file_is_executed(tmp_path, base_directory):
@@ -326,8 +328,8 @@ def test_nothing_from_a_file_is_executed(tmp_path, base_directory):
                                                        or node.value.value is False), name
             if isinstance(node, (ast.Import, ast.ImportFrom)):
                 imported = {alias.name.split(".")[0] for alias in node.names}
+                imported |= {(getattr(node, "module", None) or "").split(".")[0]}
                 assert not {"pickle", "marshal", "shelve", "joblib", "dill", "runpy"} & imported, name
-                assert getattr(node, "module", "") != "pickle", name
             if isinstance(node, ast.Call):
                 called = ast.unparse(node.func)
                 assert called not in ("eval", "exec", "compile", "__import__", "torch.load", "np.load",
