@@ -136,8 +136,8 @@ def conversation(tokenizer, pairs, limit):
 
 
 def document_context(tokenizer, documents, index, room, random, excerpts):
-    """(texts, pairs): a document and distractors, others of its source in random order, up to room tokens in all; their
-    questions may be asked too. With probability excerpts, a document that is longer than room itself is cut to the
+    """(texts, pairs): a document, whole, and distractors, others of its source in random order, while all fit in room
+    tokens; their questions may be asked too. With probability excerpts, a document longer than room is cut to the
     sentences around an answer."""
     source, text, pairs = documents[index]
     texts, used = [text], len(tokenize(tokenizer, [text])[0])
@@ -156,7 +156,7 @@ def document_context(tokenizer, documents, index, room, random, excerpts):
 
 
 def task_context(tokenizer, definition, items, room, random):
-    """(texts, pairs) of a task: definition and demonstrations, at most room tokens but at least one; then queries."""
+    """(texts, pairs) of a task: definition and demonstrations, the first whole, more while all fit in room; queries."""
     order = [items[k] for k in random.permutation(len(items))[:68]]            # up to 4 queries and 64 demonstrations
     queries, shown = order[:min(4, len(order) - 1)], order[min(4, len(order) - 1):]
     texts = [definition] if definition else []
@@ -166,9 +166,9 @@ def task_context(tokenizer, definition, items, room, random):
 
 
 def instruction_example(tokenizer, documents, tasks, unit, chunk, chunks, random, excerpts=0.0):
-    """Example of a unit, the index of a document or the name of a task. Its context's room is log-uniform between a
-    sentence and chunks x chunk tokens, so that each doubling of the length has an equal share. Texts are joined by
-    blank lines and raw, as in evaluation."""
+    """Example of a unit, the index of a document or the name of a task. The room for its context is log-uniform between
+    a sentence and chunks x chunk tokens: each doubling has an equal share (see document_context of longer documents).
+    Texts are joined by blank lines and raw, as in evaluation."""
     limit = chunk * chunks
     room = int(np.exp(random.uniform(np.log(min(SENTENCE_TOKENS, limit)), np.log(limit + 1))))
     if isinstance(unit, str):
@@ -202,7 +202,7 @@ class Batches(NamedTuple):
     training: Callable         # step -> Batch
     validation: Batch          # fixed
     controls: list             # for each validation item, the item whose context is its control, or None
-    epoch: int                 # rows of an epoch
+    epoch: int                 # instruction tuning: units of an epoch
     about: str                 # what they hold, in words
     text: np.ndarray = None    # pretraining: the packed tokens
 
@@ -237,7 +237,7 @@ def pretraining_batches(tokenizer, sources, validation, *, chunk, chunks, batch_
         return doubled(rows, chunks, tokenizer.pad_token_id, (seed, step) if windows else None)
 
     controls = control_items([{start} for start in starts])
-    return Batches(training, doubled(held_out, chunks, tokenizer.pad_token_id), controls, len(tokens) // length,
+    return Batches(training, doubled(held_out, chunks, tokenizer.pad_token_id), controls, None,
                    f"{len(tokens) / 1e6:.2f} M tokens", tokens)
 
 

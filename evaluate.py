@@ -78,7 +78,7 @@ def recall(prediction, gold):
 
 
 def rouge_l_recall(prediction, gold):
-    """Longest common subsequence of words over the distinct words of the gold, as the package the authors used counts;
+    """Distinct words of the longest common subsequence over those of the gold, as the package the authors used counts;
     0 if a side is empty."""
     predicted, wanted = normalize_text(prediction).split(), normalize_text(gold).split()
     if not predicted or not wanted:

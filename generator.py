@@ -13,7 +13,7 @@ Symbols, in the order a reader of the paper meets them (§2.2, §2.4):
     norm      S = U Sigma V^T  ->  U V^T (eq. 7), truncated to rank r: U_r V_r^T, and damped
     W_Delta   s A1 norm(S_t) B2 (eq. 6, 8; eq. 4 without norm) = (s A1 U_r) (V_r^T B2) = lora_B lora_A (eq. 9)
 
-(*) Not in the paper but in the released code, and needed: h is RMS-normalised before eq. 1, with an eps of its own.
+(*) Not in the paper but in the released code, and needed: eq. 1 to 3 read g h where the paper has rows of H_t.
 """
 
 import hashlib

@@ -8,7 +8,7 @@
 
 Each decoder block's forward is wrapped, and each target linear carries a forward hook. While a pass is under way, the
 wrapper asks a small function for the (lora_A, lora_B) of its block, given the block's input H; the hook adds
-x lora_A^T lora_B^T to the linear's output. With no pass under way the base is the base.
+x lora_A^T lora_B^T to the linear's output. With no pass under way the base is the base, its norms fused (fuse_norms).
 """
 
 import contextlib
@@ -324,11 +324,6 @@ def fuse_norms(base_model):
     for norm in base_model.modules():
         if type(norm).__name__.endswith("RMSNorm") and hasattr(norm, "variance_epsilon"):
             norm.forward = lambda H, n=norm: F.rms_norm(H, n.weight.shape, n.weight, n.variance_epsilon)
-
-
-def load_tokenizer(name=DEFAULT_BASE):
-    path, options = locate_base(name)
-    return tokenizer_at(name, path, **options)
 
 
 def load_base(name=DEFAULT_BASE, dtype=None, device=None):

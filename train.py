@@ -4,7 +4,7 @@
     torchrun --standalone --nproc_per_node=8 train.py --data corpus.parquet --checkpointing --out out/mistral \\
         --base mistralai/Mistral-7B-Instruct-v0.2                           # the paper's setting: its recipe by default
     python train.py --stage instruct --checkpoint out/run/step-000100 --data qa.parquet --out out/instruct     # Table 3
-    python train.py --stage finetune --data qa.parquet --documents docs.parquet --out out/sft   # baselines: SFT, CPT
+    python train.py --stage finetune --data qa.parquet --out out/sft        # baseline SFT; with --documents, CPT too
 
 The global batch is --batch for any number of processes. Every out/run/step-* is a checkpoint that evaluate.py reads;
 --resume continues from the newest one, on a CPU to weights bit-identical to an unbroken run.
@@ -161,7 +161,7 @@ def train(args):
         parts, coming = coming.result(), loader.submit(prepare, step + 1)
         for tensors, visible in parts:
             segments, mask, labels, weights = (t if t is None else t.to(device, non_blocking=True) for t in tensors)
-            C = int(visible.max()) + (objective == "completion")            # trim has dropped who saw the last chunk
+            C = int(visible.max()) + (objective == "completion")            # trim dropped the segments that see all C
             try:
                 nats, _ = model.segment_losses(segments, mask, visible, labels)
                 losses = nats * weights                                     # (B, N), whose sum is eq. 5
@@ -286,8 +286,8 @@ def arguments(argv=None):
     add("--data", nargs="+", help=".parquet, .jsonl(.gz), .txt(.gz) files, a hub data set id, or one packed .bin file; "
         "instruct: default the hub sets of Table 3")
     add("--documents", nargs="+", help="finetune: learn these texts first, by log-likelihood (CPT)")
-    add("--validation", nargs="+", help="files of the same kinds; default: the last --eval-sequences sequences of "
-        "--data, which then stay out of training")
+    add("--validation", nargs="+", help="files of the same kinds; default: a part of --data kept out of training: "
+        "the last --eval-sequences sequences, in instruct as many documents, in finetune a tenth of the contexts")
     add("--weights", nargs="+", metavar="SOURCE=N", help="instruct: how often an epoch goes through a source, which is "
         "a row's \"dataset\" or a file of --data; default 1")
     add("--excerpts", type=float, help="instruct: probability that a document longer than the length drawn for its "
@@ -348,7 +348,7 @@ def check_sources(args):
 
 def recipe(args, base):
     """Fill what the command line left open. A base of width 2,048 or more gets the paper's recipe (appendix B;
-    model_type llama stands for Llama2); a smaller one a recipe for minutes on a CPU."""
+    model_type llama stands for Llama2); a smaller one a recipe for minutes on a CPU: one chunk, so no completion."""
     llama, instruct = base.config.model_type == "llama", args.stage == "instruct"
     if base.config.get_text_config().hidden_size >= 2048:
         defaults = {"d_r": 1024, "rank": 128, "scale": 1 / 8 if llama else 1 / 16, "targets": ["o_proj"], "chunk": 1024,

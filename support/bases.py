@@ -1,5 +1,5 @@
-"""Where a base comes from and in which dtype it runs: model.load_base and model.load_tokenizer need it. transformers
-takes half a minute to read a .gguf file of 98 MB, so one is converted once, into a transformers directory in CACHE.
+"""Where a base comes from and in which dtype it runs: model.load_base needs it. transformers takes half a minute to
+read a .gguf file of 98 MB, so one is converted once, into a transformers directory in CACHE.
 """
 
 import importlib.util

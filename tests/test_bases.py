@@ -14,7 +14,7 @@ from tokenizers import pre_tokenizers
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from generator import InputError
-from model import load_base, load_tokenizer
+from model import load_base
 from processes import finish, start
 from support import bases
 
@@ -100,7 +100,7 @@ def test_converted_once_and_bit_for_bit(cache, tmp_path, capsys):
     assert model.name_or_path == path and tokenizer.eos_token == "<|im_end|>" and tokenizer.pad_token is not None
     half = load_base(path, torch.bfloat16, "cpu")[0].state_dict()
     assert all(torch.equal(half[name], tensor.bfloat16()) for name, tensor in reference[0].items())
-    assert load_tokenizer(path)(TEXT)["input_ids"] == reference[1]
+    assert load_base(path)[1](TEXT)["input_ids"] == reference[1]
     directory, = converted(cache)
     assert "tiny" in directory.name and transformers.__version__ in directory.name
     assert capsys.readouterr().err.count("is converted for quick starts, once") == 1
