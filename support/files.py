@@ -10,7 +10,9 @@ import functools
 import gzip
 import json
 import os
+import signal
 import sys
+import time
 from pathlib import Path
 
 from huggingface_hub import constants
@@ -40,12 +42,15 @@ def bad_input(words, *kinds):
 
 
 def run_command(main):
-    """Run a script's main. On an InputError every process exits with 2, and the first of a machine prints it."""
+    """Run a script's main. On an InputError every process exits with 2, and the first of a machine prints it: torchrun
+    ends all of them when one exits, so the others give it ten seconds. What they alone met, they print themselves."""
     try:
         main()
     except InputError as error:
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-            print(f"error: {error}", file=sys.stderr)
+        if int(os.environ.get("LOCAL_RANK", 0)) > 0:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(10)
+        print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -4,8 +4,10 @@ import gzip
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 import types
 
 import numpy as np
@@ -272,18 +274,22 @@ def test_items_without_a_control_are_counted(tmp_path, tokenizer):
         assert [i for i in range(6) if row["sequences"]["answer_shuffled"][i] is None] == lone
 
 
-def test_bad_input_is_told_once_a_machine(monkeypatch, capsys):
+def test_bad_input_is_told_by_the_first_process_of_a_machine(monkeypatch, capsys):
     def main():
         raise InputError("t.txt: no\nsuch file")
 
-    for local_rank, told in ((None, "error: t.txt: no such file\n"), ("0", "error: t.txt: no such file\n"), ("1", ""),
-                             ("7", "")):
+    told = []                                           # what had been printed when a process began to wait
+    monkeypatch.setattr(time, "sleep", lambda seconds: told.append(capsys.readouterr().err))
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    for local_rank, waited in ((None, 0), ("0", 0), ("1", 1), ("7", 1)):
         monkeypatch.delenv("LOCAL_RANK", raising=False)
         if local_rank:
             monkeypatch.setenv("LOCAL_RANK", local_rank)
         with pytest.raises(SystemExit) as caught:
             run_command(main)
-        assert caught.value.code == 2 and capsys.readouterr().err == told
+        assert caught.value.code == 2 and told == [""] * waited
+        assert capsys.readouterr().err == "error: t.txt: no such file\n"
+        told.clear()
 
 
 def test_data_set_libraries_wait_until_they_are_used():
