@@ -48,7 +48,7 @@ def run_command(main):
         main()
     except InputError as error:
         if int(os.environ.get("LOCAL_RANK", 0)) > 0:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)       # train.py's handler would sleep on
             time.sleep(10)
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
