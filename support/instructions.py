@@ -9,7 +9,7 @@ from tqdm import tqdm
 from support.files import InputError, bad_input, count_rows, read_rows
 from support.text import tokenize, whole_words
 
-# the sets with a hub id; MetaICL has none: give its files
+# MetaICL is not among them: give its files
 TABLE_3 = ["stanfordnlp/coqa", "ucinlp/drop", "deepmind/narrativeqa", "qiaojin/PubMedQA:pqa_labeled",
            "textmachinelab/quail", "microsoft/ms_marco:v1.1", "kmfoda/booksum", "sggetao/PwC"]
 
