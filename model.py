@@ -25,8 +25,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from generator import AdapterGenerator, Memory, rms_norm
-from support.bases import (DEFAULT_BASE, DEFAULT_BASE_HUB_ID, default_dtype, find_device, locate_base, model_at,
-                           tokenizer_at)
+from support.bases import DEFAULT_BASE, default_dtype, find_device, locate_base, model_at, tokenizer_at
 from support.files import InputError
 from support.formats import checkpoint_base, locate_checkpoint, read_generator, write_generator, write_peft
 
@@ -252,7 +251,7 @@ class AdaptedLM(nn.Module):
         directory = locate_checkpoint(directory)
         config, tensors = read_generator(directory)
         base_name, name = checkpoint_base(directory), base_model.name_or_path
-        if base_name != (DEFAULT_BASE if name == DEFAULT_BASE_HUB_ID else name):
+        if base_name != name:
             warnings.warn(f"checkpoint {directory} was trained for {base_name}, the base is {name}")
         model = cls(base_model, config)
         model.generator.load_tensors(tensors, directory)
@@ -335,10 +334,8 @@ def load_base(name=DEFAULT_BASE, dtype=None, device=None):
     path, options = locate_base(name)
     tokenizer = tokenizer_at(name, path, **options)
     model = model_at(name, path, device, dtype or default_dtype(device), **options)
-    if name == DEFAULT_BASE:
-        model.name_or_path = DEFAULT_BASE_HUB_ID                       # for exported adapters: peft loads it there
-    elif os.path.isfile(name):
-        model.name_or_path = os.path.abspath(name)                     # the .gguf file, not where it was converted to
+    if name == DEFAULT_BASE or os.path.isfile(name):                   # not where the .gguf file was converted to
+        model.name_or_path = name if name == DEFAULT_BASE else os.path.abspath(name)
     if isinstance(model.config.eos_token_id, int):                     # a GGUF tokenizer's differs between versions
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(model.config.eos_token_id)
     model.generation_config.pad_token_id = tokenizer.pad_token_id

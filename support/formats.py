@@ -49,7 +49,7 @@ def checkpoint_base(directory):
     """Name of the base a checkpoint was trained for, as load_base takes it; None where it is not recorded."""
     theirs, c = read_config(directory)
     name = c.get("base_model_name_or_path" if theirs else "base")
-    return DEFAULT_BASE if name == DEFAULT_BASE_HUB_ID else name if isinstance(name, str) else None
+    return name if isinstance(name, str) else None
 
 
 def write_generator(directory, base_name, config, tensors):
@@ -107,7 +107,7 @@ def write_peft(directory, base_name, config, pairs, tokens):
     """A PEFT LoRA directory with its model card, from {module name: (lora_A (r, d_in), lora_B (d_out, r))} with s in
     lora_B, of a context of that many tokens. PEFT multiplies by lora_alpha / r: lora_alpha = s r where that is whole
     (vLLM types it so), else s stays in lora_B and lora_alpha = r."""
-    r = config.adapter_rank
+    r, base_name = config.adapter_rank, DEFAULT_BASE_HUB_ID if base_name == DEFAULT_BASE else base_name
     alpha = config.scale * r
     factor, alpha = (config.scale, int(alpha)) if alpha == int(alpha) > 0 else (1.0, r)
     tensors = {}

@@ -15,6 +15,8 @@ from conftest import ROOT, make_base, make_model
 from generator import GeneratorConfig, InputError, Memory
 from model import AdaptedLM, load_base
 from processes import finish, start
+from support.bases import DEFAULT_BASE, DEFAULT_BASE_HUB_ID
+from support.formats import checkpoint_base
 
 SHORT = dict(sliding_window=8, layer_types=["sliding_attention", "full_attention", "sliding_attention"])
 # name: kind and what differs from conftest's shape; between them q/k/v biases, q/k norms, tied and untied embeddings,
@@ -258,6 +260,10 @@ def test_exported_adapter_in_peft(tmp_path, scale, alpha):
     loaded = peft.PeftModel.from_pretrained(make_base(), tmp_path).eval()
     torch.testing.assert_close(loaded(query).logits, model(query, memory=memory), atol=1e-4, rtol=1e-4)
     assert (model(query, memory=memory) - model(query)).abs().max() > 1e-2
+    model.base.name_or_path = DEFAULT_BASE                  # not the hub's weights, but PEFT and vLLM have no others
+    model.export_peft(memory, tmp_path / "default"), model.save_pretrained(tmp_path / "generator")
+    exported = json.load(open(tmp_path / "default" / "adapter_config.json"))["base_model_name_or_path"]
+    assert (exported, checkpoint_base(tmp_path / "generator")) == (DEFAULT_BASE_HUB_ID, DEFAULT_BASE)
 
 
 def test_blocks(tmp_path):
