@@ -68,7 +68,7 @@ def answer(model, tokenizer, prompts, memory=None, prefix=(), cache=None, new_to
         cache = copies(cache, len(ids))
     device, ends = model.base.device, model.base.generation_config.eos_token_id
     out = model.generate(ids.to(device), memory, attention_mask=mask.to(device), past_key_values=cache,
-                         max_new_tokens=new_tokens, do_sample=False)
+                         max_new_tokens=new_tokens, do_sample=False, repetition_penalty=1.0)  # Qwen2.5's own: above 1
     new, ends = out[:, ids.shape[1]:].tolist(), ends if isinstance(ends, list) else [ends]
     counts = [next((i + 1 for i, t in enumerate(row) if t in ends), len(row)) for row in new]
     return [text.split("\n")[0].strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)], counts

@@ -45,7 +45,8 @@ def tokenize(tokenizer, texts):
 def apply_template(tokenizer, messages, **options):
     """Token ids of messages in the base's chat template. Control tokens in their content are plain text."""
     messages = [{**m, "content": break_up(tokenizer, m["content"])} for m in messages]
-    return token_ids(tokenizer, [tokenizer.apply_chat_template(messages, tokenize=False, **options)])[0]
+    options = {"tokenize": False, "enable_thinking": False, **options}         # Qwen3: the reply is the answer, at once
+    return token_ids(tokenizer, [tokenizer.apply_chat_template(messages, **options)])[0]
 
 
 def document_marks(tokenizer):

@@ -322,6 +322,12 @@ def test_conversation_labels(tokenizer):
     ids, labels = conversation(tokenizer, [("Who?", "Ana."), ("b", "c")], limit=100)
     assert tokenizer.decode(ids) == "<s>user: Who?</s>\n<s>assistant: ~Ana.</s>\n"
     assert tokenizer.decode([t for t in labels if t != -100]) == "~Ana.</s>"
+    # Qwen3's template asks for thinking unless it is told not to: the prompt then ends with the empty thought
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "<s>assistant: {%", "<s>assistant: {% if enable_thinking is false %}~{% endif %}{%")
+    ids, labels = conversation(tokenizer, [("Who?", "Ana.")], limit=100)
+    assert tokenizer.decode(user_turn(tokenizer, "Who?")) == "<s>user: Who?</s>\n<s>assistant: ~"
+    assert tokenizer.decode([t for t in labels if t != -100]) == "Ana.</s>"
     tokenizer.chat_template = None
     ids, labels = conversation(tokenizer, [("Who? ", "Ana"), ("b", "c")], limit=100)
     assert tokenizer.decode(ids) == "<s>Who? Ana</s>"
