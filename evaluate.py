@@ -208,9 +208,9 @@ def read_contexts(run, method, contexts, items):
 
 
 def msc(run, rows):
-    """Table 1. The adapter, its control and closed-book see the identical prompt, the bare question; only
-    full-conversation reads the text. --evidence: the same questions at four lengths, from the turn with the gold alone
-    to the whole conversation."""
+    """Table 1. Adapter, control and closed-book see one prompt, the bare question; full-conversation alone reads the
+    text. --evidence: questions whose gold a turn says, at four lengths, from that turn to the whole conversation."""
+    rows = [row for row in rows if row.get("spans", True)]
     args, keys = run.args, [set(row["sessions"]) for row in rows]
     others, labels = controls_of(run, keys, args.limit), context_clusters(keys)
     items = [{"number": i, "id": row["id"], "cluster": labels[i], "question": row["question"], "golds": [row["answer"]]}

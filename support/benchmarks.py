@@ -71,10 +71,9 @@ def load_data(args, note):
     args.data = args.data or HUB_IDS[args.task]
     if args.task == "msc" and args.evidence:
         rows = load_msc(args.data, evidence=True)
-        found = [row for row in rows if row["spans"]]
-        note(f"--evidence: {len(rows) - len(found)} of {len(rows)} conversations have no turn with the answer word for "
-             "word and are left out")
-        return found
+        note(f"--evidence: {sum(not row['spans'] for row in rows)} of {len(rows)} conversations have no turn with the "
+             "answer word for word and are left out")
+        return rows
     if args.task == "msc":
         return load_msc(args.data)
     if args.task == "ppl":
