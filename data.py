@@ -15,6 +15,7 @@ import hashlib
 import itertools
 import json
 import os
+import platform
 from random import Random
 from typing import Callable, NamedTuple
 
@@ -304,19 +305,21 @@ def pack(sources, tokenizer, path, max_tokens=None):
     dtype = np.uint16 if len(tokenizer) <= 65_536 else np.uint32
     counts = [count_rows(source) for source in sources]
     total, unit = (max_tokens, "token") if max_tokens else (None if None in counts else sum(counts), "doc")
-    tokens = documents = 0
+    tokens, documents, empty = 0, 0, True
     texts = (field(row, "text", str, where) for source in sources for where, row in read_rows(source))
-    part = f"{path}.{os.getpid()}.part"
+    part = f"{path}.{platform.node()}.{os.getpid()}.part"      # machines may share the directory
     try:
         with open(part, "wb") as file, tqdm(total=total, unit=unit, unit_scale=True, desc="packing") as bar:
             while tokens != max_tokens and (some := list(itertools.islice(texts, 512))):
-                flat = [t for ids in tokenize(tokenizer, some) for t in (*before, *ids, *after)]
+                encoded = tokenize(tokenizer, some)
+                empty = empty and not any(encoded)
+                flat = [t for ids in encoded for t in (*before, *ids, *after)]
                 flat = flat[:max_tokens - tokens] if max_tokens else flat
                 np.asarray(flat, dtype=dtype).tofile(file)
                 tokens, documents = tokens + len(flat), documents + len(some)
                 bar.update(len(flat) if max_tokens else len(some))
                 bar.set_postfix(tokens=f"{tokens / 1e6:.1f}M")
-        if tokens <= documents * (len(before) + len(after)):
+        if empty:
             raise InputError(f"{', '.join(sources)}: no text to pack")
         with open(path + ".json", "w") as file:
             json.dump({"dtype": np.dtype(dtype).name, "tokens": tokens, "documents": documents, "sources": sources,

@@ -55,6 +55,10 @@ def test_pack_every_kind_of_file(tmp_path, tokenizer):
     one = [257, *text_ids(tokenizer, TEXTS[1]), 258]
     assert load_tokens(str(tmp_path / "t.bin"), tokenizer).tolist() == (one + want)[:100]
     assert not list(tmp_path.glob("*.part"))
+    (tmp_path / "many.jsonl").write_text('{"text": ""}\n{"text": "ab"}\n' * 300)       # read 512 at a time
+    pack([str(tmp_path / "many.jsonl")], tokenizer, str(tmp_path / "t.bin"), max_tokens=7)
+    want = [257, 258, 257, *text_ids(tokenizer, "ab"), 258, 257]
+    assert load_tokens(str(tmp_path / "t.bin"), tokenizer).tolist() == want
 
 
 def text_ids(tokenizer, text):
