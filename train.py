@@ -29,8 +29,8 @@ from data import instruction_batches, pretraining_batches, sequences, trim
 from generator import NORMS, GeneratorConfig
 from model import DEFAULT_BASE, AdaptedLM, load_base, locate_base
 from support.aligned import aligned_start
-from support.checkpoints import (check_same_flags, checkpoints, load_checkpoint, save_checkpoint, share, share_state,
-                                 trim_log)
+from support.checkpoints import (check_same_flags, check_stage_flags, checkpoints, load_checkpoint, save_checkpoint,
+                                 share, share_state, trim_log)
 from support.files import InputError, is_file_source, make_directory, read_json, run_command
 from support.finetune import finetune
 from support.instructions import TABLE_3
@@ -304,9 +304,8 @@ def arguments(argv=None):
     add("--epochs", type=int, help="instruct: passes over the data instead of --steps (default 2); finetune: at most "
         "this many over the questions (default 10)")
     add("--patience", type=int, default=3, help="finetune: stop after this many epochs in a row without a better loss")
-    add("--lr", type=float)
     add("--warmup", type=int, help="steps of linear warm-up; then linear decay to 0")
-    add("--beta2", type=float, help="of AdamW")
+    add("--lr", type=float), add("--beta2", type=float, help="of AdamW")
     add("--weight-decay", type=float, default=0.01)
     add("--clip", type=float, default=1.0, help="largest gradient norm; each of n layers is clipped to clip / sqrt(n)")
     add("--objective", choices=["both", "reconstruction", "completion"], default="both", help="eq. 5, or Table 2's "
@@ -363,8 +362,8 @@ def recipe(args, base):
     for name, value in {**defaults, "norm": "svd", "damping": 1e-2}.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    least = {"chunk": 2, "seed": 0, "warmup": 0, "weight_decay": 0, **dict.fromkeys((
-        "chunks", "batch", "micro_batch", "eval_every", "eval_sequences", "save_every", "keep", "steps", "epochs"), 1)}
+    least = {"chunk": 2, "eval_sequences": 2, "seed": 0, "warmup": 0, "weight_decay": 0, **dict.fromkeys((
+        "chunks", "batch", "micro_batch", "eval_every", "save_every", "keep", "steps", "epochs"), 1)}
     for name, low in least.items():                     # the first token of a segment is never a target
         if getattr(args, name) is not None and not getattr(args, name) >= low:
             raise InputError(f"--{name.replace('_', '-')} must be at least {low}")
@@ -391,6 +390,7 @@ def adapted_model(args, base):
 
 def main():
     args = arguments()
+    check_stage_flags(args)
     if not torch.cuda.is_available() or args.device == "cpu":
         keep_freed_memory()
     (finetune if args.stage == "finetune" else train)(args)

@@ -36,6 +36,17 @@ def checkpoints(out):
     return sorted(map(str, Path(out).glob("step-*")), key=lambda path: (len(path), path))      # step-1000000 is last
 
 
+def check_stage_flags(args):
+    """A flag that belongs to other stages is refused, not ignored."""
+    pretrain, instruct, tune = "pretrain", "instruct", "finetune"
+    stages = {"windows": [pretrain], "max_tokens": [pretrain], "checkpoint": [pretrain, instruct], "steps": [pretrain,
+              instruct], "resume": [pretrain, instruct], "max_minutes": [pretrain, instruct], "weights": [instruct],
+              "excerpts": [instruct], "epochs": [instruct, tune], "documents": [tune]}
+    for name, own in stages.items():
+        if args.stage not in own and getattr(args, name) is not None and getattr(args, name) is not False:
+            raise InputError(f"--{name.replace('_', '-')} belongs to --stage {' and '.join(own)}, not to {args.stage}")
+
+
 def check_same_flags(args, earlier):
     """A run is resumed with the flags it was started with, but for those that change no result but rounding."""
     free = "out resume micro_batch device checkpointing eval_every save_every keep max_minutes".split()

@@ -1,5 +1,5 @@
 """Costs from shapes, for Table 1 and Fig. 3: 2 FLOPs a weight and token, and attention over the keys before it.
-evaluate.py and tests/benchmark.py need it."""
+evaluate.py, fine-tuning and tests/benchmark.py need it."""
 
 import time
 

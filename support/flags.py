@@ -87,6 +87,8 @@ def check(args):
              "--evidence belongs to --task msc, --groups to squad and streamingqa"),
             (not all(name and file and name not in known for name, file in rows) or len(dict(rows)) < len(rows)
              or rows and task == "ppl", "--rows takes NAME=FILE.jsonl, a new name each, in every task but ppl"),
+            (task == "ppl" and 1 in (args.context_lengths or []),
+             "--context-lengths of --task ppl must be at least 2: the first token is no target"),
             (task == "ppl" and not args.data, "--task ppl needs long documents: --data (.parquet, .jsonl or a hub id); "
              "the paper's cerebras/SlimPajama-627B cannot be read from the hub any more"),
             (task == "streamingqa" and not args.data,

@@ -274,6 +274,12 @@ def test_refusals(tmp_path, base_directory, text_file, monkeypatch):
         assert not (tmp_path / "x").exists()
     with pytest.raises(InputError, match="--data is missing: name text files"):         # no data set is the default
         train.train(train.arguments(["--base", base_directory, "--out", str(tmp_path / "x")]))
+    for flags, words in ((["--epochs", "3"], "--epochs belongs to --stage instruct and finetune, not to pretrain"),
+                         (["--stage", "instruct", "--max-tokens", "9"], "--max-tokens"), (["--excerpts", "0"], "--exc"),
+                         (["--stage", "finetune", "--resume"], "--resume")):
+        monkeypatch.setattr("sys.argv", ["train.py", "--out", str(tmp_path / "x"), *flags])
+        with pytest.raises(InputError, match=words):
+            train.main()
 
 
 def test_exit_code(tmp_path, base_directory):
