@@ -69,13 +69,12 @@ def load_data(args, note):
         note(f"the hub is out of reach: this is the built-in sample of {len(load_msc())} conversations, NOT the "
              f"paper's benchmark ({HUB_IDS['msc']})")
     args.data = args.data or HUB_IDS[args.task]
-    if args.task == "msc" and args.evidence:
-        rows = load_msc(args.data, evidence=True)
-        note(f"--evidence: {sum(not row['spans'] for row in rows)} of {len(rows)} conversations have no turn with the "
-             "answer word for word and are left out")
-        return rows
     if args.task == "msc":
-        return load_msc(args.data)
+        rows = load_msc(args.data, args.evidence)
+        if args.evidence:
+            note(f"--evidence: {sum(not row['spans'] for row in rows)} of {len(rows)} conversations have no turn with "
+                 "the answer word for word and are left out")
+        return rows
     if args.task == "ppl":
         texts = read_rows(args.data, split="validation")
         return itertools.chain([next(texts)], texts)
