@@ -334,8 +334,10 @@ def load_base(name=DEFAULT_BASE, dtype=None, device=None):
     path, options = locate_base(name)
     tokenizer = tokenizer_at(name, path, **options)
     model = model_at(name, path, device, dtype or default_dtype(device), **options)
-    if name == DEFAULT_BASE or os.path.isfile(name):                   # not where the .gguf file was converted to
-        model.name_or_path = name if name == DEFAULT_BASE else os.path.abspath(name)
+    if name == DEFAULT_BASE:                                           # a .gguf file, not where it was converted to
+        model.name_or_path = name
+    elif os.path.isfile(name):
+        model.name_or_path = os.path.abspath(name)
     if isinstance(model.config.eos_token_id, int):                     # a GGUF tokenizer's differs between versions
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(model.config.eos_token_id)
     model.generation_config.pad_token_id = tokenizer.pad_token_id
