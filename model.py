@@ -65,9 +65,9 @@ class AdaptedLM(nn.Module):
 
     def _block(self, l, block_forward, H, *args, **kwargs):
         """Block l of the base. Its input H, the residual stream, is what the block's generators read."""
-        if self._adapters is None or not self.block_targets[l]:
+        if self._adapters is None:
             return block_forward(H, *args, **kwargs)
-        pairs = self._adapters(l, H)
+        pairs = self._adapters(l, H) if self.block_targets[l] else {}
 
         def run(H):
             with self._lock:                                            # recomputation may meet another thread's pass

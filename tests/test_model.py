@@ -179,6 +179,19 @@ def test_losses_equal_plain_cross_entropy_and_checkpointing_changes_nothing():
     assert all(p.grad is None for p in model.base.parameters())
 
 
+def test_blocks_behind_the_last_adapter_are_recomputed_too():
+    """Each of the first n blocks is computed once more in the backward pass, with an adapter or without."""
+    model, computed = make_model(blocks=[0, 0]), []
+    for l, block in enumerate(model.blocks):
+        block.mlp.register_forward_pre_hook(lambda *_, l=l: computed.append(l))
+    for checkpointing, again in ((0, []), (2, [1, 0]), (3, [2, 1, 0])):
+        model.checkpointing = checkpointing
+        nats, _ = model.segment_losses(tokens(1, 2, 9), None, [1, 1])
+        computed.clear()
+        nats.sum().backward()
+        assert computed == again
+
+
 @torch.no_grad()
 def test_generate_equals_greedy_by_hand():
     """KV cache, left padding and beams against argmax over full forward passes."""
