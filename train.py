@@ -119,7 +119,8 @@ def train(args):
         if resumed:
             load_checkpoint(newest[0], model, optimizer)
         elif args.start == "aligned" and args.checkpoint is None:
-            aligned_start(model, sequences(batches.text, 128, 0, 96, args.seed).split(16))
+            length = min(128, (len(batches.text) + 1) // 2)                 # of a text that has two sequences of them
+            aligned_start(model, sequences(batches.text, length, 0, 96, args.seed).split(16))
         _, validated = (trim_log(os.path.join(args.out, name), step if resumed else None)
                         for name in ("log.jsonl", "validation.jsonl"))
         print(f"generator of {sum(p.numel() for p in parameters) / 1e6:.1f} M parameters on {args.base}, {args.dtype}, "
@@ -320,8 +321,7 @@ def arguments(argv=None):
     add("--device", help="default: CUDA where there is one")
     add("--checkpointing", nargs="?", type=int, const=10_000, default=0, metavar="N", help="recompute the activations "
         "of the first N blocks (without a number: of all) in the backward pass; as few as memory allows")
-    add("--eval-every", type=int, default=200)
-    add("--eval-sequences", type=int, default=50)
+    add("--eval-every", type=int, default=200), add("--eval-sequences", type=int, default=50)
     add("--save-every", type=int, default=200)
     add("--keep", type=int, default=2, help="checkpoints kept")
     add("--max-minutes", type=float, help="stop with a checkpoint after this long")

@@ -282,6 +282,14 @@ def test_refusals(tmp_path, base_directory, text_file, monkeypatch):
             train.main()
 
 
+def test_a_text_of_two_sequences_is_enough_for_the_default_start(tmp_path, base_directory, text_file, monkeypatch):
+    """63 tokens are the fewest for 2 chunks of 16, and far below what the aligned start reads of a longer text."""
+    monkeypatch.setattr("data.CACHE", str(tmp_path / "cache"))
+    (tmp_path / "short.txt").write_text("Ana keeps nine bees; Bo walks to Oslo; Cy sings by the river.")   # + BOS, EOS
+    main(base_directory, str(tmp_path / "short.txt"), tmp_path / "x", "--validation", text_file, "--steps", "1")
+    assert json.loads((tmp_path / "x/log.jsonl").read_text())["tokens"] == 4 * 32
+
+
 def test_exit_code(tmp_path, base_directory):
     process = start(command(base_directory, "missing.jsonl", tmp_path / "x"), tmp_path / "printed")
     assert finish(process) == [2]
