@@ -309,7 +309,7 @@ def arguments(argv=None):
     add("--lr", type=float), add("--beta2", type=float, help="of AdamW")
     add("--weight-decay", type=float, default=0.01)
     add("--clip", type=float, default=1.0, help="largest gradient norm; each of n layers is clipped to clip / sqrt(n)")
-    add("--objective", choices=["both", "reconstruction", "completion"], default="both", help="eq. 5, or Table 2's "
+    add("--objective", choices=["both", "reconstruction", "completion"], help="pretrain: eq. 5 (default) or Table 2's "
         "ablations; one chunk has no completion")
     add("--windows", action="store_true", help="reconstruct random windows of the prefix, as the released code does")
     for flag, kind in (("--d-r", int), ("--rank", int), ("--scale", float), ("--damping", float)):
@@ -359,7 +359,7 @@ def recipe(args, base):
                     "batch": 32, "micro_batch": 32, "warmup": 15, "beta2": 0.98}
         defaults |= {"lr": 6e-3, "steps": 100} if not instruct else {
             "lr": 1e-3, "chunk": 1024, "batch": 8, "micro_batch": 4}
-    for name, value in {**defaults, "norm": "svd", "damping": 1e-2}.items():
+    for name, value in {**defaults, "norm": "svd", "damping": 1e-2, "objective": "both"}.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     least = {"chunk": 2, "eval_sequences": 2, "seed": 0, "warmup": 0, "weight_decay": 0, **dict.fromkeys((
@@ -367,7 +367,7 @@ def recipe(args, base):
     for name, low in least.items():                     # the first token of a segment is never a target
         if getattr(args, name) is not None and not getattr(args, name) >= low:
             raise InputError(f"--{name.replace('_', '-')} must be at least {low}")
-    if not instruct and args.objective == "completion" and args.chunks < 2:
+    if args.objective == "completion" and args.chunks < 2:
         raise InputError("--objective completion needs --chunks of at least 2: the first chunk has no adapter")
     if not min(args.lr, args.clip) > 0 or not 0 <= args.beta2 < 1 or not 0 <= (args.excerpts or 0) <= 1:
         raise InputError("--lr and --clip must be positive, --beta2 from 0 to below 1, --excerpts is a probability")

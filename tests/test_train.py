@@ -276,7 +276,9 @@ def test_refusals(tmp_path, base_directory, text_file, monkeypatch):
         train.train(train.arguments(["--base", base_directory, "--out", str(tmp_path / "x")]))
     for flags, words in ((["--epochs", "3"], "--epochs belongs to --stage instruct and finetune, not to pretrain"),
                          (["--stage", "instruct", "--max-tokens", "9"], "--max-tokens"), (["--excerpts", "0"], "--exc"),
-                         (["--stage", "finetune", "--resume"], "--resume")):
+                         (["--stage", "finetune", "--resume"], "--resume"),
+                         (["--stage", "finetune", "--d-r", "64"], "--d-r belongs to --stage pretrain and instruct"),
+                         (["--stage", "instruct", "--objective", "both"], "--objective belongs to --stage pretrain")):
         monkeypatch.setattr("sys.argv", ["train.py", "--out", str(tmp_path / "x"), *flags])
         with pytest.raises(InputError, match=words):
             train.main()
