@@ -251,8 +251,8 @@ def instruction_batches(tokenizer, sources, validation, *, chunk, chunks, batch_
     everything, tasks = load_instructions(sources)
 
     def short_enough(documents):                        # the end of a longer one is truncated, and some answers with it
-        encoded = tokenize(tokenizer, [context for _, context, _ in documents])
-        return [document for document, ids in zip(documents, encoded) if len(ids) <= limit]
+        encoded, bos = tokenize(tokenizer, [context for _, context, _ in documents]), document_marks(tokenizer)[0]
+        return [document for document, ids in zip(documents, encoded) if len(bos + ids) <= limit]
 
     documents = short_enough(everything)
     dropped = len(everything) - len(documents)

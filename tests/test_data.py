@@ -354,6 +354,16 @@ def test_context_lengths_are_log_uniform(tmp_path, tokenizer):
     assert min(whole) == 60 and min(cut) < 50 and sum(n < 50 for n in cut) > 40
 
 
+def test_a_document_of_all_chunks_leaves_room_for_bos(tmp_path, tokenizer):
+    """With its BOS a document of 64 bytes, here tokens, is longer than 64 tokens, and one of 63 is not cut."""
+    rows = [{"context": str(n) * (64 if n < 4 else 63), "qas": [{"question": "q", "answers": ["a"]}]} for n in range(9)]
+    (tmp_path / "qa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    batches = instruction_batches(tokenizer, [str(tmp_path / "qa.jsonl")], None, chunk=32, chunks=2, batch_size=9,
+                                  seed=0, eval_sequences=2)
+    assert batches.about.startswith("3 documents (4 longer than 64 tokens left out)")
+    assert sum(batches.training(0).mask[0, :2].flatten().tolist()) == 64
+
+
 def test_weights_of_sources(tmp_path):
     rows = [{"dataset": name, "context": f"{name} {k}", "qas": [{"question": "q", "answers": ["a"]}]} for name,
             n in (("x", 3), ("y", 2), ("z", 4)) for k in range(n)]
