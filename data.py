@@ -115,8 +115,8 @@ def conversation(tokenizer, pairs, limit):
     -100 but for the answers and the token that ends each. The first question stands there exactly as user_turn shows it
     at test time. If no pair fits, the last is truncated. A base without a template gets one question."""
     messages, ids, labels = [], [], []
-    ends = {tokenizer.eos_token_id, *document_marks(tokenizer)[1]}
-    for question, answer in pairs:
+    ends = {tokenizer.eos_token_id, *(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)}
+    for k, (question, answer) in enumerate(pairs, 1):
         turn = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         if tokenizer.chat_template is None:
             prompt = user_turn(tokenizer, question)
@@ -126,7 +126,7 @@ def conversation(tokenizer, pairs, limit):
             full = apply_template(tokenizer, messages + turn)
         if full[:len(ids)] != ids:             # the template writes earlier turns differently: keep what stands
             break
-        if len(full) > limit and (ids or (question, answer) != pairs[-1]):
+        if len(full) > limit and (ids or k < len(pairs)):
             continue
         stop = next((i + 1 for i in range(len(prompt), len(full)) if full[i] in ends), len(full))
         labels += [-100] * (len(prompt) - len(labels)) + full[len(prompt):stop] + [-100] * (len(full) - stop)

@@ -332,6 +332,8 @@ def test_conversation_labels(tokenizer):
     assert all(t in (-100, i) for t, i in zip(labels, ids))
     prompt = user_turn(tokenizer, "Who?")
     assert ids[:len(prompt)] == prompt and len(conversation(tokenizer, [("x" * 200, "y")], limit=100)[0]) == 100
+    repeated = [("x" * 200, "y"), ("b", "c"), ("x" * 200, "y")]             # too long first and last: the other is kept
+    assert conversation(tokenizer, repeated, limit=100) == conversation(tokenizer, repeated[1:2], limit=100)
     # a template that writes the last turn in its own way (Qwen3's thinking): one question, its labels in place
     tokenizer.chat_template = CHATML.replace(
         "{{ m['content'] }}", "{% if loop.last and m['role'] == 'assistant' %}~{% endif %}{{ m['content'] }}")
@@ -344,6 +346,10 @@ def test_conversation_labels(tokenizer):
     ids, labels = conversation(tokenizer, [("Who?", "Ana.")], limit=100)
     assert tokenizer.decode(user_turn(tokenizer, "Who?")) == "<s>user: Who?</s>\n<s>assistant: ~"
     assert tokenizer.decode([t for t in labels if t != -100]) == "Ana.</s>"
+    # Gemma's turns do not end with eos
+    tokenizer.chat_template = CHATML.replace("</s>", "<unused>")
+    ids, labels = conversation(tokenizer, [("Who?", "Ana."), ("b", "c")], limit=100)
+    assert tokenizer.decode([t for t in labels if t != -100]) == "Ana.<unused>c<unused>"
     tokenizer.chat_template = None
     ids, labels = conversation(tokenizer, [("Who? ", "Ana"), ("b", "c")], limit=100)
     assert tokenizer.decode(ids) == "<s>Who? Ana</s>"
