@@ -7,6 +7,7 @@ from support.bases import DEFAULT_BASE
 from support.benchmarks import METAICL_SEEDS
 from support.files import InputError
 
+SHOTS = [1, 2, 4, 8, 16]
 QA = ["closed-book", "in-context", "adapter", "adapter-shuffled"]
 METHODS = {"msc": ["closed-book", "full-conversation", "adapter", "adapter-shuffled"], "squad": QA, "streamingqa": QA,
            "ppl": QA, "metaicl": ["zero-shot", "few-shot", "fine-tuned", "adapter", "adapter-shuffled"]}
@@ -28,7 +29,7 @@ def arguments(argv=None, doc=None):
     add("--evidence", action="store_true", help="msc: contexts cut round the turn that holds the gold")
     add("--context-lengths", type=int, nargs="+", help="tokens; squad, streamingqa: default 512 to 32768; ppl: 1024")
     add("--groups", type=int, help="squad, streamingqa: the first N groups of a length (the authors: a tenth)")
-    add("--shots", type=int, nargs="+", default=[1, 2, 4, 8, 16], help="metaicl: demonstrations")
+    add("--shots", type=int, nargs="+", default=SHOTS, help="metaicl: demonstrations")
     add("--demo-seeds", type=int, nargs="+", choices=METAICL_SEEDS, default=METAICL_SEEDS, help="metaicl: their files")
     add("--limit", type=int, help="conversations, documents (ppl: default 100) or, metaicl, test items a task")
     add("--seed", type=int, default=0, help="of the control and of the demonstrations drawn")
@@ -56,24 +57,28 @@ def check(args):
     args.method = list(dict.fromkeys(args.method or METHODS.get(task, [])))
     known = METHODS.get(task, []) + MORE_METHODS.get(task, [])
     unknown = [method for method in args.method if method not in known]
+    taken = {method for methods in (*METHODS.values(), *MORE_METHODS.values()) for method in methods}
     rows = [row.partition("=")[::2] for row in args.rows]
     outputs = {f"--{flag} {path}": path for flag in ("output", "predictions", "plot", "memory")
                if (path := getattr(args, flag))}
     unwritable = [name for name, path in outputs.items()
-                  if os.path.isdir(path) or not os.path.isdir(os.path.dirname(path) or ".")]
+                  if os.path.isdir(path) or not os.path.isdir(folder := os.path.dirname(path) or ".")
+                  or not os.access(folder, os.W_OK)]
     inputs = dict.fromkeys([args.data, *args.context, *(args.merge or []), *(file for _, file in rows)])
     files = [os.path.realpath(path) for path in (*outputs.values(), *inputs) if path]
     counts = [args.batch_size, args.controls, args.limit, args.groups, *(args.context_lengths or []), *args.shots]
     for wrong, words in (
+            (args.merge and (args.base or args.data or args.method or checkpoints or args.limit or args.context_lengths
+                             or args.context or rows or args.predictions),
+             "--merge takes tables that are ready, --output and --plot, and no other flag"),
             (not asks and (args.context or args.question or args.memory or args.export or args.compare),
              f"--context, --question, --memory, --export and --compare belong to --task ask, not to --task {task}"),
             (asks and (args.data or args.method or args.limit or args.output or args.predictions or args.plot or rows
                        or len(checkpoints) > 1), "--task ask takes one --checkpoint, and no --data, --method, --limit, "
              "--output, --predictions, --plot or --rows"),
-            (args.merge and (args.data or args.method or rows or args.predictions),
-             "--merge takes tables that are ready, --output and --plot, and no other flag"),
             (unknown, f"--method {' '.join(unknown)} is unknown for --task {task}: choose from {', '.join(known)}"),
-            (unwritable, f"{' '.join(unwritable)} cannot be written: name a file in a directory that exists"),
+            (unwritable, f"{' '.join(unwritable)} cannot be written: name a file in a directory that exists and can be "
+             "written"),
             (len(set(files)) < len(files), "--data, --context, --memory, --output, --predictions, --plot, --rows and "
              "--merge must be different files"),
             (args.plot and not args.plot.endswith((".png", ".svg", ".pdf")), "--plot must be a .png, .svg or .pdf"),
@@ -85,8 +90,14 @@ def check(args):
             (len(checkpoints) > 1 and task != "ppl", "--checkpoint is given more than once: only ppl compares them"),
             (args.evidence and task != "msc" or args.groups and task not in ("squad", "streamingqa"),
              "--evidence belongs to --task msc, --groups to squad and streamingqa"),
-            (not all(name and file and name not in known for name, file in rows) or len(dict(rows)) < len(rows)
-             or rows and task == "ppl", "--rows takes NAME=FILE.jsonl, a new name each, in every task but ppl"),
+            (args.context_lengths and task not in ("squad", "streamingqa", "ppl"),
+             "--context-lengths belongs to --task squad, streamingqa and ppl"),
+            (task != "metaicl" and (args.shots != SHOTS or args.demo_seeds != METAICL_SEEDS),
+             "--shots and --demo-seeds belong to --task metaicl"),
+            (task == "ppl" and args.limit == 1, "--limit of --task ppl must be at least 2: the control is another "
+             "document"),
+            (not all(name and file and name not in taken for name, file in rows) or len(dict(rows)) < len(rows)
+             or rows and task == "ppl", "--rows takes NAME=FILE.jsonl, each with a new name, in every task but ppl"),
             (task == "ppl" and 1 in (args.context_lengths or []),
              "--context-lengths of --task ppl must be at least 2: the first token is no target"),
             (task == "ppl" and not args.data, "--task ppl needs long documents: --data (.parquet, .jsonl or a hub id); "

@@ -1117,6 +1117,11 @@ def test_ask_refusals(tmp_path, base_directory):
     (["--task", "msc", "--limit", "0"], "--limit"),
     (["--task", "msc", "--data", "x.jsonl", "--predictions", "./x.jsonl"], "different files"),
     (["--task", "ppl"], "SlimPajama-627B.*cannot be read"),
+    (["--task", "msc", "--context-lengths", "512"], "--context-lengths belongs to"),
+    (["--task", "squad", "--shots", "4"], "belong to --task metaicl"),
+    (["--task", "ppl", "--data", "x.jsonl", "--limit", "1"], "--limit of --task ppl must be at least 2"),
+    (["--task", "squad", "--rows", "fine-tuned=x.jsonl"], "--rows takes NAME=FILE"),
+    (["--merge", "x.json"], "--merge takes tables"),                                        # and --base is given
     (["--task", "msc", "--data", "no/hub-id"], "no/hub-id.*cannot be read")])
 def test_refusals(base_directory, flags, words, monkeypatch):
     monkeypatch.chdir(ROOT)
