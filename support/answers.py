@@ -135,7 +135,8 @@ def predict(run, read_contexts, method, groups, **where):
             for p, data in zip(base.parameters(), weights):                  # fine-tuned has changed them
                 p.data = data
     if lost := sum(record.get("lost", 0) > 0 for record in records):
-        run.note(f"{name}: {lost} of {len(records)} prompts do not fit the base's window and lose the beginning of "
+        row = " ".join([method, *(f"{key} {value}" for key, value in where.items())])
+        run.note(f"{row}: {lost} of {len(records)} prompts do not fit the base's window and lose the beginning of "
                  "their context")
     return records
 

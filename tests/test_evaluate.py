@@ -672,7 +672,8 @@ def test_long_groups_are_cut_from_the_left_and_say_so(tmp_path, base_directory):
     first, predictions = run(tmp_path, base_directory, "squad", *flags)
     # from the file: the note is the same
     again, _ = run(tmp_path, base_directory, "squad", *flags)
-    assert "2 of 2 prompts do not fit the base's window" in first["note"] and timeless(again) == timeless(first)
+    assert "in-context parts 1: 2 of 2 prompts do not fit the base's window" in first["note"]
+    assert timeless(again) == timeless(first)
     assert all(p["lost"] > 0 for p in predictions)
 
 
