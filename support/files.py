@@ -142,7 +142,7 @@ def _rows(source, split):
                     yield where, json_object(line, where)
     elif source.endswith(".csv"):
         csv.field_size_limit(2**31 - 1)                      # the module's own limit is 131,072 characters
-        with open(source, encoding="utf-8", newline="") as file:
+        with open(source, encoding="utf-8-sig", newline="") as file:                # Excel writes a mark first
             for number, row in enumerate(csv.DictReader(file), 2):
                 yield f"{source} row {number}", row
     else:

@@ -566,7 +566,7 @@ def test_qa_loaders(tmp_path, squad_file):
     assert plain(documents) == SQUAD
     datasets.load_dataset("json", data_files=squad_file, split="train").to_parquet(tmp_path / "s.parquet")
     assert load_qa(str(tmp_path / "s.parquet"), "squad") == documents
-    with open(tmp_path / "s.csv", "w", encoding="utf-8", newline="") as file:
+    with open(tmp_path / "s.csv", "w", encoding="utf-8-sig", newline="") as file:                # as Excel writes it
         csv.writer(file).writerows([["text", "question", "answers"], *(
             [text, question, "\\".join(golds)] for text, questions in SQUAD for question, golds in questions)])
     assert plain(load_qa(str(tmp_path / "s.csv"), "streamingqa")) == SQUAD
