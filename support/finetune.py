@@ -56,8 +56,8 @@ def fit_base(base, train, validation, lr, batch_size, epochs, patience, seed, pa
             for nats in passes(order[at:at + batch_size]):
                 nats.backward()
             if not torch.nn.utils.clip_grad_norm_(base.parameters(), 1.0).isfinite():
-                raise InputError(f"fine-tuning: the gradient is not finite in epoch {epoch + 1}: lower --lr or use "
-                                 "--dtype float32")
+                raise InputError(f"fine-tuning: the gradient is not finite in epoch {epoch + 1} (train.py: lower "
+                                 "--lr or use --dtype float32; evaluate.py: leave fine-tuned out with --method)")
             optimizer.step()
             optimizer.zero_grad()
         history.append(score())
@@ -119,6 +119,8 @@ def finetune(args):
         raise InputError("--stage finetune runs in one process: start it without torchrun")
     if not (args.data or args.documents):
         raise InputError("--stage finetune needs --data (question-answer pairs), --documents, or both")
+    if args.validation and not args.data:
+        raise InputError("--validation is for questions: give --data too")
     if os.path.exists(args.out):
         raise InputError(f"--out {args.out} exists already: name a new directory for the fine-tuned base")
     for name, value in {"dtype": "float32", "lr": 1e-5, "batch": 64, "epochs": 10}.items():
@@ -132,7 +134,8 @@ def finetune(args):
         random.Random(args.seed).shuffle(pairs)
         held_out, pairs = pairs[:len(pairs) // 10], pairs[len(pairs) // 10:]
     if args.data and not (pairs and held_out):
-        raise InputError(f"--data {' '.join(args.data)}: too few contexts with questions to train and validate on "
+        name, files = ("validation", args.validation) if pairs and args.validation else ("data", args.data)
+        raise InputError(f"--{name} {' '.join(files)}: too few contexts with questions to train and validate on "
                          "(10 without --validation)")
     part = args.out.rstrip("/") + ".part"
     make_directory(part)                                # refused now rather than after hours
