@@ -32,6 +32,7 @@ from support.text import apply_template, context_ids, document_marks, tokenize, 
 
 TARGET_TOKENS = 128       # a conversation may be this long even where chunks are shorter
 SENTENCE_TOKENS = 16      # the shortest contexts of instruction tuning
+TEXT_SHARE = 3 / 8        # of the rows of an instruction batch: texts, where there are some
 
 
 class Batch(NamedTuple):
@@ -51,8 +52,7 @@ def doubled(tokens, C, pad, windows_seed=None):
 
     Chunk j is read under the adapter of the chunks before it (completion), then again under one that has seen it too
     (reconstruction): visible = 0, 1, .., C-1, 1, 2, .., C. The second half is a copy (the authors' README); with
-    windows_seed, segment C+j is instead a random window of the first (j+1) L tokens, right-padded, as in the released
-    code, which draws them once while these are drawn afresh from the seed.
+    windows_seed, segment C+j is a random window of the first (j+1) L tokens, right-padded (released code: drawn once).
     """
     B, L = len(tokens), tokens.shape[1] // C
     chunks = tokens.view(B, C, L)                                              # (B, C, L)
@@ -167,11 +167,13 @@ def task_context(tokenizer, definition, items, room, random):
 
 
 def instruction_example(tokenizer, documents, tasks, unit, chunk, chunks, random, excerpts=0.0):
-    """Example of a unit, the index of a document or the name of a task. The room for its context is log-uniform between
-    a sentence and chunks x chunk tokens: each doubling has an equal share (see document_context of longer documents).
-    Texts are joined by blank lines and raw, as in evaluation."""
+    """Example of a unit: index of a document, name of a task, or ids of a text to reconstruct (eq. 5). The room for its
+    context is log-uniform between a sentence and chunks x chunk tokens: each doubling has an equal share (see
+    document_context of longer documents). Texts are joined by blank lines and raw, as in evaluation."""
     limit = chunk * chunks
     room = int(np.exp(random.uniform(np.log(min(SENTENCE_TOKENS, limit)), np.log(limit + 1))))
+    if isinstance(unit, list):
+        return Example(unit[:room], unit[:room], unit[:room], frozenset())
     if isinstance(unit, str):
         texts, pairs = task_context(tokenizer, *tasks[unit][1:], room, random)
     else:
@@ -203,7 +205,7 @@ class Batches(NamedTuple):
     training: Callable         # step -> Batch
     validation: Batch          # fixed
     controls: list             # for each validation item, the item whose context is its control, or None
-    epoch: int                 # instruction tuning: units of an epoch
+    epoch: float               # instruction tuning: steps of an epoch
     about: str                 # what they hold, in words
     text: np.ndarray = None    # pretraining: the packed tokens
 
@@ -228,8 +230,7 @@ def pretraining_batches(tokenizer, sources, validation, *, chunk, chunks, batch_
     sequences(tokens, length, 0, 1, seed)               # too little text: say so before anything is computed or written
     count = min(eval_sequences, len(held_out) // length)
     if count < 2:
-        raise InputError(f"validation needs at least 2 sequences of {length} tokens, the text gives {count}: "
-                         "give more text or shorter --chunks")
+        raise InputError(f"validation needs 2 sequences of {length} tokens: give more text or shorter --chunks")
     starts = np.linspace(0, len(held_out) - length, count).astype(int)       # fixed, and spread over the text
     held_out = torch.from_numpy(np.stack([np.asarray(held_out[s:s + length], dtype=np.int64) for s in starts]))
 
@@ -243,19 +244,21 @@ def pretraining_batches(tokenizer, sources, validation, *, chunk, chunks, batch_
 
 
 def instruction_batches(tokenizer, sources, validation, *, chunk, chunks, batch_size, seed, eval_sequences,
-                        weights=(), excerpts=0.0):
+                        weights=(), excerpts=0.0, texts=None):
     """Batches of instruction data: contexts of up to chunks x chunk tokens, then a conversation about each. validation:
-    sources, or None to hold eval_sequences documents out of training; it asks about whole documents.
-    weights: see instruction_units. excerpts: see document_context."""
-    limit = chunk * chunks
+    sources, or None to hold eval_sequences documents out of training; it asks about whole documents. weights: see
+    instruction_units. excerpts: see document_context. texts: sources of texts of up to chunk tokens to reconstruct."""
+    limit, text_rows = chunk * chunks, round(TEXT_SHARE * batch_size) if texts else 0
+    rows, tokens = batch_size - text_rows, open_tokens(texts, tokenizer) if texts else None
+    if texts:
+        sequences(tokens, chunk, 0, 1, seed)            # too little text: said before anything is computed
     everything, tasks = load_instructions(sources)
 
     def short_enough(documents):                        # the end of a longer one is truncated, and some answers with it
         encoded, bos = tokenize(tokenizer, [context for _, context, _ in documents]), document_marks(tokenizer)[0]
         return [document for document, ids in zip(documents, encoded) if len(bos + ids) <= limit]
 
-    documents = short_enough(everything)
-    dropped = len(everything) - len(documents)
+    dropped = len(everything) - len(documents := short_enough(everything))
     Random(seed).shuffle(documents)
     held_out = short_enough(load_instructions(validation)[0]) if validation else documents[:eval_sequences]
     documents = documents if validation else documents[eval_sequences:]
@@ -268,22 +271,23 @@ def instruction_batches(tokenizer, sources, validation, *, chunk, chunks, batch_
 
     def training(step):
         examples = []
-        for i in range(step * batch_size, (step + 1) * batch_size):
+        for i in range(step * rows, (step + 1) * rows):
             epoch, k = divmod(i, len(units))
             examples.append(example(documents, units[epoch_order(len(units), 1, seed, epoch)[k]], excerpts, 1, i))
+        for i in range(step * text_rows, (step + 1) * text_rows):
+            examples.append(example(documents, sequences(tokens, chunk, i, 1, seed)[0].tolist(), 0.0, 3, i))
         return instruction_batch(examples, tokenizer.pad_token_id, chunk)
 
     items = [example(held_out, k, 0.0, 2, k) for k in range(min(eval_sequences, len(held_out)))]
     items = [e for e in items if any(label != -100 for label in e.labels[1:])]    # else the question fills the segment
     if len(items) < 2 or len(units) < 1:
-        raise InputError("instruction tuning needs at least 1 unit to train on and 2 documents to validate on, of at "
-                         f"most {limit} tokens: found {len(units)} and {len(items)}; give more data, longer --chunks, "
-                         "--validation documents, or a lower --eval-sequences, which are held out without them")
+        raise InputError(f"found {len(units)} units to train on and {len(items)} documents to validate on, of at most "
+                         f"{limit} tokens, need 1 and 2: give more data, longer --chunks or fewer --eval-sequences")
     controls = control_items([e.texts for e in items])
     about = f"{len(documents)} documents ({dropped} longer than {limit} tokens left out) and {len(tasks)} tasks"
     if None in controls:
         about += f", {controls.count(None)} of {len(items)} validation items without a control of other documents"
-    return Batches(training, instruction_batch(items, tokenizer.pad_token_id, chunk), controls, len(units), about)
+    return Batches(training, instruction_batch(items, tokenizer.pad_token_id, chunk), controls, len(units)/rows, about)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -313,8 +317,7 @@ def pack(sources, tokenizer, path, max_tokens=None):
             while tokens != max_tokens and (some := list(itertools.islice(texts, 512))):
                 encoded = tokenize(tokenizer, some)
                 empty = empty and not any(encoded)
-                flat = [t for ids in encoded for t in (*before, *ids, *after)]
-                flat = flat[:max_tokens - tokens] if max_tokens else flat
+                flat = [t for ids in encoded for t in (*before, *ids, *after)][:max_tokens and max_tokens - tokens]
                 np.asarray(flat, dtype=dtype).tofile(file)
                 tokens, documents = tokens + len(flat), documents + len(some)
                 bar.update(len(flat) if max_tokens else len(some))
@@ -332,9 +335,8 @@ def pack(sources, tokenizer, path, max_tokens=None):
 
 def load_tokens(path, tokenizer):
     """The token file as a read-only memory map (tokens,)."""
-    with bad_input(f"{path} is not a packed token file"):
-        with open(path + ".json") as file:
-            meta = json.load(file)
+    with bad_input(f"{path} is not a packed token file"), open(path + ".json") as file:
+        meta = json.load(file)
         if meta["dtype"] not in ("uint16", "uint32"):
             raise ValueError(f"dtype {meta['dtype']!r}")
         tokens = np.memmap(path, dtype=meta["dtype"], mode="r")
@@ -350,9 +352,8 @@ def open_tokens(sources, tokenizer, max_tokens=None):
         if max_tokens is not None:
             raise InputError(f"--max-tokens is for packing: {sources[0]} is packed already, so leave the flag out")
         return load_tokens(sources[0], tokenizer)
-    for source in sources:
-        if is_file_source(source) and not os.path.isfile(source):
-            raise InputError(f"{source}: no such file")
+    if missing := [source for source in sources if is_file_source(source) and not os.path.isfile(source)]:
+        raise InputError(f"{missing[0]}: no such file")
     files = [stamps(source)[0] if os.path.isfile(source) else source for source in sources]
     key = hashlib.sha256(json.dumps([files, tokenizer_facts(tokenizer), max_tokens]).encode()).hexdigest()[:16]
     path = os.path.join(CACHE, key + ".bin")
@@ -366,8 +367,7 @@ def open_tokens(sources, tokenizer, max_tokens=None):
 def epoch_order(n_tokens, length, seed, epoch):
     """Starts of one epoch's sequences, shuffled, from a fresh offset below length. With length 1, a permutation."""
     random = np.random.default_rng((seed, epoch))
-    offset = int(random.integers(length))
-    return offset + length * random.permutation((n_tokens - length + 1) // length)
+    return int(random.integers(length)) + length * random.permutation((n_tokens - length + 1) // length)
 
 
 def sequences(tokens, length, first, count, seed):
@@ -377,7 +377,7 @@ def sequences(tokens, length, first, count, seed):
     if per_epoch < 1:
         raise InputError(f"the training text has {len(tokens)} tokens, fewer than two sequences of {length}: give more "
                          "text or a shorter --chunk or --chunks (without --validation, --eval-sequences are held out)")
-    places = [divmod(i, per_epoch) for i in range(first, first + count)]
+    places = (divmod(i, per_epoch) for i in range(first, first + count))
     starts = [epoch_order(len(tokens), length, seed, epoch)[k] for epoch, k in places]
     return torch.from_numpy(np.stack([np.asarray(tokens[s:s + length], dtype=np.int64) for s in starts]))
 

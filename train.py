@@ -42,12 +42,14 @@ MAX_SKIPPED = 10          # steps in a row without a finite gradient before the 
 
 def loss_weights(labels, C, objective):
     """Weight (B, N) of each segment's nats, from labels (B, N, L) of the whole global batch: eq. 5, its log-likelihoods
-    as token means: reconstruction over segments C .. N-1, completion over 1 .. C-1. Segment 0 has no adapter and trains
-    nothing, so it is left out. (The released code takes one token mean over all 2C segments.)"""
+    as token means: reconstruction over segments C .. N-1, completion over 1 .. C-1; segment 0 has no adapter. (Released
+    code: one token mean over all 2C segments.) Rows that begin with a question, unlabelled, have their own mean."""
     targets = (labels[:, :, 1:] != -100).sum(-1)                            # (B, N)
     weights = torch.zeros(targets.shape)
     if objective != "completion":
-        weights[:, C:] = 1 / targets[:, C:].sum().clamp(min=1)
+        text = labels[:, -1, 0] != -100
+        for rows in (text, ~text):
+            weights[rows, C:] = 1 / targets[rows, C:].sum().clamp(min=1)
     if objective != "reconstruction":
         weights[:, 1:C] = 1 / targets[:, 1:C].sum().clamp(min=1)
     return weights
@@ -89,25 +91,25 @@ def train(args):
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, args.beta2), weight_decay=args.weight_decay,
                                   fused=True)
     # gradients are views of one buffer, which is reduced whole, with a step's totals at its end:
-    # nats of the second half, of completion, context tokens, stop?, failed?
+    # nats of the second half (the answers), of completion (of texts), context tokens, stop?, failed?
     flat = torch.zeros(sum(p.numel() for p in parameters) + 5, device=device)
     for p, grad in zip(parameters, flat[:-5].split([p.numel() for p in parameters])):
         p.grad = grad.view_as(p)
     totals = flat[-5:]
 
     instruct = args.stage == "instruct"                 # each process reads the questions
-    if world > 1 and local > 0 and not instruct:        # the first process of a machine packs, the others find the file
+    if world > 1 and local > 0 and (args.documents or not instruct):   # one process a machine packs, the others wait
         dist.barrier(packing)
     objective = "reconstruction" if instruct else args.objective           # instruct: of segments C on, the answers
     common = {k: getattr(args, k) for k in ("chunk", "chunks", "seed", "eval_sequences")} | {"batch_size": args.batch}
     if instruct:
         batches = instruction_batches(tokenizer, args.data, args.validation, **common, weights=args.weights or (),
-                                      excerpts=args.excerpts or 0.0)
-        args.steps = args.steps or max(1, (args.epochs or 2) * batches.epoch // args.batch)
+                                      excerpts=args.excerpts or 0.0, texts=args.documents)
+        args.steps = args.steps or max(1, int((args.epochs or 2) * batches.epoch))
     else:
         batches = pretraining_batches(tokenizer, args.data, args.validation, **common, max_tokens=args.max_tokens,
                                       windows=args.windows)
-    if world > 1 and (local == 0 or instruct):
+    if world > 1 and (local == 0 or instruct and not args.documents):
         dist.barrier(packing)
 
     step, tokens, validated = 0, 0, []
@@ -167,7 +169,8 @@ def train(args):
                 nats, _ = model.segment_losses(segments, mask, visible, labels)
                 losses = nats * weights                                     # (B, N), whose sum is eq. 5
                 losses.sum().backward()
-                totals[:2] += torch.stack([losses[:, C:].sum(), losses[:, 1:C].sum()]).detach()
+                text = (labels[:, -1, 0] != -100) & instruct
+                totals[:2] += torch.stack([losses[~text, C:].sum(), losses[:, 1:C].sum() + losses[text].sum()]).detach()
             except torch.linalg.LinAlgError:            # NaN in S: the step is lost, and skipped below by every process
                 totals[4] += 1
             totals[2] += segments[:, :C].numel() if mask is None else mask[:, :C].sum()
@@ -189,7 +192,7 @@ def train(args):
         step, tokens = step + 1, tokens + int(read)
 
         if process == 0:
-            nats = {"answer": second} if instruct else {"reconstruction": second, "completion": completion}
+            nats = dict(zip(("answer", "text") if instruct else ("reconstruction", "completion"), (second, completion)))
             row = {"step": step, "loss": second + completion, **nats, "lr": lr, "grad_norm": norm, "tokens": tokens,
                    "skipped": not finite, "tokens_per_s": read / (time.time() - t0), "memory_gb": peak_memory(device)}
             append(os.path.join(args.out, "log.jsonl"), row)
@@ -286,7 +289,7 @@ def arguments(argv=None):
         "from the base's own statistics (support/aligned.py), or the paper's random ones; under torchrun: --init")
     add("--data", nargs="+", help=".parquet, .jsonl(.gz), .txt(.gz) files, a hub data set id, or one packed .bin file; "
         "instruct: default the hub sets of Table 3")
-    add("--documents", nargs="+", help="finetune: learn these texts first, by log-likelihood (CPT)")
+    add("--documents", nargs="+", help="instruct: texts to reconstruct beside the questions; finetune: CPT's")
     add("--validation", nargs="+", help="files of the same kinds; default: a part of --data kept out of training: "
         "the last --eval-sequences sequences, in instruct as many documents, in finetune a tenth of the contexts")
     add("--weights", nargs="+", metavar="SOURCE=N", help="instruct: how often an epoch goes through a source, which is "
@@ -302,15 +305,13 @@ def arguments(argv=None):
     add("--batch", type=int, help="sequences of a step over all processes")
     add("--micro-batch", type=int, help="sequences of one forward and backward pass")
     add("--steps", type=int, help="optimiser steps")
-    add("--epochs", type=int, help="instruct: passes over the data instead of --steps (default 2); finetune: at most "
-        "this many over the questions (default 10)")
+    add("--epochs", type=int, help="instruct: passes instead of --steps (default 2); finetune: at most (default 10)")
     add("--patience", type=int, default=3, help="finetune: stop after this many epochs in a row without a better loss")
     add("--warmup", type=int, help="steps of linear warm-up; then linear decay to 0")
     add("--lr", type=float), add("--beta2", type=float, help="of AdamW")
     add("--weight-decay", type=float, default=0.01)
     add("--clip", type=float, default=1.0, help="largest gradient norm; each of n layers is clipped to clip / sqrt(n)")
-    add("--objective", choices=["both", "reconstruction", "completion"], help="pretrain: eq. 5 (default) or Table 2's "
-        "ablations; one chunk has no completion")
+    add("--objective", choices=["both", "reconstruction", "completion"], help="eq. 5 (default) or Table 2's ablations")
     add("--windows", action="store_true", help="reconstruct random windows of the prefix, as the released code does")
     for flag, kind in (("--d-r", int), ("--rank", int), ("--scale", float), ("--damping", float)):
         add(flag, type=kind)
@@ -322,8 +323,7 @@ def arguments(argv=None):
     add("--checkpointing", nargs="?", type=int, const=10_000, default=0, metavar="N", help="recompute the activations "
         "of the first N blocks (without a number: of all) in the backward pass; as few as memory allows")
     add("--eval-every", type=int, default=200), add("--eval-sequences", type=int, default=50)
-    add("--save-every", type=int, default=200)
-    add("--keep", type=int, default=2, help="checkpoints kept")
+    add("--save-every", type=int, default=200), add("--keep", type=int, default=2, help="checkpoints kept")
     add("--max-minutes", type=float, help="stop with a checkpoint after this long")
     add("--seed", type=int, default=0)
     return parser.parse_args(argv)
@@ -362,8 +362,8 @@ def recipe(args, base):
     for name, value in {**defaults, "norm": "svd", "damping": 1e-2, "objective": "both"}.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    least = {"chunk": 2, "eval_sequences": 2, "seed": 0, "warmup": 0, "weight_decay": 0, **dict.fromkeys((
-        "chunks", "batch", "micro_batch", "eval_every", "save_every", "keep", "steps", "epochs"), 1)}
+    least = {"chunk": 2, "eval_sequences": 2, "seed": 0, "warmup": 0, "weight_decay": 0, **dict.fromkeys(
+        "chunks micro_batch eval_every save_every keep steps epochs".split(), 1), "batch": 1 + bool(args.documents)}
     for name, low in least.items():                     # the first token of a segment is never a target
         if getattr(args, name) is not None and not getattr(args, name) >= low:
             raise InputError(f"--{name.replace('_', '-')} must be at least {low}")

@@ -39,11 +39,10 @@ def checkpoints(out):
 def check_stage_flags(args):
     """A flag that belongs to other stages is refused, not ignored (but for those whose default is a number)."""
     pretrain, instruct, tune = "pretrain", "instruct", "finetune"
-    stages = {"windows": [pretrain], "max_tokens": [pretrain], "checkpoint": [pretrain, instruct], "steps": [pretrain,
-              instruct], "resume": [pretrain, instruct], "max_minutes": [pretrain, instruct], "weights": [instruct],
-              "excerpts": [instruct], "epochs": [instruct, tune], "documents": [tune], "objective": [pretrain]}
-    stages |= dict.fromkeys("chunk chunks micro_batch warmup beta2 d_r rank scale damping norm targets blocks".split(),
-                            [pretrain, instruct])
+    stages = {"windows": [pretrain], "max_tokens": [pretrain], "objective": [pretrain], "weights": [instruct],
+              "excerpts": [instruct], "epochs": [instruct, tune], "documents": [instruct, tune]}
+    stages |= dict.fromkeys("checkpoint steps resume max_minutes chunk chunks micro_batch warmup beta2 d_r rank scale "
+                            "damping norm targets blocks".split(), [pretrain, instruct])
     for name, own in stages.items():
         if args.stage not in own and getattr(args, name) is not None and getattr(args, name) is not False:
             raise InputError(f"--{name.replace('_', '-')} belongs to --stage {' and '.join(own)}, not to {args.stage}")

@@ -22,7 +22,8 @@ from torch.distributed.run import get_args_parser
 
 import train
 from conftest import ROOT, make_base, make_model
-from data import conversation, doubled, instruction_batch, instruction_example, instruction_units
+from data import (conversation, doubled, instruction_batch, instruction_batches, instruction_example,
+                  instruction_units)
 from generator import InputError
 from model import load_base
 from processes import finish, start, start_group
@@ -262,7 +263,7 @@ def test_refusals(tmp_path, base_directory, text_file, monkeypatch):
                         ((base_directory, str(tmp_path / "no.jsonl"), tmp_path / "x"), "no such file"),
                         ((base_directory, text_file, tmp_path / "x", "--chunks", "200"), "the training text has"),
                         ((base_directory, text_file, tmp_path / "x", "--validation", short),
-                         "validation needs at least 2"),
+                         "validation needs 2"),
                         ((base_directory, text_file, tmp_path / "x", "--targets", "z_proj"), "z_proj"),
                         ((base_directory, text_file, tmp_path / "x", "--rank", "17"), "rank"),
                         ((base_directory, text_file, tmp_path / "x", "--chunk", "1"), "--chunk"),
@@ -414,8 +415,37 @@ def test_instruction_loss_against_streaming(qa_file, tokenizer):
             assert count[k, :-1].sum() == 0 and count[k, -1] == sum(t != -100 for t in targets[1:])
 
 
-def test_instruct_stage(tmp_path, base_directory, qa_file):
-    """From a pretrained generator; it learns, two processes agree with one, and a resumed run with an unbroken one."""
+def test_texts_beside_questions(qa_file, text_file, tokenizer):
+    """Of eight rows the last three repeat a text, a new one each time. Answers and texts have a token mean each, as in
+    plain cross-entropy after streaming."""
+    tokenizer.chat_template = CHATML
+    batches = instruction_batches(tokenizer, [qa_file], None, chunk=64, chunks=1, batch_size=8, seed=0,
+                                  eval_sequences=3, texts=[text_file])
+    everything, seen = "".join(f"<s>{json.loads(line)['text']}</s>" for line in open(text_file)), set()
+    for step in range(3):
+        segments, mask, visible, labels = batches.training(step)
+        for row in range(8):
+            context, repeated = (segments[row, j][mask[row, j].bool()].tolist() for j in (0, 1))
+            assert (context == repeated == labels[row, 1][:len(context)].tolist()) == (row >= 5)
+            if row >= 5:
+                seen.add(tuple(context))
+                assert 16 <= len(context) <= 64 and tokenizer.decode(context) in everything
+    assert len(seen) == 9
+    model, sums = make_model(), {True: [0, 0], False: [0, 0]}
+    for row in range(8):
+        n = int(mask[row, 0].sum())
+        memory = model.contextualize(segments[row, :1, :n])
+        nats = F.cross_entropy(model(segments[row, 1:], memory=memory)[0, :-1], labels[row, 1, 1:], reduction="none")
+        kind = sums[row >= 5]
+        kind[0], kind[1] = kind[0] + nats.sum(), kind[1] + (labels[row, 1, 1:] != -100).sum()
+    nats, _ = model.segment_losses(segments, mask, visible, labels)
+    loss = (nats * train.loss_weights(labels, 1, "reconstruction")).sum()
+    torch.testing.assert_close(loss, sum(a / b for a, b in sums.values()), rtol=1e-4, atol=1e-4)
+
+
+def test_instruct_stage(tmp_path, base_directory, qa_file, text_file):
+    """From a pretrained generator; it learns, two processes agree with one, also with texts beside the questions, and a
+    resumed run with an unbroken one."""
     base, _ = load_base(base_directory, torch.float32, "cpu")
     make_model(base=base, d_r=16).save_pretrained(tmp_path / "pretrained")
 
@@ -443,6 +473,8 @@ def test_instruct_stage(tmp_path, base_directory, qa_file):
     assert config["args"]["d_r"] == 16 and config["args"]["scale"] == 0.5
     for name, tensor in go("resumed", "--resume").items():
         assert torch.equal(tensor, one[name]), name
+    go("texts", "--documents", text_file), go("texts-two", "--documents", text_file, processes=2)
+    assert_same_gradient(tmp_path / "texts", tmp_path / "texts-two")
 
 
 def test_fit_base_is_adamw_on_the_token_mean():
