@@ -224,13 +224,13 @@ def pretraining_batches(tokenizer, sources, validation, *, chunk, chunks, batch_
     last eval_sequences sequences out of training. windows: see doubled."""
     length = chunks * chunk
     tokens = open_tokens(sources, tokenizer, max_tokens)
-    end = len(tokens) if validation else max(len(tokens) - eval_sequences * length, 0)
-    held_out = open_tokens(validation, tokenizer) if validation else tokens[end:]
-    tokens = tokens[:end]
+    end = max(len(tokens) - eval_sequences * length, 0)
+    tokens, held_out = (tokens, open_tokens(validation, tokenizer)) if validation else (tokens[:end], tokens[end:])
     sequences(tokens, length, 0, 1, seed)               # too little text: say so before anything is computed or written
     count = min(eval_sequences, len(held_out) // length)
     if count < 2:
-        raise InputError(f"validation needs 2 sequences of {length} tokens: give more text or shorter --chunks")
+        raise InputError(f"validation needs at least 2 sequences of {length} tokens, the text gives {count}: "
+                         "give more text or shorter --chunks")
     starts = np.linspace(0, len(held_out) - length, count).astype(int)       # fixed, and spread over the text
     held_out = torch.from_numpy(np.stack([np.asarray(held_out[s:s + length], dtype=np.int64) for s in starts]))
 
@@ -251,7 +251,7 @@ def instruction_batches(tokenizer, sources, validation, *, chunk, chunks, batch_
     limit, text_rows = chunk * chunks, round(TEXT_SHARE * batch_size) if texts else 0
     rows, tokens = batch_size - text_rows, open_tokens(texts, tokenizer) if texts else None
     if texts:
-        sequences(tokens, chunk, 0, 1, seed)            # too little text: said before anything is computed
+        sequences(tokens, chunk, 0, 1, seed)            # too little text: say so before anything is computed or written
     everything, tasks = load_instructions(sources)
 
     def short_enough(documents):                        # the end of a longer one is truncated, and some answers with it
@@ -281,8 +281,8 @@ def instruction_batches(tokenizer, sources, validation, *, chunk, chunks, batch_
     items = [example(held_out, k, 0.0, 2, k) for k in range(min(eval_sequences, len(held_out)))]
     items = [e for e in items if any(label != -100 for label in e.labels[1:])]    # else the question fills the segment
     if len(items) < 2 or len(units) < 1:
-        raise InputError(f"found {len(units)} units to train on and {len(items)} documents to validate on, of at most "
-                         f"{limit} tokens, need 1 and 2: give more data, longer --chunks or fewer --eval-sequences")
+        raise InputError(f"need 1 unit to train on, 2 documents to validate on, found {len(units)}, {len(items)} of at "
+                         f"most {limit} tokens: give more data, --validation, longer --chunks, fewer --eval-sequences")
     controls = control_items([e.texts for e in items])
     about = f"{len(documents)} documents ({dropped} longer than {limit} tokens left out) and {len(tasks)} tasks"
     if None in controls:
@@ -377,7 +377,7 @@ def sequences(tokens, length, first, count, seed):
     if per_epoch < 1:
         raise InputError(f"the training text has {len(tokens)} tokens, fewer than two sequences of {length}: give more "
                          "text or a shorter --chunk or --chunks (without --validation, --eval-sequences are held out)")
-    places = (divmod(i, per_epoch) for i in range(first, first + count))
+    places = [divmod(i, per_epoch) for i in range(first, first + count)]
     starts = [epoch_order(len(tokens), length, seed, epoch)[k] for epoch, k in places]
     return torch.from_numpy(np.stack([np.asarray(tokens[s:s + length], dtype=np.int64) for s in starts]))
 

@@ -97,8 +97,9 @@ def train(args):
         p.grad = grad.view_as(p)
     totals = flat[-5:]
 
-    instruct = args.stage == "instruct"                 # each process reads the questions
-    if world > 1 and local > 0 and (args.documents or not instruct):   # one process a machine packs, the others wait
+    instruct = args.stage == "instruct"
+    packs = not instruct or args.documents is not None  # else each process reads the questions at once
+    if world > 1 and local > 0 and packs:               # the first process of a machine packs, the others find the file
         dist.barrier(packing)
     objective = "reconstruction" if instruct else args.objective           # instruct: of segments C on, the answers
     common = {k: getattr(args, k) for k in ("chunk", "chunks", "seed", "eval_sequences")} | {"batch_size": args.batch}
@@ -109,7 +110,7 @@ def train(args):
     else:
         batches = pretraining_batches(tokenizer, args.data, args.validation, **common, max_tokens=args.max_tokens,
                                       windows=args.windows)
-    if world > 1 and (local == 0 or instruct and not args.documents):
+    if world > 1 and (local == 0 or not packs):
         dist.barrier(packing)
 
     step, tokens, validated = 0, 0, []
@@ -289,7 +290,8 @@ def arguments(argv=None):
         "from the base's own statistics (support/aligned.py), or the paper's random ones; under torchrun: --init")
     add("--data", nargs="+", help=".parquet, .jsonl(.gz), .txt(.gz) files, a hub data set id, or one packed .bin file; "
         "instruct: default the hub sets of Table 3")
-    add("--documents", nargs="+", help="instruct: texts to reconstruct beside the questions; finetune: CPT's")
+    add("--documents", nargs="+", help="instruct: texts to reconstruct, in 3 rows of 8, beside the questions; "
+        "finetune: texts to learn first, by log-likelihood (CPT)")
     add("--validation", nargs="+", help="files of the same kinds; default: a part of --data kept out of training: "
         "the last --eval-sequences sequences, in instruct as many documents, in finetune a tenth of the contexts")
     add("--weights", nargs="+", metavar="SOURCE=N", help="instruct: how often an epoch goes through a source, which is "
@@ -300,18 +302,17 @@ def arguments(argv=None):
     add("--out", required=True, help="directory for checkpoints, log.jsonl and validation.jsonl")
     add("--resume", action="store_true", help="continue from the newest checkpoint in --out, or start if there is none")
     # None: chosen for the size of the base in recipe()
-    add("--chunk", type=int, help="tokens of a chunk (L)")
+    add("--steps", type=int, help="optimiser steps"), add("--chunk", type=int, help="tokens of a chunk (L)")
     add("--chunks", type=int, help="chunks of a sequence (C); the pass holds 2C segments")
     add("--batch", type=int, help="sequences of a step over all processes")
     add("--micro-batch", type=int, help="sequences of one forward and backward pass")
-    add("--steps", type=int, help="optimiser steps")
-    add("--epochs", type=int, help="instruct: passes instead of --steps (default 2); finetune: at most (default 10)")
+    add("--epochs", type=int, help="passes over the data; default: instruct 2 (unless --steps), finetune at most 10")
     add("--patience", type=int, default=3, help="finetune: stop after this many epochs in a row without a better loss")
     add("--warmup", type=int, help="steps of linear warm-up; then linear decay to 0")
-    add("--lr", type=float), add("--beta2", type=float, help="of AdamW")
-    add("--weight-decay", type=float, default=0.01)
+    add("--lr", type=float), add("--beta2", type=float, help="AdamW's"), add("--weight-decay", type=float, default=0.01)
     add("--clip", type=float, default=1.0, help="largest gradient norm; each of n layers is clipped to clip / sqrt(n)")
-    add("--objective", choices=["both", "reconstruction", "completion"], help="eq. 5 (default) or Table 2's ablations")
+    add("--objective", choices=["both", "reconstruction", "completion"], help="pretrain: eq. 5 (default) or Table 2's "
+        "ablations; one chunk has no completion")
     add("--windows", action="store_true", help="reconstruct random windows of the prefix, as the released code does")
     for flag, kind in (("--d-r", int), ("--rank", int), ("--scale", float), ("--damping", float)):
         add(flag, type=kind)
@@ -324,8 +325,7 @@ def arguments(argv=None):
         "of the first N blocks (without a number: of all) in the backward pass; as few as memory allows")
     add("--eval-every", type=int, default=200), add("--eval-sequences", type=int, default=50)
     add("--save-every", type=int, default=200), add("--keep", type=int, default=2, help="checkpoints kept")
-    add("--max-minutes", type=float, help="stop with a checkpoint after this long")
-    add("--seed", type=int, default=0)
+    add("--max-minutes", type=float, help="stop with a checkpoint after this long"), add("--seed", type=int, default=0)
     return parser.parse_args(argv)
 
 

@@ -263,7 +263,7 @@ def test_refusals(tmp_path, base_directory, text_file, monkeypatch):
                         ((base_directory, str(tmp_path / "no.jsonl"), tmp_path / "x"), "no such file"),
                         ((base_directory, text_file, tmp_path / "x", "--chunks", "200"), "the training text has"),
                         ((base_directory, text_file, tmp_path / "x", "--validation", short),
-                         "validation needs 2"),
+                         "validation needs at least 2"),
                         ((base_directory, text_file, tmp_path / "x", "--targets", "z_proj"), "z_proj"),
                         ((base_directory, text_file, tmp_path / "x", "--rank", "17"), "rank"),
                         ((base_directory, text_file, tmp_path / "x", "--chunk", "1"), "--chunk"),
