@@ -141,7 +141,7 @@ def finetune(args):
     make_directory(part)                                # refused now rather than after hours
     base, tokenizer = load_base(args.base, getattr(torch, args.dtype), args.device)
     history, fits, pad, began = None, [], tokenizer.pad_token_id, clock(base.device)
-    for block in find_blocks(base)[1] if args.checkpointing else ():         # transformers' own is off in eval mode
+    for block in find_blocks(base)[1][:args.checkpointing]:                # transformers' own is off in eval mode
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
     if texts:
         ids = [t for text in texts for t in context_ids(tokenizer, text) + document_marks(tokenizer)[1]]
