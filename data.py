@@ -168,8 +168,8 @@ def task_context(tokenizer, definition, items, room, random):
 
 def instruction_example(tokenizer, documents, tasks, unit, chunk, chunks, random, excerpts=0.0):
     """Example of a unit: index of a document, name of a task, or ids of a text to reconstruct (eq. 5). The room for its
-    context is log-uniform between a sentence and chunks x chunk tokens: each doubling has an equal share (see
-    document_context of longer documents). Texts are joined by blank lines and raw, as in evaluation."""
+    context is log-uniform between a sentence and chunks x chunk tokens: each doubling has an equal share (longer
+    documents: see document_context). Texts are joined by blank lines and raw, as in evaluation."""
     limit = chunk * chunks
     room = int(np.exp(random.uniform(np.log(min(SENTENCE_TOKENS, limit)), np.log(limit + 1))))
     if isinstance(unit, list):

@@ -4,7 +4,7 @@
     python evaluate.py --task squad --limit 20 --context-lengths 512 1024 2048 --plot squad.png     # Fig. 2, 3, Table 5
     python evaluate.py --task streamingqa --data streamingqa.csv --base out/sft --method closed-book   # a baseline
     python evaluate.py --task metaicl --data metaicl --predictions metaicl.jsonl    # Fig. 4; after a kill: continues
-    python evaluate.py --task ppl --data validation.parquet --checkpoint out/a/step-000280         # Table 2
+    python evaluate.py --task ppl --data validation.parquet --checkpoint out/run/step-000100           # Table 2
     python evaluate.py --task ask --context notes.txt --question "Who owns the boat?" --compare    # your own text
 
 Methods: closed-book (bare question), full-conversation / in-context / few-shot (context in the prompt), adapter (bare
@@ -72,7 +72,7 @@ def exact_match(prediction, gold):
 
 
 def recall(prediction, gold):
-    """Does the answer contain the gold, word for word after SQuAD's normalisation? An answer that lists games it."""
+    """Does the answer contain the gold, word for word after SQuAD's normalisation? More guesses, more hits."""
     words = f" {normalize_answer(gold)} "
     return float(bool(words.strip()) and words in f" {normalize_answer(prediction)} ")
 

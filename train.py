@@ -1,7 +1,7 @@
 """Training: a flat loop for one process or many, in three stages.
 
     python train.py --data corpus.parquet --out out/run                     # pretrain the generator (§2.3), CPU or GPU
-    torchrun --standalone --nproc_per_node=8 train.py --data corpus.parquet --checkpointing --out out/mistral \\
+    torchrun --standalone --nproc_per_node=8 train.py --data corpus.parquet --checkpointing 12 --out out/mistral \\
         --base mistralai/Mistral-7B-Instruct-v0.2                           # the paper's setting: its recipe by default
     python train.py --stage instruct --checkpoint out/run/step-000100 --data qa.parquet --out out/instruct     # Table 3
     python train.py --stage finetune --data qa.parquet --out out/sft        # baseline SFT; with --documents, CPT too

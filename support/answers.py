@@ -27,7 +27,8 @@ KV_FLOATS = 4e9           # of the copies of a KV cache that stand in memory at 
 
 def load_models(args):
     """([(name, AdaptedLM)] for each --checkpoint on one base, tokenizer). Without --base it is the base that the first
-    checkpoint was trained for; without a checkpoint the generator is untrained and says so."""
+    checkpoint was trained for. Without --checkpoint it is the shipped generator on the default base, on another one (as
+    with --checkpoint none) an untrained one, with a note."""
     names = args.checkpoint or [DEFAULT_CHECKPOINT if args.base in (None, DEFAULT_BASE) else "none"]
     directories = [None if name == "none" else locate_checkpoint(name) for name in names]
     args.base = args.base or next(filter(None, map(checkpoint_base, filter(None, directories))), DEFAULT_BASE)
@@ -143,7 +144,7 @@ def predict(run, read_contexts, method, groups, **where):
 
 def fingerprint(run, method):
     """Hash of what an answer depends on beside its question: base, data and flags, and for adapters the generator."""
-    facts = [*run.facts, prompt_template(run.args.task, method), "nats",
+    facts = [*run.facts, prompt_template(run.args.task, method),
              run.model.generator.fingerprint() if method.startswith("adapter") else "",
              [run.args.controls, run.args.groups] if method == "adapter-shuffled" else 0]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]

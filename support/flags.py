@@ -22,7 +22,8 @@ def arguments(argv=None, doc=None):
     either("--task", choices=["ask", *sorted(METHODS)])
     either("--merge", nargs="+", metavar="JSON", help="one table and plot from the --output of several runs")
     add("--base", help=f"hub id, directory or .gguf file of the base; default: the checkpoint's, or {DEFAULT_BASE}")
-    add("--checkpoint", action="append", help="generator directory or hub id; none: an untrained one; ppl: repeatable")
+    add("--checkpoint", action="append", help="generator directory or hub id, or none, an untrained one; default: "
+        "the shipped one, on another base none; ppl: repeatable")
     add("--data", help="hub id, .parquet or .jsonl; streamingqa: .csv; metaicl: hub id or directory")
     add("--method", action="append", help="repeatable; default: all of the task but -instructed and -permuted")
     add("--controls", type=int, default=4, help="other contexts under which the gold is scored; F1 takes the first")
