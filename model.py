@@ -204,6 +204,18 @@ class AdaptedLM(nn.Module):
         tokens = torch.full((len(input_ids),), input_ids.shape[1]) if mask is None else mask.bool().sum(-1).cpu()
         return Memory(states, tokens + (0 if memory is None else memory.tokens), self.generator.fingerprint())
 
+    def read(self, ids, memory=None):
+        """Memory of a context of any length, ids a list of at least one: streamed in ceil(n / chunk) chunks of equal
+        length, under memory, what was read before."""
+        if len(ids) == 0:
+            raise InputError("the context is empty: it needs at least 1 token")
+        chunks = -(-len(ids) // self.config.chunk)
+        L = -(-len(ids) // chunks)
+        for start in range(0, len(ids), L):
+            chunk = torch.tensor([ids[start:start + L]], device=self.base.device)              # (1, L)
+            memory = self.contextualize(chunk, memory=memory)
+        return memory
+
     def forward(self, input_ids, mask=None, memory=None):
         """Logits (B, L, V) of the adapted LM; without a memory, of the base. A memory of batch 1 serves every row."""
         fixed = self._pairs(memory, len(input_ids))
