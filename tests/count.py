@@ -13,9 +13,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-import generator
 from data import doubled
-from generator import MatmulNorm, range_finder
 
 # What an H100 (SXM, 80 GB) is taken to give. Data sheet: 989 TFLOP/s in bf16, 494 in TF32, 67 in fp64, 3.35 TB/s.
 # Assumed: products reach SHARES of the first three, attention half as much, copies 85 % of the bandwidth; a kernel
@@ -110,18 +108,13 @@ def attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=Non
     return aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True, scale=scale)[0]
 
 
-def matmul_norm(S, rank, damping=1e-2, exact=False):
-    return MatmulNorm.apply(S, range_finder(S.detach(), min(rank, S.shape[-1])), damping)
-
-
 @contextlib.contextmanager
 def on_meta(targets):
     """Run a model of meta tensors as on CUDA, counted; yields the Counter. Transformers looks at the values of the
     positions, which count up from 0."""
     tf32 = torch.backends.mkldnn.matmul.fp32_precision
     torch.backends.mkldnn.matmul.fp32_precision = "tf32"                # as train.py sets it: the norm avoids it
-    patches = (mock.patch.object(F, "rms_norm", rms_norm), mock.patch.object(generator, "svd_norm", matmul_norm),
-               mock.patch.object(F, "scaled_dot_product_attention", attention),
+    patches = (mock.patch.object(F, "rms_norm", rms_norm), mock.patch.object(F, "scaled_dot_product_attention", attention),
                mock.patch("transformers.masking_utils.find_packed_sequence_indices", lambda position_ids: None))
     with contextlib.ExitStack() as stack:
         for patch in patches:

@@ -37,11 +37,13 @@ def golden_model(case):
     return model, load_file(os.path.join(GOLDEN, f"case_{case}.safetensors"))
 
 
+@pytest.mark.parametrize("plain", [True, False])
 @pytest.mark.parametrize("case, batch", [(case, "b1") for case in INDEX["cases"]]
                          + [(case, "b2") for case in INDEX["cases"] if "mistral" in case])
-def test_inference(case, batch):
+def test_inference(case, batch, plain):
     """Chunk-parallel logits, S_1 .. S_3 of the streamed context and the adapted query; b2 has a right-padded chunk."""
     model, golden = golden_model(case)
+    model.plain = plain
     context, mask, query = INPUTS[f"ctx_{batch}"], INPUTS[f"ctx_{batch}_mask"], INPUTS[f"query_{batch}"]
     with torch.no_grad():
         logits = model.forward_segments(context, mask, [0, 1, 2])
@@ -60,10 +62,12 @@ def test_inference(case, batch):
         assert new.tolist() == golden["b1/greedy_ids"].tolist()
 
 
+@pytest.mark.parametrize("plain", [True, False])
 @pytest.mark.parametrize("case", INDEX["cases"])
-def test_doubled_sequence(case):
+def test_doubled_sequence(case, plain):
     """The loss, averaged the authors' way (one token mean over all 16 segments), and its gradients."""
     model, golden = golden_model(case)
+    model.plain = plain
     facts = INDEX["cases"][case]
     for data in ("copy", "windows"):
         ids, mask, labels = (INPUTS[f"train{facts['segment_length']}_{data}_{part}"]

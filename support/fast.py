@@ -1,0 +1,353 @@
+"""The fast forms of what generator.py and model.py say plainly: the same functions, values and gradients, without
+waste. `model.plain = True` uses the plain ones instead; tests/test_fast.py holds each pair together.
+
+    norm (eq. 7, 8)                svd_norm       matrix products and one r x r Cholesky, no SVD, its own gradient
+    LayerGenerator.adapter         adapter        svd_norm, at rank min(r, tokens read)
+    AdaptedLM.hidden_states        hidden_states  no gradient for what trains nothing, no work for padding
+    AdaptedLM.segment_losses       losses         logits of 512 targets at a time, their gradient formed at once
+    RMSNorm of transformers' base  fuse_norms     torch's own: one kernel on CUDA instead of eight
+"""
+
+from functools import lru_cache, partial
+from itertools import accumulate
+
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+LOSS_ROWS = 512           # targets whose logits stand in memory at once: 512 x 49,152 fp32 is 100 MB
+LEAST_DAMPING = 1e-4      # below it the gradient of svd_norm is rounding noise
+
+# ----------------------------------------------------------------------------------------------------------------------
+# norm(S) as matrix products
+#
+# Let Q (d_r, r) be any orthonormal basis of the leading left directions of S: U_r = Q E, E orthogonal. Then the small
+# M = Q^T S = E Sigma_r V_r^T has the singular values and V of S, and its polar factor P = (M M^T)^(-1/2) M = E V_r^T
+# gives Q P = U_r V_r^T = norm(S): no SVD is needed, and in lora_B = s A1 Q, lora_A = P B2 (eq. 9) E cancels. Damped, P =
+# (M M^T + lambda^2)^(-1/2) M has f = sigma / sqrt(sigma^2 + lambda^2) for singular values, and is 0 where S is.
+#
+# The exact U_r would need the SVD of S. Q comes from a sketch S Omega, as in torch.svd_lowrank(S, niter=1), which the
+# released code calls. For a context of at most r tokens, rank(S) <= r, it is exact; beyond, the smallest of the r
+# directions are found only nearly.
+
+
+def svd_norm(S, rank, damping=1e-2):
+    """norm(S) for S (..., d_r, d_r) as a pair whose product it is: Q (..., d_r, rank), P (..., rank, d_r).
+    Deterministic, and differentiable for a damping of at least 1e-4 through the product of the pair; ValueError where a
+    gradient is asked for below. Any rank >= rank(S) gives the same product."""
+    rank = min(rank, S.shape[-1])
+    Q = range_finder(S.detach(), rank)
+    if damping >= LEAST_DAMPING:
+        return PolarFactor.apply(S, Q, damping)
+    if S.requires_grad:
+        raise ValueError(f"norm svd has no gradient for a damping of {damping}, below {LEAST_DAMPING}: use svd-exact")
+    wide = product_dtype(S)
+    M = (Q.to(wide).mT @ S.to(wide)).double()                                   # (..., r, d_r)
+    square, E = torch.linalg.eigh(M @ M.mT)                                     # (..., r) ascending, (..., r, r)
+    square = square / square[..., -1:].clamp(min=1e-60)                         # in units of sigma_1
+    inverse = torch.where(square > 1e-12, (square.clamp(min=0) + damping**2).rsqrt(), 0)      # sigma > 1e-6 sigma_1
+    sigma_1 = torch.linalg.matrix_norm(M, 2)[..., None, None].clamp(min=1e-30)  # (..., 1, 1)
+    P = (E * inverse[..., None, :]) @ E.mT @ (M / sigma_1)                      # (..., r, d_r)
+    return Q, P.to(S.dtype)
+
+
+@lru_cache(maxsize=64)
+def sketch(d_r, rank, device):
+    """Omega (d_r, rank), drawn on the CPU from a seed fixed by its shape: one context, one adapter, on every machine.
+    The released code draws a fresh one at every call: two readings of one context give adapters 30-60 % apart."""
+    random = torch.Generator("cpu").manual_seed(1_000_003 * d_r + rank)
+    return torch.randn(d_r, rank, generator=random, device="cpu").to(device)
+
+
+def range_finder(S, rank):
+    """Q (..., d_r, r): the leading left directions of S, as torch.svd_lowrank(niter=1) has them, from S S^T S Omega."""
+    Omega = sketch(S.shape[-1], rank, S.device)
+    wide = S.to(product_dtype(S))
+    Q = wide @ Omega.to(wide.dtype)                                             # (..., d_r, r)
+    for matrix in (None, wide.mT, wide):
+        if matrix is not None:
+            Q = matrix @ Q                                                      # (..., d_r, r)
+        # orthonormal columns by Cholesky-QR: Q R^-1, R^T R = Q^T Q; a Householder QR is not batched on CUDA
+        double = Q.double()
+        Q = Q @ inverse_cholesky(double.mT @ double).mT.to(Q.dtype)
+    return Q.to(S.dtype)
+
+
+def product_dtype(S):
+    """The dtype for products over S: its own, but float64 where fp32 products may run in TF32 or bf16, whose 10 or 7
+    bits would turn the weak directions of S, a thousand times below the strong, into noise. The switch belongs to the
+    whole process, so it is only read."""
+    backend = torch.backends.cuda if S.is_cuda else torch.backends.mkldnn
+    if backend.matmul.fp32_precision in ("none", "ieee"):
+        return S.dtype
+    return torch.float64
+
+
+def inverse_cholesky(gram):
+    """L^-1 of gram + shift = L L^T: symmetric positive semidefinite gram (..., r, r) float64. The shift, 1e-13 of the
+    trace, keeps null directions defined: they become 0 in a basis."""
+    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]            # (..., 1, 1)
+    L = torch.linalg.cholesky_ex(gram + (1e-13 * trace + 1e-60) * eye).L
+    return torch.linalg.solve_triangular(L, eye.expand_as(gram), upper=False)
+
+
+class PolarFactor(torch.autograd.Function):
+    """(S, Q, damping) -> (Q, P), P = Z M, M = Q^T S (r, d_r), Z = (M M^T + lambda^2)^(-1/2), lambda = damping sigma_1.
+    One implementation for CPU and CUDA: matrix products but for r x r factorisations, in float64.
+
+    Z by Newton-Schulz, X <- X (3 - a^2 X^2) a / 2, with the a that is best for a spectrum known to lie in
+    [damping, 1] sigma_1 (Chen and Chow 2014): 9 steps at damping 1e-2.
+
+    The gradient is the derivative of the spectral function itself (Daleckii-Krein), finite on ties, on rank-deficient S
+    and on S = 0, where autograd through a QR or an SVD is not. Without singular vectors: R = Z^-1, dN the gradient by
+    norm(S), Q a constant to autograd, whose turning with S is in the formula, lambda constant,
+
+        grad_S = Q (Z X - 2 W M) + (I - Q Q^T) (dN P^T) (M M^T)^-1 M,   X = Q^T dN,   R W + W R = sym(Z X M^T Z)
+
+    Exact where rank(S) <= r, in contexts of at most r tokens; beyond, it takes the singular values cut off for 0.
+    Measured on the shipped generator's own S, its cosine with the derivative of this very function is 0.95 to 0.71 at
+    128 tokens and 0.82 to 0.69 at 512; it learns no worse for it (docs/training.md).
+    """
+
+    @staticmethod
+    def forward(ctx, S, Q, damping):
+        wide = product_dtype(S)
+        M = (Q.to(wide).mT @ S.to(wide)).double()                               # (..., r, d_r)
+        gram = M @ M.mT                                                         # (..., r, r)
+        eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+        square = largest_eigenvalue(gram).clamp(min=1e-24)[..., None, None]     # sigma_1^2, (..., 1, 1)
+        top = square * (1 + damping**2)
+        R = (gram + damping**2 * square * eye) / top                            # spectrum in [low^2, 1]
+        Z = eye
+        low = damping / (1 + damping**2) ** 0.5
+        while low < 1 - 1e-6:                                       # R -> R^(1/2), Z -> R^(-1/2); low bounds Z R
+            a = (3 / (1 + low + low**2)) ** 0.5
+            low = a * low * (3 - a**2 * low**2) / 2
+            T = 1.5 * a * eye - 0.5 * a**3 * (Z @ R)
+            R = R @ T
+            Z = T @ Z
+        R = R * top.sqrt()
+        Z = Z / top.sqrt()
+        ctx.save_for_backward(Q, M.to(S.dtype), R, Z)
+        ctx.damping = damping
+        return Q, (Z @ M).to(S.dtype)                                           # (..., d_r, r), (..., r, d_r)
+
+    @staticmethod
+    def backward(ctx, grad_Q, grad_P):                                          # dN P^T (.., d_r, r), Q^T dN (.., r, d_r)
+        Q, M, R, Z = ctx.saved_tensors
+        dtype = Q.dtype
+        wide = product_dtype(Q)
+        Q = Q.to(wide)
+        M = M.double()
+        X = grad_P.double()
+        Y = Z @ (X @ M.mT) @ Z                                                  # (..., r, r)
+        W = solve_lyapunov(R, (Y + Y.mT) / 2, ctx.damping)
+        inside = (Z @ X - 2 * W @ M).to(wide)                                   # (..., r, d_r)
+        inverse = inverse_cholesky(M @ M.mT)
+        outside = grad_Q.to(wide) @ (inverse.mT @ (inverse @ M)).to(wide)       # (..., d_r, d_r)
+        grad_S = Q @ (inside - Q.mT @ outside) + outside
+        return grad_S.to(dtype), None, None
+
+
+def largest_eigenvalue(gram):
+    """(...,) of positive semidefinite gram (..., r, r) float64: tr(gram^k)^(1/k) with k = 4,096, at most r^(1/k) too
+    large (0.1 % at r = 128)."""
+    log = 0.0
+    k = 1
+    for power in (64, 64, 1):
+        trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1).clamp(min=1e-200)
+        log = log + trace.log() / k
+        gram = torch.linalg.matrix_power(gram / trace[..., None, None], power)
+        k = k * power
+    return log.exp()
+
+
+def solve_lyapunov(R, Y, low):
+    """W with R W + W R = Y, by Smith's doubling: R (..., r, r), eigenvalues in [low, 1] of the largest, Y symmetric."""
+    eye = torch.eye(R.shape[-1], dtype=R.dtype, device=R.device)
+    p = low**0.5 * largest_eigenvalue(R)[..., None, None]                       # the geometric mean converges fastest
+    inverse = inverse_cholesky(p * eye + R)
+    V = inverse.mT @ inverse                                                    # (p + R)^-1
+    C = 2 * p * V - eye
+    W = 2 * p * V @ Y @ V
+    left = (1 - low**0.5) / (1 + low**0.5)
+    while left > 1e-9:                                                          # W = sum_k C^k W_0 C^k, |C| <= left
+        W = W + C @ W @ C
+        C = C @ C
+        left = left**2
+    return W
+
+
+def adapter(layer, S, tokens=None):
+    """layer.adapter(S) by svd_norm. rank(S) <= tokens, the number read, so r is cut to tokens where that is less, at no
+    loss: for chunks of 16 or 32 tokens norm would else be most of a step on a CPU."""
+    config = layer.config
+    if config.norm != "svd":
+        return layer.adapter(S)
+    rank = config.rank
+    if tokens is not None:
+        rank = min(rank, tokens)
+    Q, P = svd_norm(S, rank, config.damping)
+    return P @ layer.B2, config.scale * (layer.A1 @ Q)                          # (..., r, d_in), (..., d_out, r): eq. 9
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# all segments in one pass
+
+
+def hidden_states(model, segments, mask, visible):
+    """AdaptedLM.hidden_states in two passes: segments without an adapter train nothing, so they go first, without
+    gradient, and only their h of every block is kept; then those with an adapter. Hidden states of segments and columns
+    that are padding in every row are not computed: they are 0."""
+    shape = segments.shape
+    segments, mask, visible, real = cut_padding(segments, mask, visible)
+    B, N, L = segments.shape
+    C = max(visible)                                                            # segments from C on never enter S
+    first = [j for j in range(N) if visible[j] == 0]
+    second = [j for j in range(N) if visible[j] > 0]
+    order = [j for j in first + second if j < C]                                # of the chunks, as they come
+    h_first = {}                                                                # of each block
+    hidden = [None] * N
+
+    def chunks_of(H, among):
+        """h (B, L, d_h) of each chunk among the segments of a pass, from H (B among, L', d_h), the input of a block."""
+        H = H.view(B, len(among), -1, H.shape[-1])                              # (B, among, L', d_h)
+        count = sum(j < C for j in among)
+        h = model.generator.rms_norm(H[:, :count])                              # (B, count, L', d_h)
+        return F.pad(h, (0, 0, 0, L - h.shape[2])).unbind(1)                    # count times (B, L, d_h)
+
+    def keep(block, H):
+        h_first[block] = chunks_of(H, first)
+        return {}
+
+    def states(block, H):
+        """S_1 .. S_C (B, C, d_r, d_r) of each target of the block."""
+        h = dict(zip(order, [*h_first.get(block, ()), *chunks_of(H, second)]))
+        h = torch.stack([h[j] for j in range(C)], 1)                            # (B, C, L, d_h)
+        S = []
+        for name in model.block_targets[block]:
+            updates = model.generator[name].update(h, None if mask is None else mask[:, :C])
+            S_t = list(accumulate(updates.unbind(1)))           # eq. 3; the kernel of cumsum is slow on a CPU
+            S.append(torch.stack(S_t, 1))                                       # (B, C, d_r, d_r)
+        return S
+
+    def adapters(block, H):
+        S = recompute(model, block, states, block, H)
+        lora = {}
+        for name, S_name in zip(model.block_targets[block], S):
+            # never recomputed: the pairs are small, and norm is slow
+            lora_A, lora_B = adapter(model.generator[name], S_name, tokens=C * L)           # (B, C, ..)
+            lora[name] = (rows(lora_A.to(H.dtype)), rows(lora_B.to(H.dtype)))
+        return lora
+
+    def rows(matrix):
+        """Of S_1 .. S_C the one that each segment of the second pass reads under: (B, C, ..) -> (B second, ..)."""
+        columns = matrix.unbind(1)                              # unbind and stack: the backward of an index is slow
+        return torch.stack([columns[visible[j] - 1] for j in second], 1).flatten(0, 1)
+
+    def forward_pass(among, function):
+        ids = segments[:, among]                                                # (B, among, L)
+        if mask is not None:
+            ids = ids[:, :, :last_column(mask[:, among])]                       # (B, among, L')
+        with model.adapting(function):
+            out = model.base.get_decoder()(input_ids=ids.flatten(0, 1), use_cache=False).last_hidden_state
+        out = F.pad(out, (0, 0, 0, L - out.shape[1])).view(B, len(among), L, -1)            # (B, among, L, d_h)
+        for k, j in enumerate(among):
+            hidden[j] = out[:, k]                                               # (B, L, d_h)
+
+    if first:
+        with torch.no_grad():
+            forward_pass(first, keep if second else None)
+    if second:
+        forward_pass(second, adapters)
+    hidden = torch.stack(hidden, 1)                                             # (B, real N, real L, d_h)
+    if hidden.shape[:3] == shape:
+        return hidden
+    whole = hidden.new_zeros(*shape, hidden.shape[-1])                          # (B, N, L, d_h)
+    whole[:, real, :L] = hidden
+    return whole
+
+
+def cut_padding(segments, mask, visible):
+    """segments and mask (B, N, L) without the segments and columns that are padding in every row, visible (a list)
+    counted among the segments left, and the indices of those."""
+    N = segments.shape[1]
+    if mask is None or mask.all() or not mask.any():
+        return segments, None, visible, list(range(N))
+    holds_tokens = mask.any(-1).any(0).tolist()                                 # N
+    real = [j for j in range(N) if holds_tokens[j]]
+    seen = [sum(holds_tokens[:visible[j]]) for j in real]
+    L = last_column(mask)
+    return segments[:, real, :L], mask[:, real, :L], seen, real
+
+
+def last_column(mask):
+    """Number of columns of mask (B, N, L) up to the last one that is not padding in every row."""
+    return int(mask.any(0).any(0).nonzero().max()) + 1
+
+
+def recompute(model, block, function, *inputs):
+    """function(*inputs), in the first model.checkpointing blocks computed again in the backward pass: it reaches those
+    last, when the others' activations are freed. Not transformers' own checkpointing, which is off in eval mode."""
+    if block < model.checkpointing and torch.is_grad_enabled():
+        return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+    return function(*inputs)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the loss
+
+
+def losses(lm_head, hidden, labels):
+    """Next-token cross-entropy of hidden (B, N, L, d_h) on labels (B, N, L), -100 where there is no target: (nats summed
+    (B, N) fp32, target tokens (B, N)). Only targets go through lm_head."""
+    targets = labels[:, :, 1:]                                                  # (B, N, L-1)
+    scored = targets != -100
+    index = scored.flatten().nonzero().squeeze(1)                               # (T,)
+    # one contiguous 2-D block: a linear over a strided slice copies the whole lm_head once per row of the batch
+    hidden = hidden[:, :, :-1].flatten(0, 2)[index]                             # (T, d_h)
+    nats = HeadLoss.apply(hidden, targets.flatten()[index], lm_head)            # (T,)
+    nats = torch.zeros(scored.numel(), device=nats.device).index_put((index,), nats)
+    return nats.view(scored.shape).sum(-1), scored.sum(-1)                      # (B, N), (B, N)
+
+
+class HeadLoss(torch.autograd.Function):
+    """Next-token nats (T,) of hidden states (T, d_h) under a frozen lm_head, LOSS_ROWS tokens at a time. The gradient
+    by the hidden states, (softmax - one-hot) W_head, is formed in the forward pass, in the buffer of the logits: logits
+    (T, V) never stand in memory at once nor are computed twice."""
+
+    @staticmethod
+    def forward(ctx, hidden, targets, lm_head):
+        nats = [hidden.new_zeros(0, dtype=torch.float32)]
+        grads = [hidden.new_zeros(0, hidden.shape[-1])]
+        for h, target in zip(hidden.split(LOSS_ROWS), targets.split(LOSS_ROWS)):
+            logp = lm_head(h).float()                                           # (rows, V)
+            logp -= logp.logsumexp(-1, keepdim=True)
+            index = (torch.arange(len(h), device=h.device), target)
+            nats.append(-logp[index])                                           # (rows,)
+            if hidden.requires_grad:
+                p = logp.exp_()
+                p[index] -= 1
+                grads.append(p.to(h.dtype) @ lm_head.weight)                    # (rows, d_h)
+        ctx.grad = torch.cat(grads)                                             # (T, d_h)
+        return torch.cat(nats)                                                  # (T,)
+
+    @staticmethod
+    def backward(ctx, grad_nats):
+        return ctx.grad * grad_nats[:, None].to(ctx.grad.dtype), None, None
+
+
+def fuse_norms(model):
+    """Let the base's RMSNorms be torch's in blocks that have an adapter: one kernel on CUDA. Theirs are eight, and keep
+    an fp32 copy of H for the backward pass; the same in fp32, in bf16 rounded once where they round twice. Without an
+    adapter the base computes with its own, bit for bit. Gemma's norm is another formula."""
+    for norm in model.base.modules():
+        if type(norm).__name__.endswith("RMSNorm") and hasattr(norm, "variance_epsilon"):
+            norm.forward = partial(fused_norm, model, norm, norm.forward)
+
+
+def fused_norm(model, norm, own_forward, H):
+    if model.plain or not model.lora_of_block:
+        return own_forward(H)
+    return F.rms_norm(H, norm.weight.shape, norm.weight, norm.variance_epsilon)
