@@ -25,10 +25,9 @@ from dataclasses import asdict, dataclass, field, fields
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors.torch import save_file
 
 from support.fast import svd_norm  # noqa: F401   norm without an SVD: what the program computes, the same function
-from support.files import InputError, read_safetensors
+from support.files import InputError, read_safetensors, save_tensors
 
 NORMS = ("svd", "svd-exact", "frobenius")
 RMS_EPS = 1e-6           # of the generator's own RMSNorm, not the base model's
@@ -222,6 +221,9 @@ class Memory:
     tokens: torch.Tensor
     fingerprint: str = None
 
+    def __repr__(self):
+        return f"Memory(tokens={self.tokens.tolist()}, layers={len(self.states)}, fingerprint={self.fingerprint!r})"
+
     def __add__(self, other):
         """The memory of contexts read apart, neither under the adapter of the other: S is a sum over tokens (eq. 3).
         Row b is added to row b, a batch of 1 to every row."""
@@ -257,15 +259,13 @@ class Memory:
                                  "with one generator")
 
     def save(self, path):
-        """Write to one safetensors file, aside first and then renamed, so that a reader never meets half a memory."""
+        """Write to one safetensors file. InputError where that cannot be, and nothing is left behind."""
         if os.path.isdir(path) or not os.path.isdir(os.path.dirname(path) or "."):
             raise InputError(f"{path} cannot be written: name a file in a directory that exists")
-        tensors = {"tokens": self.tokens.detach().cpu().contiguous()}
+        tensors = {"tokens": self.tokens}
         for name, S in self.states.items():
-            tensors[f"S.{name}"] = S.detach().float().cpu().contiguous()
-        metadata = {"format": "generative-adapter-memory", "fingerprint": self.fingerprint or ""}
-        save_file(tensors, f"{path}.part", metadata=metadata)
-        os.replace(f"{path}.part", path)
+            tensors[f"S.{name}"] = S.float()
+        save_tensors(tensors, path, {"format": "generative-adapter-memory", "fingerprint": self.fingerprint or ""})
 
     @classmethod
     def load(cls, path):

@@ -15,6 +15,7 @@ their fast twins in support/fast.py; with model.plain = True by these.
 """
 
 import contextlib
+import math
 import threading
 import warnings
 from functools import partial
@@ -56,8 +57,9 @@ class AdaptedLM(nn.Module):
                 shapes[name] = target_shape(block, target)
                 names.append(name)
             self.block_targets.append(names)
-        d_h = base_model.config.get_text_config().hidden_size
-        self.generator = AdapterGenerator(config, d_h, shapes, device=base_model.device)
+        text_config = base_model.config.get_text_config()
+        self.window = text_config.max_position_embeddings                       # tokens that the base reads at once
+        self.generator = AdapterGenerator(config, text_config.hidden_size, shapes, device=base_model.device)
         self.adapters = None                            # during a pass: a function (l, H) -> {name: (lora_A, lora_B)}
         self.lora_of_block = {}                         # while block l is computed: what that function gave for it
         self.lock = threading.RLock()
@@ -170,8 +172,10 @@ class AdaptedLM(nn.Module):
         """Read one chunk (B, L) under the adapter of memory and return the memory that has read it too:
         S_t = S_{t-1} + A2 H^T H B1 (eq. 3). mask (B, L), right-padded; memory may have the chunk's batch or a batch of
         1."""
-        if input_ids.dim() != 2 or input_ids.numel() == 0:
-            raise InputError("the context is empty: contextualize needs at least 1 token in a (B, L) tensor")
+        check_ids(input_ids, "contextualize")
+        if input_ids.shape[1] > self.window:
+            raise InputError(f"a chunk of {input_ids.shape[1]} tokens is longer than the base's window of {self.window}: "
+                             "read the context with model.read(ids), chunk by chunk")
         tokens = torch.full((len(input_ids),), input_ids.shape[1])              # (B,)
         if mask is not None:
             if (mask[:, 1:].bool() & ~mask[:, :-1].bool()).any():
@@ -198,10 +202,13 @@ class AdaptedLM(nn.Module):
     def read(self, ids, memory=None):
         """Memory of a context of any length, ids a list of at least one: streamed in ceil(n / chunk) chunks of equal
         length, under memory, what was read before."""
+        if isinstance(ids, str):
+            raise InputError("read takes token ids, not text: model.read(context_ids(tokenizer, text)) of support.text")
         if len(ids) == 0:
             raise InputError("the context is empty: it needs at least 1 token")
-        chunks = -(-len(ids) // self.config.chunk)
-        L = -(-len(ids) // chunks)
+        ids = list(ids)
+        chunks = math.ceil(len(ids) / min(self.config.chunk, self.window))
+        L = math.ceil(len(ids) / chunks)
         for start in range(0, len(ids), L):
             chunk = torch.tensor([ids[start:start + L]], device=self.base.device)           # (1, L)
             memory = self.contextualize(chunk, memory=memory)
@@ -216,6 +223,7 @@ class AdaptedLM(nn.Module):
     @torch.no_grad()
     def generate(self, input_ids, memory=None, **generation):
         """Token ids from the base's own transformers generate. Prompts are left-padded, with attention_mask=."""
+        check_ids(input_ids, "generate")
         lora = self.lora_for(memory, len(input_ids))
         with self.adapting(lambda l, H: lora):
             return self.base.generate(input_ids, **generation)
@@ -272,6 +280,13 @@ class AdaptedLM(nn.Module):
         if len(memory.tokens) != 1:
             raise ValueError(f"export_peft writes the adapter of one context, this memory holds {len(memory.tokens)}")
         write_peft(directory, self.base.name_or_path, self.config, self.lora(memory), memory.tokens.item())
+
+
+def check_ids(input_ids, taker):
+    if not isinstance(input_ids, torch.Tensor) or input_ids.dim() != 2:
+        raise InputError(f"{taker} takes token ids (B, L), not text: tokenizer(text, return_tensors=\"pt\")[\"input_ids\"]")
+    if input_ids.numel() == 0:
+        raise InputError(f"the text is empty: {taker} needs at least 1 token")
 
 
 def find_blocks(base_model):

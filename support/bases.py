@@ -38,10 +38,32 @@ def load_base(name=DEFAULT_BASE, dtype=None, device=None):
         model.name_or_path = name
     elif os.path.isfile(name):
         model.name_or_path = os.path.abspath(name)
-    if isinstance(model.config.eos_token_id, int):      # a GGUF tokenizer's differs between versions of transformers
-        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(model.config.eos_token_id)
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    fit_tokenizer(name, tokenizer, model)
     return model.to(device).requires_grad_(False).eval(), tokenizer
+
+
+def fit_tokenizer(name, tokenizer, model):
+    """Give the tokenizer the model's end token (a GGUF tokenizer's differs between versions of transformers, another's
+    may be missing) and a pad token within the model's embedding."""
+    rows = model.get_input_embeddings().num_embeddings
+    ends = model.config.get_text_config().eos_token_id
+    if isinstance(ends, int):
+        ends = [ends]
+    elif tokenizer.eos_token is not None:               # of several the tokenizer knows which ends a turn
+        ends = []
+    for end in ends or []:
+        if end < rows:
+            tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
+            break
+    if tokenizer.eos_token is None:
+        raise InputError(f"base {name!r}: neither its tokenizer nor its config names an eos token: add one")
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= rows:
+        tokenizer.pad_token = tokenizer.eos_token
+    for i, token in tokenizer.added_tokens_decoder.items():
+        if i >= rows and not token.special:             # a special one is never a part of a text
+            raise InputError(f"base {name!r}: its tokenizer's token {token.content!r} has number {i}, beyond the {rows} "
+                             "rows of its embedding: resize the embedding, or take the tokenizer it was trained with")
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
 
 
 def find_device(name=None):
@@ -90,13 +112,10 @@ def locate_base(name):
 
 
 def tokenizer_at(name, path, **options):
-    """The tokenizer of a base located there, with a pad token. Errors name the base as the user did."""
+    """The tokenizer of a base located there. Errors name the base as the user did."""
     with bad_input(f"base {name!r} cannot be loaded from disk or the hub, check --base"):
         # trust_remote_code None would ask whether to run a stranger's code
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, **options)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False, **options)
 
 
 def model_at(name, path, device, dtype, **options):

@@ -17,7 +17,8 @@ from pathlib import Path
 
 from huggingface_hub import constants
 from huggingface_hub.utils import get_session
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 CACHE = os.path.expanduser(os.environ.get("GENERATIVE_ADAPTER_CACHE", "~/.cache/generative-adapter"))
 
@@ -44,6 +45,8 @@ def bad_input(words, *kinds):
 def run_command(main):
     """Run a script's main. On an InputError every process exits with 2, and the first of a machine prints it: torchrun
     ends all of them when one exits, so the others give it ten seconds. What they alone met, they print themselves."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")           # a console that lacks a character is no reason to end
     try:
         main()
     except InputError as error:
@@ -65,14 +68,10 @@ def json_object(content, where):
     with bad_input(f"{where} cannot be read as json"):
         value = json.loads(content)
         if b"\\ud" in content.lower():                       # perhaps an escaped surrogate without its other half
-            value = json.loads(without_surrogates(json.dumps(value, ensure_ascii=False)))
+            value = json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
     if not isinstance(value, dict):
         raise InputError(f"{where} cannot be read: not a json object")
     return value
-
-
-def without_surrogates(text):
-    return text.encode("utf-8", "replace").decode()
 
 
 def read_json(path):
@@ -87,6 +86,25 @@ def read_safetensors(path):
         raise InputError(f"{path}: no such file")
     with bad_input(f"{path} cannot be read as safetensors"), safe_open(path, framework="pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+
+
+def save_tensors(tensors, path, metadata=None):
+    """Write {name: tensor} to one safetensors file, aside first and then renamed, so that a reader never meets half of
+    it. Where that fails, on a full disk for one, nothing is left behind."""
+    part = f"{path}.part"
+    contiguous = {}
+    for name, tensor in tensors.items():
+        contiguous[name] = tensor.detach().cpu().contiguous()
+    try:
+        save_file(contiguous, part, metadata=metadata)
+        umask = os.umask(0)                                  # the only way to read it
+        os.umask(umask)
+        os.chmod(part, 0o666 & ~umask)                       # safetensors leaves the file to its owner alone
+        os.replace(part, path)
+    except (OSError, SafetensorError) as error:
+        if os.path.exists(part):
+            os.remove(part)
+        raise InputError(f"{path} cannot be written: {error}") from None
 
 
 def stamps(path):
@@ -133,7 +151,8 @@ def _rows(source, split):
         raise InputError(f"{source}: no such file")
     if source.endswith((".txt", ".txt.gz")):
         with open_bytes(source) as file:
-            yield source, {"text": file.read().decode("utf-8")}
+            text = file.read().decode("utf-8-sig")           # without the mark that some editors write first
+            yield source, {"text": text.replace("\r\n", "\n")}
     elif source.endswith((".jsonl", ".jsonl.gz")):
         with open_bytes(source) as file:
             for number, line in enumerate(file, 1):
@@ -144,7 +163,10 @@ def _rows(source, split):
         csv.field_size_limit(2**31 - 1)                      # the module's own limit is 131,072 characters
         with open(source, encoding="utf-8-sig", newline="") as file:                # Excel writes a mark first
             for number, row in enumerate(csv.DictReader(file), 2):
-                yield f"{source} row {number}", row
+                where = f"{source} row {number}"
+                if None in row:                              # the csv module puts the fields that are too many there
+                    raise InputError(f"{where} has more fields than columns: put a text with commas in quotes")
+                yield where, row
     else:
         import datasets                                      # slow to import
         if source.endswith(".parquet"):

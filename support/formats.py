@@ -8,10 +8,10 @@ from pathlib import Path
 
 import huggingface_hub
 from huggingface_hub.utils import validate_repo_id
-from safetensors.torch import save_file
 
 from support.bases import DEFAULT_BASE, DEFAULT_BASE_HUB_ID
-from support.files import InputError, bad_input, hub_reachable, make_directory, read_json, read_safetensors
+from support.files import (InputError, bad_input, hub_reachable, make_directory, read_json, read_safetensors,
+                           save_tensors)
 
 PEFT_CARD = """---
 base_model: {base}
@@ -51,10 +51,7 @@ def checkpoint_base(directory):
 def write_generator(directory, base_name, config, tensors):
     """generator.safetensors and generator_config.json in that directory. config: a GeneratorConfig."""
     make_directory(directory)
-    contiguous = {}
-    for name, parameter in tensors.items():
-        contiguous[name] = parameter.detach().cpu().contiguous()
-    save_file(contiguous, os.path.join(directory, "generator.safetensors"))
+    save_tensors(tensors, os.path.join(directory, "generator.safetensors"))
     values = {"base": base_name, **asdict(config)}
     Path(directory, "generator_config.json").write_text(json.dumps(values, indent=1))
 
@@ -117,7 +114,10 @@ def read_fastlora(directory):
 def write_peft(directory, base_name, config, lora, tokens):
     """A PEFT LoRA directory with its model card, from {module name: (lora_A (1, r, d_in), lora_B (1, d_out, r))} with s
     in lora_B, of a context of that many tokens. config: a GeneratorConfig. PEFT multiplies by lora_alpha / r: lora_alpha
-    = s r where that is whole (vLLM types it so), else s stays in lora_B and lora_alpha = r."""
+    = s r where that is whole (vLLM types it so), else s stays in lora_B and lora_alpha = r. InputError where the
+    directory holds an adapter already."""
+    if os.path.exists(os.path.join(directory, "adapter_config.json")):
+        raise InputError(f"{directory} holds an adapter already: name another directory")
     r = config.adapter_rank
     alpha = r
     factor = 1.0
@@ -128,12 +128,12 @@ def write_peft(directory, base_name, config, lora, tokens):
         base_name = DEFAULT_BASE_HUB_ID
     tensors = {}
     for name, (lora_A, lora_B) in lora.items():
-        tensors[f"base_model.model.{name}.lora_A.weight"] = lora_A[0].detach().cpu().contiguous()
-        tensors[f"base_model.model.{name}.lora_B.weight"] = (lora_B[0].detach() / factor).cpu().contiguous()
+        tensors[f"base_model.model.{name}.lora_A.weight"] = lora_A[0]
+        tensors[f"base_model.model.{name}.lora_B.weight"] = lora_B[0] / factor
     peft = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_name, "r": r,
             "lora_alpha": alpha, "target_modules": config.targets, "lora_dropout": 0.0, "bias": "none",
             "fan_in_fan_out": False, "inference_mode": True}
     make_directory(directory)
-    save_file(tensors, os.path.join(directory, "adapter_model.safetensors"), metadata={"format": "pt"})
+    save_tensors(tensors, os.path.join(directory, "adapter_model.safetensors"), {"format": "pt"})
     Path(directory, "adapter_config.json").write_text(json.dumps(peft, indent=1))
     Path(directory, "README.md").write_text(PEFT_CARD.format(base=json.dumps(base_name), tokens=tokens, r=r))

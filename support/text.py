@@ -9,6 +9,9 @@ import functools
 import re
 
 BREAK = "\ufdd0"          # never a character of a text (Unicode noncharacter)
+# the date of every prompt, the one that Llama 3.2's template falls back to: today's would change prompts overnight
+DATE = "26 Jul 2024"
+FIXED_DATE = "{%- macro strftime_now(format) -%}" + DATE + "{%- endmacro -%}"
 
 
 @functools.lru_cache(maxsize=8)
@@ -66,17 +69,22 @@ def apply_template(tokenizer, messages, **options):
     for message in messages:
         broken.append({**message, "content": break_up(tokenizer, message["content"], special=True)})
     # enable_thinking: Qwen3's reply is then the answer, at once
-    text = tokenizer.apply_chat_template(broken, tokenize=False, enable_thinking=False, **options)
+    text = tokenizer.apply_chat_template(broken, chat_template=FIXED_DATE + tokenizer.get_chat_template(),
+                                         tokenize=False, enable_thinking=False, date_string=DATE, **options)
     return token_ids(tokenizer, [text])[0]
 
 
 def document_marks(tokenizer):
-    """(ids before a document, ids after it): BOS and EOS as in the released code. Where a tokenizer has <|endoftext|>
-    (SmolLM2, Qwen), its bos and eos are chat tokens, so that one ends a document and nothing begins it."""
-    end = tokenizer.added_tokens_encoder.get("<|endoftext|>")
-    if end is not None:
-        return [], [end]
+    """(ids before a document, ids after it): BOS and EOS as in the released code. EOS is that of the pretrained base:
+    an instruction-tuned one may have a chat token for it. Where a tokenizer has <|endoftext|> (SmolLM2, Qwen), its bos
+    is a chat token too, so that one ends a document and nothing begins it."""
+    known = tokenizer.added_tokens_encoder
+    if "<|endoftext|>" in known:
+        return [], [known["<|endoftext|>"]]
     before = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    for name in ("<|end_of_text|>", "<eos>"):           # Llama 3, Gemma
+        if name in known:
+            return before, [known[name]]
     after = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     return before, after
 

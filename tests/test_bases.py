@@ -15,6 +15,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from generator import InputError
 from model import load_base
+from conftest import make_base, make_tokenizer
 from processes import finish, start
 from support import bases
 
@@ -120,8 +121,8 @@ def test_a_process_of_a_group_leaves_no_half_conversion(cache, tiny, capsys):
 def test_a_second_start_does_not_read_the_gguf(cache, tiny, monkeypatch):
     reference = directly(tiny)
     load_base(tiny, torch.float32, "cpu")
-    loader = bases.load
-    monkeypatch.setattr(bases, "load", lambda *args, **options: (
+    loader = bases.AutoModelForCausalLM.from_pretrained
+    monkeypatch.setattr(bases.AutoModelForCausalLM, "from_pretrained", lambda *args, **options: (
         pytest.fail("read again") if "gguf_file" in options else loader(*args, **options)))
     assert same(tiny, reference)
 
@@ -231,8 +232,41 @@ def test_dtype_fits_the_machine(base_directory, monkeypatch, capsys, native):
 def test_straight_to_a_gpu(monkeypatch):
     """On CUDA transformers itself places each weight; on a CPU there is nothing to place."""
     asked = []
-    monkeypatch.setattr(bases, "load", lambda *args, **options: asked.append(options))
+    monkeypatch.setattr(bases.AutoModelForCausalLM, "from_pretrained", lambda *args, **options: asked.append(options))
     for device in (torch.device("cuda", 1), torch.device("cpu")):
         bases.model_at("base", "base", device, torch.bfloat16)
     assert asked[0]["device_map"] == torch.device("cuda", 1) and "device_map" not in asked[1]
     assert all(options["use_safetensors"] for options in asked)
+
+
+def edit(path, **values):
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, **values}))
+
+
+@pytest.mark.parametrize("case", ["pad outside", "no pad", "no tokenizer config", "a list of eos", "eos outside",
+                                  "token outside"])
+def test_tokenizer_beside_its_model(tmp_path, case):
+    """A pad token always, within the embedding of 260 rows, and the model's end token; a token of text beyond the
+    embedding is refused in one sentence."""
+    tokenizer = make_tokenizer()
+    if case == "pad outside":
+        tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    if case == "token outside":
+        tokenizer.add_tokens([" river"])
+    if case == "no pad":
+        tokenizer.pad_token = None
+    make_base().save_pretrained(tmp_path), tokenizer.save_pretrained(tmp_path)
+    if case in ("no tokenizer config", "a list of eos"):
+        (tmp_path / "tokenizer_config.json").unlink()
+    if case == "a list of eos":
+        edit(tmp_path / "config.json", eos_token_id=[258, 256])
+    if case == "eos outside":
+        edit(tmp_path / "config.json", eos_token_id=32000)
+    if case == "token outside":
+        with pytest.raises(InputError, match="' river' has number 260, beyond the 260 rows"):
+            load_base(str(tmp_path), torch.float32, "cpu")
+        return
+    base, tokenizer = load_base(str(tmp_path), torch.float32, "cpu")
+    assert tokenizer.eos_token_id == 258
+    assert tokenizer.pad_token_id == base.generation_config.pad_token_id == (259 if case == "eos outside" else 258)
