@@ -26,9 +26,9 @@ import torch.nn.functional as F
 
 from generator import AdapterGenerator, GeneratorConfig, Memory, rms_norm
 from support import fast
-from support.bases import DEFAULT_BASE, load_base, locate_base  # noqa: F401   part of this module's interface
+from support.bases import DEFAULT_BASE, load_base  # noqa: F401   part of this module's interface
 from support.files import InputError
-from support.formats import checkpoint_base, locate_checkpoint, read_generator, write_generator, write_peft
+from support.formats import read_generator, write_generator, write_peft
 
 TARGETS = {"q_proj": "self_attn.q_proj", "k_proj": "self_attn.k_proj", "v_proj": "self_attn.v_proj",
            "o_proj": "self_attn.o_proj", "gate_proj": "mlp.gate_proj", "up_proj": "mlp.up_proj",
@@ -53,13 +53,22 @@ class AdaptedLM(nn.Module):
         for l, block in enumerate(blocks):
             names = []
             for target in config.targets:
-                name = f"{prefix}.{l}.{TARGETS.get(target)}"
-                shapes[name] = target_shape(block, target)
+                if target not in TARGETS:
+                    raise InputError(f"target module {target!r} is unknown: choose from {', '.join(TARGETS)}")
+                try:
+                    linear = block.get_submodule(TARGETS[target])
+                    shape = (linear.in_features, linear.out_features)
+                except AttributeError:
+                    raise InputError(f"{type(block).__name__} has no linear layer {TARGETS[target]}: choose other targets "
+                                     "or another base") from None
+                name = f"{prefix}.{l}.{TARGETS[target]}"
+                shapes[name] = shape
                 names.append(name)
             self.block_targets.append(names)
         text_config = base_model.config.get_text_config()
         self.window = text_config.max_position_embeddings                       # tokens that the base reads at once
         self.generator = AdapterGenerator(config, text_config.hidden_size, shapes, device=base_model.device)
+        self.layers = dict(zip(shapes, self.generator.layers))                  # {name: LayerGenerator}
         self.adapters = None                            # during a pass: a function (l, H) -> {name: (lora_A, lora_B)}
         self.lora_of_block = {}                         # while block l is computed: what that function gave for it
         self.lock = threading.RLock()
@@ -67,7 +76,6 @@ class AdaptedLM(nn.Module):
             block.forward = partial(self.block_forward, l, block.forward)
         for name in shapes:
             base_model.get_submodule(name).register_forward_hook(partial(self.add_adapter, name))
-        fast.fuse_norms(self)
 
     # ---- the two places where the base is touched
 
@@ -76,15 +84,13 @@ class AdaptedLM(nn.Module):
         if self.adapters is None:
             return forward(H, *args, **kwargs)
         lora = self.adapters(l, H)
-
-        def run(H):
-            self.lora_of_block = lora
-            try:
-                return forward(H, *args, **kwargs)
-            finally:
-                self.lora_of_block = {}
-
-        return fast.recompute(self, l, run, H)
+        if torch.is_grad_enabled() and not self.plain:
+            return fast.block_forward(self, l, lora, forward, H, *args, **kwargs)
+        self.lora_of_block = lora
+        try:
+            return forward(H, *args, **kwargs)
+        finally:
+            self.lora_of_block = {}
 
     def add_adapter(self, name, linear, inputs, output):
         """W x + W_Delta x, with W_Delta = lora_B lora_A (eq. 9)."""
@@ -98,13 +104,13 @@ class AdaptedLM(nn.Module):
             lora_B = lora_B.repeat_interleave(copies, 0)
         return output + x @ lora_A.mT @ lora_B.mT       # (B, L, d_in) -> (B, L, r) -> (B, L, d_out)
 
-    @contextlib.contextmanager
-    def adapting(self, adapters):
-        """A pass under these adapters, a function (l, H) -> {module name: (lora_A, lora_B)} called before block l."""
+    def run(self, adapters, function, *args, **kwargs):
+        """function(*args, **kwargs), a pass of the base, under these adapters: a function (l, H) -> {module name:
+        (lora_A, lora_B)} that is called before block l."""
         with self.lock:                                 # one pass at a time: threads share the hooks
             self.adapters = adapters
             try:
-                yield
+                return function(*args, **kwargs)
             finally:
                 self.adapters = None
 
@@ -130,7 +136,7 @@ class AdaptedLM(nn.Module):
             h = rms_norm(H).view(B, N, L, -1)[:, :C]                            # (B, C, L, d_h)
             lora = {}
             for name in self.block_targets[l]:
-                layer = self.generator[name]
+                layer = self.layers[name]
                 S = layer.update(h, chunk_mask).cumsum(1)                       # eq. 3: S_1 .. S_C  (B, C, d_r, d_r)
                 S = F.pad(S, (0, 0, 0, 0, 1, 0))                                # S_0 = 0: the base  (B, C+1, d_r, d_r)
                 lora_A, lora_B = layer.adapter(S)                               # eq. 6-9
@@ -139,10 +145,9 @@ class AdaptedLM(nn.Module):
                 lora[name] = (lora_A.to(H.dtype), lora_B.to(H.dtype))
             return lora
 
-        with self.adapting(adapters):
-            ids = segments.flatten(0, 1)                                        # (B N, L)
-            hidden = self.base.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
-        return hidden.view(B, N, L, -1)
+        ids = segments.flatten(0, 1)                                            # (B N, L)
+        out = self.run(adapters, self.base.get_decoder(), input_ids=ids, use_cache=False)
+        return out.last_hidden_state.view(B, N, L, -1)
 
     def forward_segments(self, segments, mask, visible):
         """Logits (B, N, L, V) of segments (B, N, L) in one pass: segment j, whose positions begin at 0, is adapted by
@@ -172,7 +177,7 @@ class AdaptedLM(nn.Module):
         """Read one chunk (B, L) under the adapter of memory and return the memory that has read it too:
         S_t = S_{t-1} + A2 H^T H B1 (eq. 3). mask (B, L), right-padded; memory may have the chunk's batch or a batch of
         1."""
-        check_ids(input_ids, "contextualize")
+        lora = self.lora_for(memory, input_ids)
         if input_ids.shape[1] > self.window:
             raise InputError(f"a chunk of {input_ids.shape[1]} tokens is longer than the base's window of {self.window}: "
                              "read the context with model.read(ids), chunk by chunk")
@@ -181,20 +186,18 @@ class AdaptedLM(nn.Module):
             if (mask[:, 1:].bool() & ~mask[:, :-1].bool()).any():
                 raise ValueError("contexts are padded on the right: mask must not turn from 0 to 1")
             tokens = mask.bool().sum(-1).cpu()                                  # (B,)
-        lora = self.lora_for(memory, len(input_ids))
         states = {}
 
         def adapters(l, H):
             h = rms_norm(H)                                                     # (B, L, d_h)
             for name in self.block_targets[l]:
-                S = self.generator[name].update(h, mask)                        # (B, d_r, d_r)
+                S = self.layers[name].update(h, mask)                           # (B, d_r, d_r)
                 if memory is not None:
                     S = memory.states[name].to(H.device) + S                    # eq. 3
                 states[name] = S
             return lora
 
-        with self.adapting(adapters):
-            self.base.get_decoder()(input_ids=input_ids, use_cache=False)
+        self.run(adapters, self.base.get_decoder(), input_ids=input_ids, use_cache=False)
         if memory is not None:
             tokens = memory.tokens + tokens
         return Memory(states, tokens, self.generator.fingerprint())
@@ -203,7 +206,7 @@ class AdaptedLM(nn.Module):
         """Memory of a context of any length, ids a list of at least one: streamed in ceil(n / chunk) chunks of equal
         length, under memory, what was read before."""
         if isinstance(ids, str):
-            raise InputError("read takes token ids, not text: model.read(context_ids(tokenizer, text)) of support.text")
+            raise InputError("read takes token ids, no text: model.read(context_ids(tokenizer, text))")
         if len(ids) == 0:
             raise InputError("the context is empty: it needs at least 1 token")
         ids = list(ids)
@@ -216,17 +219,15 @@ class AdaptedLM(nn.Module):
 
     def forward(self, input_ids, mask=None, memory=None):
         """Logits (B, L, V) of the adapted LM; without a memory, of the base. A memory of batch 1 serves every row."""
-        lora = self.lora_for(memory, len(input_ids))
-        with self.adapting(lambda l, H: lora):
-            return self.base(input_ids=input_ids, attention_mask=mask, use_cache=False).logits
+        lora = self.lora_for(memory, input_ids)
+        out = self.run(lambda l, H: lora, self.base, input_ids=input_ids, attention_mask=mask, use_cache=False)
+        return out.logits
 
     @torch.no_grad()
     def generate(self, input_ids, memory=None, **generation):
         """Token ids from the base's own transformers generate. Prompts are left-padded, with attention_mask=."""
-        check_ids(input_ids, "generate")
-        lora = self.lora_for(memory, len(input_ids))
-        with self.adapting(lambda l, H: lora):
-            return self.base.generate(input_ids, **generation)
+        lora = self.lora_for(memory, input_ids)
+        return self.run(lambda l, H: lora, self.base.generate, input_ids, **generation)
 
     def lora(self, memory):
         """The adapter of a memory: {module name: (lora_A (B, r, d_in), lora_B (B, d_out, r))} fp32, W_Delta = lora_B
@@ -240,17 +241,20 @@ class AdaptedLM(nn.Module):
         for name, S in memory.states.items():
             if S.shape[1:] != (self.config.d_r, self.config.d_r):
                 raise InputError("the memory does not fit this generator: its d_r differs")
-            layer = self.generator[name]
+            layer = self.layers[name]
             S = S.to(self.base.device)
             lora[name] = layer.adapter(S) if self.plain else fast.adapter(layer, S)
         return lora
 
-    def lora_for(self, memory, batch):
-        """lora(memory) in the base's dtype, for that many rows; {} without a memory."""
+    def lora_for(self, memory, input_ids):
+        """lora(memory) in the base's dtype, for a pass over input_ids (B, L); {} without a memory."""
+        if not isinstance(input_ids, torch.Tensor) or input_ids.dim() != 2 or input_ids.numel() == 0:
+            raise InputError("the model takes token ids, a (B, L) tensor that is not empty, and no text: "
+                             "tokenizer(text, return_tensors=\"pt\")[\"input_ids\"]")
         if memory is None:
             return {}
-        if len(memory.tokens) not in (1, batch):
-            raise ValueError(f"a memory of batch {len(memory.tokens)} cannot adapt a batch of {batch} rows")
+        if len(memory.tokens) not in (1, len(input_ids)):
+            raise ValueError(f"a memory of batch {len(memory.tokens)} cannot adapt a batch of {len(input_ids)} rows")
         lora = {}
         for name, (lora_A, lora_B) in self.lora(memory).items():
             lora[name] = (lora_A.to(self.base.dtype), lora_B.to(self.base.dtype))
@@ -266,9 +270,7 @@ class AdaptedLM(nn.Module):
     def from_pretrained(cls, base_model, directory):
         """A generator that save_pretrained wrote, or one in the authors' format (peft_type FASTLORA), on base_model;
         directory may be a hub id. Shapes and target modules must fit the base; a base of another name is a warning."""
-        directory = locate_checkpoint(directory)
-        values, tensors = read_generator(directory)
-        base_name = checkpoint_base(directory)
+        values, tensors, base_name = read_generator(directory)
         if base_name != base_model.name_or_path:
             warnings.warn(f"checkpoint {directory} was trained for {base_name}, the base is {base_model.name_or_path}")
         model = cls(base_model, GeneratorConfig.from_dict(values))
@@ -280,13 +282,6 @@ class AdaptedLM(nn.Module):
         if len(memory.tokens) != 1:
             raise ValueError(f"export_peft writes the adapter of one context, this memory holds {len(memory.tokens)}")
         write_peft(directory, self.base.name_or_path, self.config, self.lora(memory), memory.tokens.item())
-
-
-def check_ids(input_ids, taker):
-    if not isinstance(input_ids, torch.Tensor) or input_ids.dim() != 2:
-        raise InputError(f"{taker} takes token ids (B, L), not text: tokenizer(text, return_tensors=\"pt\")[\"input_ids\"]")
-    if input_ids.numel() == 0:
-        raise InputError(f"the text is empty: {taker} needs at least 1 token")
 
 
 def find_blocks(base_model):
@@ -306,14 +301,3 @@ def find_blocks(base_model):
     raise InputError(f"{kind} is not a decoder this project knows: its blocks need self_attn and mlp, as in llama, "
                      "mistral, qwen2, qwen3 or gemma3")
 
-
-def target_shape(block, target):
-    """(d_in, d_out) of the linear layer of that name in a block."""
-    if target not in TARGETS:
-        raise InputError(f"target module {target!r} is unknown: choose from {', '.join(TARGETS)}")
-    try:
-        linear = block.get_submodule(TARGETS[target])
-        return linear.in_features, linear.out_features
-    except AttributeError:
-        raise InputError(f"{type(block).__name__} has no linear layer {TARGETS[target]}: choose other targets or "
-                         "another base") from None

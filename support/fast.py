@@ -5,7 +5,7 @@ waste. `model.plain = True` uses the plain ones instead; tests/test_fast.py hold
     LayerGenerator.adapter         adapter        svd_norm, at rank min(r, tokens read)
     AdaptedLM.hidden_states        hidden_states  no gradient for what trains nothing, no work for padding
     AdaptedLM.segment_losses       losses         logits of 512 targets at a time, their gradient formed at once
-    RMSNorm of transformers' base  fuse_norms     torch's own: one kernel on CUDA instead of eight
+    AdaptedLM.block_forward        block_forward  recomputed where memory is short; norms in one kernel on CUDA
 """
 
 from functools import lru_cache, partial
@@ -36,18 +36,25 @@ def svd_norm(S, rank, damping=1e-2):
     Deterministic, and differentiable for a damping of at least 1e-4 through the product of the pair; ValueError where a
     gradient is asked for below. Any rank >= rank(S) gives the same product."""
     rank = min(rank, S.shape[-1])
-    Q = range_finder(S.detach(), rank)
+    wide = S.detach().to(product_dtype(S))
+    Q = wide @ sketch(S.shape[-1], rank, S.device).to(wide.dtype)               # (..., d_r, r), from S S^T S Omega
+    for matrix in (None, wide.mT, wide):
+        if matrix is not None:
+            Q = matrix @ Q
+        # orthonormal columns by Cholesky-QR: Q R^-1, R^T R = Q^T Q; a Householder QR is not batched on CUDA
+        double = Q.double()
+        Q = Q @ inverse_cholesky(double.mT @ double).mT.to(Q.dtype)
+    Q = Q.to(S.dtype)
     if damping >= LEAST_DAMPING:
         return PolarFactor.apply(S, Q, damping)
     if S.requires_grad:
         raise ValueError(f"norm svd has no gradient for a damping of {damping}, below {LEAST_DAMPING}: use svd-exact")
-    wide = product_dtype(S)
-    M = (Q.to(wide).mT @ S.to(wide)).double()                                   # (..., r, d_r)
+    M = (Q.to(wide.dtype).mT @ wide).double()                                   # (..., r, d_r)
     square, E = torch.linalg.eigh(M @ M.mT)                                     # (..., r) ascending, (..., r, r)
-    square = square / square[..., -1:].clamp(min=1e-60)                         # in units of sigma_1
-    inverse = torch.where(square > 1e-12, (square.clamp(min=0) + damping**2).rsqrt(), 0)      # sigma > 1e-6 sigma_1
-    sigma_1 = torch.linalg.matrix_norm(M, 2)[..., None, None].clamp(min=1e-30)  # (..., 1, 1)
-    P = (E * inverse[..., None, :]) @ E.mT @ (M / sigma_1)                      # (..., r, d_r)
+    top = square[..., -1:].clamp(min=1e-60)                                     # sigma_1^2
+    f = (square.clamp(min=0) + damping**2 * top).rsqrt()                        # f / sigma
+    f = torch.where(square > 1e-12 * top, f, 0)                                 # sigma > 1e-6 sigma_1
+    P = (E * f[..., None, :]) @ E.mT @ M                                        # (..., r, d_r)
     return Q, P.to(S.dtype)
 
 
@@ -57,20 +64,6 @@ def sketch(d_r, rank, device):
     The released code draws a fresh one at every call: two readings of one context give adapters 30-60 % apart."""
     random = torch.Generator("cpu").manual_seed(1_000_003 * d_r + rank)
     return torch.randn(d_r, rank, generator=random, device="cpu").to(device)
-
-
-def range_finder(S, rank):
-    """Q (..., d_r, r): the leading left directions of S, as torch.svd_lowrank(niter=1) has them, from S S^T S Omega."""
-    Omega = sketch(S.shape[-1], rank, S.device)
-    wide = S.to(product_dtype(S))
-    Q = wide @ Omega.to(wide.dtype)                                             # (..., d_r, r)
-    for matrix in (None, wide.mT, wide):
-        if matrix is not None:
-            Q = matrix @ Q                                                      # (..., d_r, r)
-        # orthonormal columns by Cholesky-QR: Q R^-1, R^T R = Q^T Q; a Householder QR is not batched on CUDA
-        double = Q.double()
-        Q = Q @ inverse_cholesky(double.mT @ double).mT.to(Q.dtype)
-    return Q.to(S.dtype)
 
 
 def product_dtype(S):
@@ -116,7 +109,15 @@ class PolarFactor(torch.autograd.Function):
         M = (Q.to(wide).mT @ S.to(wide)).double()                               # (..., r, d_r)
         gram = M @ M.mT                                                         # (..., r, r)
         eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-        square = largest_eigenvalue(gram).clamp(min=1e-24)[..., None, None]     # sigma_1^2, (..., 1, 1)
+        # sigma_1^2 = tr(gram^k)^(1/k) with k = 4,096, at most r^(1/k) too large (0.1 % at r = 128)
+        power = gram
+        log = 0.0
+        for k in (1, 64, 4096):
+            trace = power.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None].clamp(min=1e-200)      # (..., 1, 1)
+            log = log + trace.log() / k
+            if k < 4096:
+                power = torch.linalg.matrix_power(power / trace, 64)
+        square = log.exp().clamp(min=1e-24)                                     # sigma_1^2, (..., 1, 1)
         top = square * (1 + damping**2)
         R = (gram + damping**2 * square * eye) / top                            # spectrum in [low^2, 1]
         Z = eye
@@ -151,19 +152,6 @@ class PolarFactor(torch.autograd.Function):
         # one product for both terms: on a CPU writing (d_r, d_r) is what takes time
         grad_S = torch.cat([Q, grad_Q], -1) @ torch.cat([inside, outside], -2)
         return grad_S.to(dtype), None, None
-
-
-def largest_eigenvalue(gram):
-    """(...,) of positive semidefinite gram (..., r, r) float64: tr(gram^k)^(1/k) with k = 4,096, at most r^(1/k) too
-    large (0.1 % at r = 128)."""
-    log = 0.0
-    k = 1
-    for power in (64, 64, 1):
-        trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1).clamp(min=1e-200)
-        log = log + trace.log() / k
-        gram = torch.linalg.matrix_power(gram / trace[..., None, None], power)
-        k = k * power
-    return log.exp()
 
 
 def solve_lyapunov(R, Y, top, low):
@@ -231,7 +219,7 @@ def hidden_states(model, segments, mask, visible):
         h = torch.stack([h[j] for j in range(C)], 1)                            # (B, C, L, d_h)
         S = []
         for name in model.block_targets[block]:
-            updates = model.generator[name].update(h, None if mask is None else mask[:, :C])
+            updates = model.layers[name].update(h, None if mask is None else mask[:, :C])
             S_t = list(accumulate(updates.unbind(1)))           # eq. 3; the kernel of cumsum is slow on a CPU
             S.append(torch.stack(S_t, 1))                                       # (B, C, d_r, d_r)
         return S
@@ -241,7 +229,7 @@ def hidden_states(model, segments, mask, visible):
         lora = {}
         for name, S_name in zip(model.block_targets[block], S):
             # never recomputed: the pairs are small, and norm is slow
-            lora_A, lora_B = adapter(model.generator[name], S_name, tokens=C * L)           # (B, C, ..)
+            lora_A, lora_B = adapter(model.layers[name], S_name, tokens=C * L)           # (B, C, ..)
             lora[name] = (rows(lora_A.to(H.dtype)), rows(lora_B.to(H.dtype)))
         return lora
 
@@ -254,8 +242,8 @@ def hidden_states(model, segments, mask, visible):
         ids = segments[:, among]                                                # (B, among, L)
         if mask is not None:
             ids = ids[:, :, :last_column(mask[:, among])]                       # (B, among, L')
-        with model.adapting(function):
-            out = model.base.get_decoder()(input_ids=ids.flatten(0, 1), use_cache=False).last_hidden_state
+        out = model.run(function, model.base.get_decoder(), input_ids=ids.flatten(0, 1), use_cache=False)
+        out = out.last_hidden_state                                             # (B among, L', d_h)
         out = F.pad(out, (0, 0, 0, L - out.shape[1])).view(B, len(among), L, -1)            # (B, among, L, d_h)
         for k, j in enumerate(among):
             hidden[j] = out[:, k]                                               # (B, L, d_h)
@@ -291,12 +279,36 @@ def last_column(mask):
     return int(mask.any(0).any(0).nonzero().max()) + 1
 
 
-def recompute(model, block, function, *inputs):
+def recompute(model, l, function, *inputs):
     """function(*inputs), in the first model.checkpointing blocks computed again in the backward pass: it reaches those
     last, when the others' activations are freed. Not transformers' own checkpointing, which is off in eval mode."""
-    if block < model.checkpointing and torch.is_grad_enabled():
+    if l < model.checkpointing and torch.is_grad_enabled():
         return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
     return function(*inputs)
+
+
+def block_forward(model, l, lora, forward, H, *args, **kwargs):
+    """AdaptedLM.block_forward in training: block l perhaps recomputed, its RMSNorms torch's own, one kernel on CUDA.
+    Theirs are eight, and keep an fp32 copy of H for the backward pass; the same in fp32, in bf16 rounded once where they
+    round twice. Gemma's norm is another formula."""
+    norms = []
+    for module in model.blocks[l].modules():
+        if type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
+            norms.append((module, module.forward))
+
+    def run(H):
+        for norm, _ in norms:
+            norm.forward = partial(F.rms_norm, normalized_shape=norm.weight.shape, weight=norm.weight,
+                                   eps=norm.variance_epsilon)
+        model.lora_of_block = lora
+        try:
+            return forward(H, *args, **kwargs)
+        finally:
+            model.lora_of_block = {}
+            for norm, own_forward in norms:
+                norm.forward = own_forward
+
+    return recompute(model, l, run, H)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -341,17 +353,3 @@ class HeadLoss(torch.autograd.Function):
     def backward(ctx, grad_nats):
         return ctx.grad * grad_nats[:, None].to(ctx.grad.dtype), None, None
 
-
-def fuse_norms(model):
-    """Let the base's RMSNorms be torch's in blocks that have an adapter: one kernel on CUDA. Theirs are eight, and keep
-    an fp32 copy of H for the backward pass; the same in fp32, in bf16 rounded once where they round twice. Without an
-    adapter the base computes with its own, bit for bit. Gemma's norm is another formula."""
-    for norm in model.base.modules():
-        if type(norm).__name__.endswith("RMSNorm") and hasattr(norm, "variance_epsilon"):
-            norm.forward = partial(fused_norm, model, norm, norm.forward)
-
-
-def fused_norm(model, norm, own_forward, H):
-    if model.plain or not model.lora_of_block:
-        return own_forward(H)
-    return F.rms_norm(H, norm.weight.shape, norm.weight, norm.variance_epsilon)

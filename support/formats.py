@@ -56,14 +56,15 @@ def write_generator(directory, base_name, config, tensors):
     Path(directory, "generator_config.json").write_text(json.dumps(values, indent=1))
 
 
-def read_generator(directory):
-    """(values of a GeneratorConfig, {name: tensor} as AdapterGenerator.tensors names them) of a checkpoint in either
-    format."""
+def read_generator(name):
+    """(values of a GeneratorConfig, {name: tensor} as AdapterGenerator.tensors names them, name of the base) of a
+    checkpoint in either format, a directory or a hub id."""
+    directory = locate_checkpoint(name)
     if os.path.isfile(os.path.join(directory, "adapter_config.json")):
         values, tensors = read_fastlora(directory)
-        print(f"checkpoint {directory} is in the authors' format: base {checkpoint_base(directory)}, d_r "
-              f"{values['d_r']}, rank {values['rank']}, norm {values['norm']}, scale {values['scale']} (their alpha / "
-              f"r), damping 0, targets {', '.join(values['targets'])}")
+        print(f"checkpoint {name} is in the authors' format: base {values['base']}, d_r {values['d_r']}, rank "
+              f"{values['rank']}, norm {values['norm']}, scale {values['scale']} (their alpha / r), damping 0, targets "
+              f"{', '.join(values['targets'])}")
     else:
         values = read_json(os.path.join(directory, "generator_config.json"))
         tensors, _ = read_safetensors(os.path.join(directory, "generator.safetensors"))
@@ -71,7 +72,7 @@ def read_generator(directory):
         if not tensor.is_floating_point() or name.endswith(".A2") and len(tensor) != values.get("d_r"):
             raise InputError(f"{directory}: {name} is {tensor.dtype} of shape {tuple(tensor.shape)}, which does not go "
                              f"with d_r {values.get('d_r')} in its config")
-    return values, tensors
+    return values, tensors, values.get("base")
 
 
 def read_fastlora(directory):
@@ -89,7 +90,8 @@ def read_fastlora(directory):
             raise InputError(f"{path}: fastlora_inter_size is {config['fastlora_inter_size']!r}, where only fastlora_r "
                              "can be read")
         norm = config["fastlora_norm"]
-        values = {"d_r": config["fastlora_r"],
+        values = {"base": config.get("base_model_name_or_path"),
+                  "d_r": config["fastlora_r"],
                   "rank": min(config["fastlora_max_rank"], config["fastlora_r"]),
                   "scale": config["fastlora_alpha"] / config["fastlora_r"],
                   "norm": "frobenius" if norm == "forbenius" else norm,
