@@ -15,7 +15,6 @@ Shapes: B rows of a batch, N segments of a pass, C context chunks of a row, L to
 import argparse
 import functools
 import hashlib
-import itertools
 import json
 import math
 import os
@@ -29,8 +28,7 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from support.bases import DEFAULT_BASE, locate_base, tokenizer_at
-from support.files import (CACHE, InputError, bad_input, field, is_file_source, read_rows, run_command,
-                           stamps)
+from support.files import CACHE, InputError, bad_input, is_file_source, read_rows, run_command
 from support.text import apply_template, context_ids, document_marks, tokenize, user_turn
 
 # MetaICL is not among them: give its files
@@ -89,15 +87,26 @@ def demonstration(text, output):
     return f"Input: {text}\nOutput: {output}".rstrip()
 
 
+def read_document(row, where):
+    """(context, [(question, [answers])]) of a row, without questions and answers that are empty."""
+    with bad_input(f"{where}: a field of the instruction data is missing or malformed (answers are a text or a list)"):
+        context, found = question_answers(row, where)
+        pairs = []
+        for question, answers in found:
+            if isinstance(answers, str):
+                answers = [answers]
+            answers = [answer for answer in answers if answer.strip()]
+            if question.strip() and answers:
+                pairs.append((question.strip(), answers))
+        return context.strip() and context, pairs
+
+
 def question_answers(row, where):
     """(context, [(question, answers)]) of a row, answers a text or a list. Its fields tell which set it is from."""
     if "qas" in row:                                                           # this project's own
-        pairs = []
-        for qa in row["qas"]:
-            pairs.append((qa["question"], qa["answers"]))
-        return row["context"], pairs
+        return row["context"], [(qa["question"], qa["answers"]) for qa in row["qas"]]
     if "story" in row:                                                         # CoQA
-        return row["story"], list(zip(row["questions"], row["answers"]["input_text"]))
+        return row["story"], zip(row["questions"], row["answers"]["input_text"])
     if "passage" in row:                                                       # DROP
         return row["passage"], [(row["question"], row["answers_spans"]["spans"])]
     if "document" in row:                                                      # NarrativeQA, on summaries
@@ -120,20 +129,6 @@ def question_answers(row, where):
     if isinstance(answers, dict):                                              # SQuAD
         answers = answers["text"]
     return row["context"], [(row["question"], answers)]
-
-
-def read_document(row, where):
-    """(context, [(question, [answers])]) of a row, without questions and answers that are empty."""
-    with bad_input(f"{where}: a field of the instruction data is missing or malformed (answers are a text or a list)"):
-        context, found = question_answers(row, where)
-        pairs = []
-        for question, answers in found:
-            if isinstance(answers, str):
-                answers = [answers]
-            answers = [answer for answer in answers if answer.strip()]
-            if question.strip() and answers:
-                pairs.append((question.strip(), answers))
-        return context.strip() and context, pairs
 
 
 def read_example(row, where):
@@ -454,41 +449,41 @@ def read_texts(sources):
     null = 0
     for source in sources:
         for where, row in read_rows(source):
-            if "text" in row and row["text"] is None:
+            text = row.get("text")
+            if isinstance(text, str):
+                yield text
+            elif "text" in row and text is None:
                 null += 1
-                continue
-            yield field(row, "text", str, where)
+            else:
+                raise InputError(f"{where}: field 'text' is missing or is not a text")
     if null:
         print(f"{null} rows whose text is null were left out")
 
 
 def pack(sources, tokenizer, path):
     """Tokenise every document of sources into one flat file of uint16 (uint32 for a vocabulary beyond 65,536) and a
-    .json beside it. The token file is written aside and renamed; 512 documents are in memory at a time."""
-    before, after = document_marks(tokenizer)
+    .json beside it. The token file is written aside and renamed; one document is in memory at a time."""
+    facts = tokenizer_facts(tokenizer)
+    before, after = facts["marks"]
     dtype = "uint32"
     if len(tokenizer) <= 65_536:
         dtype = "uint16"
-    documents, tokens = 0, 0                                   # tokens without the marks
-    texts = read_texts(sources)
+    documents, tokens, empty = 0, 0, True
     part = f"{path}.{platform.node()}.{os.getpid()}.part"      # machines may share the directory
     try:
-        with open(part, "wb") as file, tqdm(unit="doc", unit_scale=True, desc="packing") as bar:
-            while True:
-                some = list(itertools.islice(texts, 512))
-                if not some:
-                    break
-                for ids in tokenize(tokenizer, some):
-                    np.array(before + ids + after, dtype=dtype).tofile(file)
-                    tokens += len(ids)
-                documents += len(some)
-                bar.update(len(some))
-        if tokens == 0:
+        with open(part, "wb") as file:
+            for text in tqdm(read_texts(sources), unit="doc", unit_scale=True, desc="packing"):
+                ids = tokenize(tokenizer, [text])[0]
+                empty = empty and not ids
+                ids = before + ids + after
+                np.array(ids, dtype=dtype).tofile(file)
+                tokens += len(ids)
+                documents += 1
+        if empty:
             raise InputError(f"{', '.join(sources)}: no text to pack")
-        tokens += documents * (len(before) + len(after))
-        facts = {"dtype": dtype, "tokens": tokens, "documents": documents, "sources": sources}
+        facts |= {"dtype": dtype, "tokens": tokens, "documents": documents, "sources": sources}
         with open(path + ".json", "w") as file:
-            json.dump(facts | tokenizer_facts(tokenizer), file)
+            json.dump(facts, file)
         os.replace(part, path)
     finally:
         if os.path.exists(part):
@@ -512,12 +507,15 @@ def open_tokens(sources, tokenizer):
     """Memory-mapped tokens of sources: a .bin file as it is, anything else packed once into CACHE."""
     if len(sources) == 1 and sources[0].endswith(".bin"):
         return load_tokens(sources[0], tokenizer)
-    files = []
+    facts = [tokenizer_facts(tokenizer)]
     for source in sources:
-        if is_file_source(source) and not os.path.isfile(source):
+        if os.path.isfile(source):
+            facts += [os.path.abspath(source), os.path.getsize(source), os.path.getmtime(source)]
+        elif is_file_source(source):
             raise InputError(f"{source}: no such file")
-        files += stamps(source) or [source]
-    key = hashlib.sha256(json.dumps([files, tokenizer_facts(tokenizer)]).encode()).hexdigest()[:16]
+        else:
+            facts.append(source)
+    key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
     path = os.path.join(CACHE, key + ".bin")
     os.makedirs(CACHE, exist_ok=True)
     with FileLock(path + ".lock"):                      # one process of a machine packs, the others wait for it

@@ -28,8 +28,7 @@ from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_para
 from data import TABLE_3, InstructionData, PretrainingData, sequences
 from generator import NORMS, GeneratorConfig
 from model import DEFAULT_BASE, AdaptedLM, load_base
-from support.checkpoints import (checkpoints, cut_log, load_checkpoint, save_checkpoint, share_state,
-                                 start_optimizer)
+from support.checkpoints import checkpoints, cut_log, load_checkpoint, save_checkpoint, share_state
 from support.files import InputError, make_directory, run_command
 from support.machine import peak_memory, prepare_cpu
 
@@ -108,7 +107,10 @@ def train(args):
     if not is_wide(base):
         beta2 = 0.98                                    # for runs of a few hundred steps
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, beta2), weight_decay=WEIGHT_DECAY, fused=True)
-    start_optimizer(optimizer)
+    for p in parameters:                                # what the first step would make: a checkpoint fills it
+        p.grad = torch.zeros_like(p)
+        optimizer.state[p] = {"step": torch.zeros((), device=device), "exp_avg": torch.zeros_like(p),
+                              "exp_avg_sq": torch.zeros_like(p)}
 
     step, tokens = 0, 0
     if rank == 0:                                       # it alone may have the directory
@@ -121,16 +123,15 @@ def train(args):
             aligned_start(model, sequences(data.tokens, length, 0, 96, args.seed).split(16))
         cut_log(os.path.join(args.out, "log.jsonl"), step)
         cut_log(os.path.join(args.out, "validation.jsonl"), step - 1)
-        size = sum(p.numel() for p in parameters) / 1e6
-        print(f"generator of {size:.1f} M parameters on {args.base}, {args.dtype}, {device}; {data.about}; {args.batch} "
-              f"x {args.chunks} chunks of {args.chunk} tokens a step; {args.steps} steps from step {step}; processes: "
-              f"{world}", flush=True)
+        size = sum(p.numel() for p in parameters)
+        print(f"{size:,} parameters on {args.base}, {args.dtype}, {device}; {data.about}; {args.batch} x {args.chunks} x "
+              f"{args.chunk} tokens a step; {args.steps} steps from step {step}; processes: {world}", flush=True)
     if world > 1:
         step, tokens = share_state(optimizer, [step, tokens])
 
     stopping = []
-    signal.signal(signal.SIGTERM, lambda *_: stopping.append("SIGTERM"))
-    signal.signal(signal.SIGINT, lambda *_: stopping.append("SIGINT"))
+    for kind in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(kind, lambda number, frame: stopping.append(number))
     stop, skipped = False, 0
     mine = range(args.batch)[rank::world]               # rows of the global batch
     while True:

@@ -17,7 +17,6 @@ and B1 are scaled to the energy that the random start has on the same data, B2 t
 """
 
 from collections import defaultdict
-from functools import partial
 
 import torch
 from torch.linalg import solve_triangular
@@ -35,7 +34,12 @@ def aligned_start(model, batches):
     """Set A2, B1, B2 of every LayerGenerator of model (an AdaptedLM) in place. batches: a list of token ids (B, L) of
     plain text, some 12,000 tokens in all; the same text gives the same start. Second moments are summed in float64 over
     the batches, for as many blocks at a time as MEMORY allows."""
-    group = blocks_at_once(model)
+    d_h = model.base.config.get_text_config().hidden_size
+    floats = 2 * d_h**2                                                         # C_hh, C_he of a block
+    for name in model.block_targets[0]:
+        d_in = model.base.get_submodule(name).in_features
+        floats += d_in**2 + d_h * d_in                                          # C_zz, C_hz of a target
+    group = max(1, int(MEMORY / (8 * floats)))
     for first in range(0, len(model.blocks), group):
         blocks = range(len(model.blocks))[first:first + group]
         C = defaultdict(float)
@@ -57,25 +61,18 @@ def aligned_start(model, batches):
                 set_rows(layer.B2, queries, zz, QUERY_SCALE)
 
 
-def blocks_at_once(model):
-    """How many blocks' second moments fit in MEMORY, in float64."""
-    d_h = model.base.config.get_text_config().hidden_size
-    floats = 2 * d_h**2                                                         # hh, he
-    for name in model.block_targets[0]:
-        d_in = model.generator[name].B2.shape[1]
-        floats += d_in**2 + d_h * d_in                                          # zz, hz
-    return max(1, int(MEMORY / (8 * floats)))
-
-
 def add_moments(C, model, blocks, ids):
     """Add the sums over tokens of h, z, e and their products, of one forward pass of ids (B, L), for these blocks. The
     products are fp32."""
-    inputs, hooks = {}, []
+    watched = {}
     for l in blocks:
-        hooks.append(model.blocks[l].register_forward_pre_hook(partial(remember, inputs, l)))
+        watched[l] = model.blocks[l]
         for name in model.block_targets[l]:
-            linear = model.base.get_submodule(name)
-            hooks.append(linear.register_forward_pre_hook(partial(remember, inputs, name)))
+            watched[name] = model.base.get_submodule(name)
+    inputs, hooks = {}, []
+    for key, module in watched.items():
+        hook = module.register_forward_pre_hook(lambda module, args, key=key: inputs.update({key: args[0]}))
+        hooks.append(hook)
     model.base.get_decoder()(input_ids=ids, use_cache=False)
     for hook in hooks:
         hook.remove()
@@ -97,10 +94,6 @@ def add_moments(C, model, blocks, ids):
             C[name, "z"] += z.sum(0).double()
             C[name, "zz"] += (z.mT @ z).double()
             C[name, "hz"] += (h.mT @ z).double()
-
-
-def remember(inputs, key, module, args):
-    inputs[key] = args[0]
 
 
 def set_rows(weight, K, C, factor):

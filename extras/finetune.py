@@ -39,7 +39,7 @@ def losses(base, examples, pad):
         labels = pad_sequence([torch.tensor(labels) for _, labels in part], batch_first=True, padding_value=-100)
         labels = labels[:, 1:].to(base.device)                                                  # (B, L-1)
         hidden = base.get_decoder()(input_ids=ids.to(base.device), use_cache=False).last_hidden_state
-        at = labels != -100                                                 # few, and lm_head is for them alone
+        at = labels != -100                                 # few, and lm_head is for them alone
         logits = base.get_output_embeddings()(hidden[:, :-1][at]).float()                       # (T, V)
         yield F.cross_entropy(logits, labels[at], reduction="sum") / max(1, targets)
 

@@ -6,7 +6,6 @@ import os
 import shutil
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
@@ -24,13 +23,9 @@ def checkpoints(out):
     found = {}
     for path in Path(out).glob("step-*"):
         digits = path.name.removeprefix("step-")
-        if digits.isdecimal() and path.name == step_name(int(digits)) and path.is_dir():
+        if digits.isdecimal() and digits == f"{int(digits):06d}" and path.is_dir():
             found[int(digits)] = str(path)
     return [found[step] for step in sorted(found)]
-
-
-def step_name(step):
-    return f"step-{step:06d}"
 
 
 def save_checkpoint(args, step, tokens, model, optimizer):
@@ -48,17 +43,9 @@ def save_checkpoint(args, step, tokens, model, optimizer):
     for name in os.listdir(part):
         with open(os.path.join(part, name), "rb+") as file:
             os.fsync(file.fileno())
-    os.rename(part, os.path.join(args.out, step_name(step)))
+    os.rename(part, os.path.join(args.out, f"step-{step:06d}"))
     for old in checkpoints(args.out)[:-KEPT]:
         shutil.rmtree(old)
-
-
-def start_optimizer(optimizer):
-    """Gradients of 0, and AdamW's state as its first step would make it: a checkpoint fills it, processes share it."""
-    for p in optimizer.param_groups[0]["params"]:
-        p.grad = torch.zeros_like(p)
-        optimizer.state[p] = {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p),
-                              "exp_avg_sq": torch.zeros_like(p)}
 
 
 def load_checkpoint(path, args, model, optimizer):
