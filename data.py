@@ -189,7 +189,10 @@ def conversation(tokenizer, pairs, limit):
     """(ids, labels) of those questions and answers that fit into limit tokens, in the base's chat template. Labels are
     -100 but for the answers and the token that ends each. The first question stands there exactly as user_turn shows it
     at test time. If no pair fits, the last is truncated. A base without a template gets one question."""
-    ends = [i for i, token in tokenizer.added_tokens_decoder.items() if token.special] + [tokenizer.eos_token_id]
+    ends = {tokenizer.eos_token_id}
+    for token_id, token in tokenizer.added_tokens_decoder.items():
+        if token.special:
+            ends.add(token_id)
     messages, ids, labels = [], [], []
     for number, (question, answer) in enumerate(pairs, 1):
         turn = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
@@ -227,11 +230,10 @@ def document_context(tokenizer, documents, k, length, random):
     source, text, pairs = documents[k]
     texts, pairs = [text], list(pairs)
     used = len(tokenize(tokenizer, [text])[0])
-    others = []
-    if used < length:
-        others = [i for i, document in enumerate(documents) if document[0] == source and i != k]
-    for i in random.permutation(others):
-        _, text, more = documents[i]
+    for i in random.permutation(len(documents)):
+        other, text, more = documents[i]
+        if other != source or i == k:
+            continue
         used += 2 + len(tokenize(tokenizer, [text])[0])                        # a blank line stands before it
         if used > length:
             break
@@ -407,7 +409,11 @@ def short_enough(documents, tokenizer, limit):
     """The documents of up to limit tokens: the end of a longer one would be cut off, and some answers with it."""
     first, _ = document_marks(tokenizer)
     encoded = tokenize(tokenizer, [text for _, text, _ in documents])
-    return [document for document, ids in zip(documents, encoded) if len(first + ids) <= limit]
+    kept = []
+    for document, ids in zip(documents, encoded):
+        if len(first + ids) <= limit:
+            kept.append(document)
+    return kept
 
 
 def instruction_units(documents, tasks):

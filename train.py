@@ -37,17 +37,17 @@ WEIGHT_DECAY = 0.01       # AdamW's (appendix B)
 MAX_SKIPPED = 10          # steps in a row without a finite gradient before the run gives up
 SHAPE = ("d_r", "rank", "scale", "targets")             # of a generator: a --checkpoint decides them
 NOT_OF_STAGE = {
-    "pretrain": ("documents", "epochs"),
-    "instruct": ("objective", "init"),
-    "finetune": ("objective", "init", "checkpoint", "resume", "steps", "chunk", "chunks", "micro_batch", "warmup",
-                 "norm", "damping", "eval_every", "save_every", *SHAPE)}
+    "pretrain": ["documents", "epochs"],
+    "instruct": ["objective", "init"],
+    "finetune": ["objective", "init", "checkpoint", "resume", "steps", "chunk", "chunks", "micro_batch", "warmup",
+                 "norm", "damping", "eval_every", "save_every", *SHAPE]}
 
 
 def loss_weights(labels, C, objective):
     """Weight (B, N) of each segment's loss, from labels (B, N, L) of the whole global batch: eq. 5, its log-likelihoods
     as token means: reconstruction over segments C .. N-1, completion over 1 .. C-1; segment 0 has no adapter. (Released
     code: one token mean over all 2C segments.) Rows that begin with a question, unlabelled, have their own mean."""
-    targets = (labels[:, :, 1:] != -100).sum(-1)                            # (B, N)
+    targets = (labels[:, :, 1:] != -100).sum(-1)                        # (B, N)
     weights = torch.zeros(targets.shape)
     if objective != "completion":
         texts = labels[:, -1, 0] != -100
@@ -78,7 +78,7 @@ def train(args):
     device = base.device
     args.dtype = str(base.dtype).removeprefix("torch.")
     if world > 1:
-        dist.init_process_group(timeout=timedelta(minutes=15))              # gloo for CPU tensors, nccl for CUDA's
+        dist.init_process_group(timeout=timedelta(minutes=15))          # gloo for CPU tensors, nccl for CUDA's
 
     torch.manual_seed(args.seed)
     model = adapted_model(args, base)
@@ -87,7 +87,8 @@ def train(args):
         raise InputError(f"--batch {args.batch} must be a multiple of the {world} processes")
     prepare_cpu(base, args.chunk)
     if device.type == "cuda" and args.dtype == "bfloat16":
-        torch.backends.cuda.matmul.fp32_precision = "tf32"      # holds the bf16 factors of S exactly; norm avoids it
+        # holds the bf16 factors of S exactly; norm avoids it
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
 
     instruct = args.stage == "instruct"
     if instruct:
@@ -106,11 +107,14 @@ def train(args):
     beta2 = 0.999
     if not is_wide(base):
         beta2 = 0.98                                    # for runs of a few hundred steps
-    optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, beta2), weight_decay=WEIGHT_DECAY, fused=True)
-    for p in parameters:                                # what the first step would make: a checkpoint fills it
+    betas = (0.9, beta2)
+    optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=betas, weight_decay=WEIGHT_DECAY, fused=True)
+    for p in parameters:                                # as its first step would make it; a checkpoint fills it
         p.grad = torch.zeros_like(p)
-        optimizer.state[p] = {"step": torch.zeros((), device=device), "exp_avg": torch.zeros_like(p),
-                              "exp_avg_sq": torch.zeros_like(p)}
+        optimizer.state[p] = {
+            "step": torch.zeros((), device=device),
+            "exp_avg": torch.zeros_like(p),
+            "exp_avg_sq": torch.zeros_like(p)}
 
     step, tokens = 0, 0
     if rank == 0:                                       # it alone may have the directory
@@ -119,13 +123,14 @@ def train(args):
             step, tokens = load_checkpoint(checkpoints(args.out)[-1], args, model, optimizer)
         elif args.init == "aligned" and args.checkpoint is None:
             from extras.aligned import aligned_start
-            length = min(128, (len(data.tokens) + 1) // 2)                  # of a text that has two sequences of them
+            length = min(128, (len(data.tokens) + 1) // 2)      # a short text has two sequences of these
             aligned_start(model, sequences(data.tokens, length, 0, 96, args.seed).split(16))
         cut_log(os.path.join(args.out, "log.jsonl"), step)
         cut_log(os.path.join(args.out, "validation.jsonl"), step - 1)
         size = sum(p.numel() for p in parameters)
-        print(f"{size:,} parameters on {args.base}, {args.dtype}, {device}; {data.about}; {args.batch} x {args.chunks} x "
-              f"{args.chunk} tokens a step; {args.steps} steps from step {step}; processes: {world}", flush=True)
+        print(f"{size:,} parameters on {args.base}, {args.dtype}, {device}; {data.about}", flush=True)
+        print(f"{args.steps} steps of {args.batch} x {args.chunks} x {args.chunk} tokens, from step {step}; processes: "
+              f"{world}", flush=True)
     if world > 1:
         step, tokens = share_state(optimizer, [step, tokens])
 
@@ -143,19 +148,21 @@ def train(args):
             break
 
         began = time.time()
-        batch = data.batch(step)                                            # (B, N, L), the same on every process
+        batch = data.batch(step)                                # (B, N, L), the same on every process
         C = int(batch.visible.max())
-        weights = loss_weights(batch.labels, C, args.objective)             # (B, N)
-        targets = batch.labels.masked_fill(weights[:, :, None] == 0, -100)  # no lm_head for what has no weight
-        sums = torch.zeros(6, device=device)            # losses of reconstruction, answers, completion; tokens read;
-        for at in range(0, len(mine), args.micro_batch):                    # processes to stop, failed passes
+        weights = loss_weights(batch.labels, C, args.objective)         # (B, N)
+        no_weight = weights[:, :, None] == 0
+        targets = batch.labels.masked_fill(no_weight, -100)             # no lm_head for them
+        # losses of reconstruction, answers and completion; tokens read; processes to stop; passes that failed
+        sums = torch.zeros(6, device=device)
+        for at in range(0, len(mine), args.micro_batch):
             rows = list(mine[at:at + args.micro_batch])
-            segments = batch.segments[rows].to(device)                      # (b, N, L)
+            segments = batch.segments[rows].to(device)                  # (b, N, L)
             mask = batch.mask[rows].to(device)
             labels = targets[rows].to(device)
             try:
-                nll, _ = model.segment_losses(segments, mask, batch.visible, labels)        # (b, N)
-                losses = nll * weights[rows].to(device)                     # their sum over the global batch is eq. 5
+                nll, _ = model.segment_losses(segments, mask, batch.visible, labels)    # (b, N)
+                losses = nll * weights[rows].to(device)     # their sum over the global batch is eq. 5
                 losses.sum().backward()
             except torch.linalg.LinAlgError:            # NaN in S: every process skips the step below
                 sums[5] += 1
@@ -169,7 +176,7 @@ def train(args):
         sums[4] = len(stopping)
         if world > 1:
             gradient = parameters_to_vector(p.grad for p in parameters)
-            dist.all_reduce(gradient)                   # a sum: the weights already divide by the global token counts
+            dist.all_reduce(gradient)       # a sum: the weights already divide by the global token counts
             vector_to_parameters(gradient, [p.grad for p in parameters])
             dist.all_reduce(sums)
         reconstruction, answer, completion, read, stop, failed = sums.tolist()
@@ -192,12 +199,11 @@ def train(args):
 
         if rank == 0:
             speed = read / (time.time() - began)
-            row = {"step": step, "loss": loss, "lr": lr, "grad_norm": norm, "tokens": tokens, "skipped": skip,
-                   "tokens_per_s": speed, "memory_gb": peak_memory(device)}
+            row = {"step": step, "loss": loss, "reconstruction": reconstruction, "completion": completion}
             if instruct:
-                row |= {"answer": answer, "text": reconstruction}
-            else:
-                row |= {"reconstruction": reconstruction, "completion": completion}
+                row = {"step": step, "loss": loss, "answer": answer, "text": reconstruction}
+            row |= {"lr": lr, "grad_norm": norm, "tokens": tokens, "skipped": skip}
+            row |= {"tokens_per_s": speed, "memory_gb": peak_memory(device)}
             append(os.path.join(args.out, "log.jsonl"), row)
             print(f"step {step:6d}   loss {loss:.4f}   {speed:.0f} context tokens/s", flush=True)
         if skipped == MAX_SKIPPED:
@@ -240,12 +246,15 @@ def item_losses(model, batch, rows, contexts):
     """Token-mean losses of these rows of a batch, each under the context of another (or the same) row: of the second
     half, and of the context itself, which is completion (b,)."""
     C = int(batch.visible.max())
-    device = model.base.device
-    segments, mask, labels = (torch.cat([t[contexts, :C], t[rows, C:]], dim=1).to(device)                  # (b, N, L)
-                              for t in (batch.segments, batch.mask, batch.labels))
-    nll, count = model.segment_losses(segments, mask, batch.visible, labels)                               # (b, N)
-    second = nll[:, C:].sum(1).double() / count[:, C:].sum(1)
-    completion = nll[:, 1:C].sum(1).double() / count[:, 1:C].sum(1)
+    inputs = []
+    for t in (batch.segments, batch.mask, batch.labels):
+        t = torch.cat([t[contexts, :C], t[rows, C:]], dim=1)            # (b, N, L)
+        inputs.append(t.to(model.base.device))
+    segments, mask, labels = inputs
+    nll, count = model.segment_losses(segments, mask, batch.visible, labels)            # (b, N)
+    nll = nll.double()
+    second = nll[:, C:].sum(1) / count[:, C:].sum(1)
+    completion = nll[:, 1:C].sum(1) / count[:, 1:C].sum(1)
     return second, completion
 
 
@@ -255,14 +264,15 @@ def report_validation(args, step, losses):
     second = "reconstruction"
     if args.stage == "instruct":
         second = "answer"
-    row = {"step": step, "sequences": {}}
+    row = {"step": step}
+    sequences = {}
     words = f"step {step:6d}"
     for name, column in zip((second, "completion", second + "_shuffled"), losses.T):
         if not column.isnan().all():
             row[name] = column.nanmean().item()
-            row["sequences"][name] = [None if math.isnan(loss) else loss for loss in column.tolist()]
+            sequences[name] = [None if math.isnan(loss) else loss for loss in column.tolist()]
             words += f"   {name} {row[name]:.4f}"
-    append(os.path.join(args.out, "validation.jsonl"), row)
+    append(os.path.join(args.out, "validation.jsonl"), {**row, "sequences": sequences})
     gap = losses[:, 2] - losses[:, 0]
     gap = gap[~gap.isnan()]
     if len(gap) > 1:
@@ -285,39 +295,45 @@ def arguments(argv=None):
     add("--stage", choices=["pretrain", "instruct", "finetune"], default="pretrain")
     add("--base", default=DEFAULT_BASE, help="frozen base model: hub id, directory or .gguf file")
     add("--checkpoint", help="start from this trained generator, which decides " + ", ".join(SHAPE))
-    add("--init", choices=["random", "aligned"], help="without --checkpoint: the paper's random A2, B1, B2, the default "
-        "for a base of width 2,048 or more, or ones from the base's own statistics (extras/aligned.py), which learn "
-        "from fewer tokens, the default for a smaller base")
-    add("--data", nargs="+", help=".parquet, .jsonl(.gz), .txt(.gz) files, a hub data set id, or one packed .bin file; "
-        "instruct: default the hub sets of Table 3")
-    add("--documents", nargs="+", help="instruct: texts to reconstruct, in 3 rows of 8, beside the questions; "
-        "finetune: texts to learn first, by log-likelihood (CPT)")
-    add("--validation", nargs="+", help="files of the same kinds; default: a part of --data kept out of training: "
-        "the last --eval-sequences sequences, in instruct as many documents, in finetune a tenth of the contexts")
+    add("--init", choices=["random", "aligned"],
+        help="without --checkpoint: the paper's random A2, B1, B2, the default for a base of width 2,048 or more; or "
+             "ones from the base's own statistics (extras/aligned.py), which learn from fewer tokens, the default for "
+             "a smaller base")
+    add("--data", nargs="+",
+        help=".parquet, .jsonl(.gz), .txt(.gz) files, a hub data set id, or one packed .bin file; instruct: default "
+             "the hub sets of Table 3")
+    add("--documents", nargs="+",
+        help="instruct: texts to reconstruct, in 3 rows of 8, beside the questions; finetune: texts to learn first, by "
+             "log-likelihood (CPT)")
+    add("--validation", nargs="+",
+        help="files of the same kinds; default: a part of --data kept out of training: the last --eval-sequences "
+             "sequences, in instruct as many documents, in finetune a tenth of the contexts")
     add("--out", required=True, help="directory for checkpoints, log.jsonl and validation.jsonl")
-    add("--resume", action="store_true", help="continue from the newest checkpoint in --out, or start if there is none")
-    # None: chosen for the size of the base in fill_recipe
+    add("--resume", action="store_true", help="continue from the newest checkpoint in --out, where there is one")
+    # None: fill_recipe chooses for the size of the base
     add("--steps", type=int, help="optimiser steps")
-    add("--epochs", type=int, help="passes over the data; default: instruct 2 (unless --steps), finetune at most 10")
+    add("--epochs", type=int, help="passes over the data: instruct 2 (unless --steps), finetune at most 10")
     add("--chunk", type=int, help="tokens of a chunk (L)")
     add("--chunks", type=int, help="chunks of a sequence (C); the pass holds 2C segments")
     add("--batch", type=int, help="sequences of a step over all processes")
     add("--micro-batch", type=int, help="sequences of one forward and backward pass")
     add("--lr", type=float, help="learning rate")
     add("--warmup", type=int, help="steps of linear warm-up; then linear decay to 0")
-    add("--objective", choices=["both", "reconstruction", "completion"], help="pretrain: eq. 5 (default) or Table 2's "
-        "ablations; one chunk has no completion")
+    add("--objective", choices=["both", "reconstruction", "completion"],
+        help="pretrain: eq. 5 (default) or Table 2's ablations; one chunk has no completion")
     add("--d-r", type=int, help="width of the memory S")
     add("--rank", type=int, help="rank of the adapter")
     add("--scale", type=float, help="of the adapter: s")
     add("--targets", nargs="+", help="linear layers with adapters, o_proj or down_proj for example")
     add("--norm", choices=NORMS, help="default svd")
-    add("--damping", type=float, help="of norm, default 0.01, which bounds its gradient; the paper has none (0)")
-    add("--dtype", choices=["float32", "bfloat16"], help="of the base; generator and S stay fp32. Default bfloat16 "
-        "where the hardware has it; finetune float32, where steps of 1e-5 do not round away")
+    add("--damping", type=float, help="of norm, which bounds its gradient: default 0.01; the paper has none, 0")
+    add("--dtype", choices=["float32", "bfloat16"],
+        help="of the base; generator and S stay fp32. Default bfloat16 where the hardware has it; finetune float32, "
+             "where steps of 1e-5 do not round away")
     add("--device", help="default: CUDA where there is one")
-    add("--checkpointing", nargs="?", type=int, const=10_000, default=0, metavar="N", help="recompute the activations "
-        "of the first N blocks (without a number: of all) in the backward pass; as few as memory allows")
+    add("--checkpointing", nargs="?", type=int, const=10_000, default=0, metavar="N",
+        help="recompute the activations of the first N blocks (without a number: of all) in the backward pass; as few "
+             "as memory allows")
     add("--eval-every", type=int, help="steps; default 200, but at most a quarter of --steps")
     add("--save-every", type=int, help="steps; default 200, but at most a quarter of --steps")
     add("--eval-sequences", type=int, default=50, help="validation items")
@@ -355,8 +371,8 @@ def fill_recipe(args, base):
     instruct = args.stage == "instruct"
     defaults = {"norm": "svd", "damping": 1e-2, "objective": "both"}
     if is_wide(base):
-        defaults |= {"d_r": 1024, "rank": 128, "scale": 1 / 16, "targets": ["o_proj"], "init": "random",
-                     "chunk": 1024, "chunks": 8, "batch": 8, "micro_batch": 1, "warmup": 100, "lr": 5e-5}
+        defaults |= {"d_r": 1024, "rank": 128, "scale": 1 / 16, "targets": ["o_proj"], "init": "random"}
+        defaults |= {"chunk": 1024, "chunks": 8, "batch": 8, "micro_batch": 1, "warmup": 100, "lr": 5e-5}
         if base.config.model_type == "llama":
             defaults["scale"] = 1 / 8
         if base.config.model_type == "llama" and not instruct:
@@ -366,8 +382,8 @@ def fill_recipe(args, base):
         else:
             defaults["steps"] = 15_259                                      # 1 B tokens
     else:
-        defaults |= {"d_r": 192, "rank": 64, "scale": 1.0, "targets": ["down_proj"], "init": "aligned",
-                     "chunk": 16, "chunks": 1, "batch": 32, "micro_batch": 32, "warmup": 15, "lr": 6e-3}
+        defaults |= {"d_r": 192, "rank": 64, "scale": 1.0, "targets": ["down_proj"], "init": "aligned"}
+        defaults |= {"chunk": 16, "chunks": 1, "batch": 32, "micro_batch": 32, "warmup": 15, "lr": 6e-3}
         if instruct:
             defaults |= {"chunk": 1024, "batch": 8, "micro_batch": 4, "lr": 1e-3}
         else:

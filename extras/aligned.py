@@ -40,8 +40,9 @@ def aligned_start(model, batches):
         d_in = model.base.get_submodule(name).in_features
         floats += d_in**2 + d_h * d_in                                          # C_zz, C_hz of a target
     group = max(1, int(MEMORY / (8 * floats)))
-    for first in range(0, len(model.blocks), group):
-        blocks = range(len(model.blocks))[first:first + group]
+    all_blocks = range(len(model.blocks))
+    for first in all_blocks[::group]:
+        blocks = all_blocks[first:first + group]
         C = defaultdict(float)
         for ids in tqdm(batches, desc="aligned start, statistics", unit="batch", leave=False):
             add_moments(C, model, blocks, ids.to(model.base.device))
@@ -51,11 +52,14 @@ def aligned_start(model, batches):
         for l in tqdm(blocks, desc="aligned start", unit="block", leave=False):
             hh = C[l, "hh"]
             h = C[l, "h"]
-            values, _ = canonical(C[l, "he"], hh, C["ee"], h, C["e"])           # (d_h, k)
+            he = C[l, "he"]
+            values, _ = canonical(he, hh, C["ee"], h, C["e"])                   # (d_h, k)
             for name in model.block_targets[l]:
                 layer = model.generator[name]
+                hz = C[name, "hz"]
                 zz = C[name, "zz"]
-                keys, queries = canonical(C[name, "hz"], hh, zz, h, C[name, "z"])
+                z = C[name, "z"]
+                keys, queries = canonical(hz, hh, zz, h, z)
                 set_rows(layer.A2, values, hh, 1)
                 set_rows(layer.B1.T, keys, hh, 1)
                 set_rows(layer.B2, queries, zz, QUERY_SCALE)
@@ -71,8 +75,8 @@ def add_moments(C, model, blocks, ids):
             watched[name] = model.base.get_submodule(name)
     inputs, hooks = {}, []
     for key, module in watched.items():
-        hook = module.register_forward_pre_hook(lambda module, args, key=key: inputs.update({key: args[0]}))
-        hooks.append(hook)
+        keep = lambda module, args, key=key: inputs.update({key: args[0]})
+        hooks.append(module.register_forward_pre_hook(keep))
     model.base.get_decoder()(input_ids=ids, use_cache=False)
     for hook in hooks:
         hook.remove()
@@ -100,10 +104,11 @@ def set_rows(weight, K, C, factor):
     """The rows of weight (n, d) from directions K (d, k): at factor times the amplitude that random rows have on data
     of second moments C (d, d). Rows beyond k stay random."""
     K = K[:, :len(weight)].T                                                    # (k, d)
+    k, d = K.shape
     energy = (K @ C * K).sum()                                                  # E|K x|^2
-    random = C.trace() * len(K) / (3 * len(C))                                  # random rows have variance 1 / 3d
+    random = C.trace() * k / (3 * d)                                            # random rows have variance 1 / 3d
     amplitude = factor * (random / energy).sqrt()
-    weight[:len(K)] = amplitude * K
+    weight[:k] = amplitude * K
 
 
 def canonical(C_hx, C_hh, C_xx, mean_h, mean_x):

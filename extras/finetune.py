@@ -90,9 +90,8 @@ def training_costs(base, began, fits):
             flops += 3 * (len(history) - 1) * base_flops(base, len(ids))
         for ids, _ in validation:
             flops += len(history) * base_flops(base, len(ids))
-    size = sum(p.numel() for p in base.parameters())
     return {"contextualisation_tflops": flops / 1e12, "contextualisation_seconds": clock(base.device) - began,
-            "storage_mfloats": size / 1e6}
+            "storage_mfloats": base.num_parameters() / 1e6}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -124,7 +123,7 @@ def cost_of_base(path):
 def lacking_memory(base):
     """Why all weights of a base cannot be trained on its device, as a sentence; None where they may fit: fp32 weights,
     gradient and two moments of Adam; on a CPU, of which all memory is counted, also the base and its best weights."""
-    need = 16 * sum(p.numel() for p in base.parameters())
+    need = 16 * base.num_parameters()
     if base.device.type == "cuda":
         memory, _ = torch.cuda.mem_get_info(base.device)
     elif hasattr(os, "sysconf"):
@@ -183,7 +182,10 @@ def finetune(args):
         ids = []
         for text in texts:
             ids += context_ids(tokenizer, text) + document_marks(tokenizer)[1]
-        pieces = [(ids[at:at + PIECE], ids[at:at + PIECE]) for at in range(0, len(ids), PIECE)]
+        pieces = []
+        for at in range(0, len(ids), PIECE):
+            piece = ids[at:at + PIECE]
+            pieces.append((piece, piece))
         print(f"continual pretraining on {len(ids)} tokens of {len(texts)} documents, 8 epochs")
         fits.append((pieces, [], fit_base(base, pieces, [], args.lr, 16, 8, args.seed, pad)))
     if documents:
@@ -192,7 +194,7 @@ def finetune(args):
         print(f"supervised fine-tuning on {len(train)} questions, early stopping on {len(validation)}")
         history = fit_base(base, train, validation, args.lr, args.batch, args.epochs, args.seed, pad)
         fits.append((train, validation, history))
-        print("validation nats an answer token, before and after each epoch:", *[f"{loss:.4f}" for loss in history])
+        print("validation nats an answer token, before and after each epoch:", history)
     base.save_pretrained(part)
     tokenizer.save_pretrained(part)
     costs = training_costs(base, began, fits)

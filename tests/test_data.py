@@ -192,9 +192,9 @@ def villages(tokenizer, batch, item):
     return {word for word in words if word.startswith("village")}
 
 
-@pytest.mark.parametrize("chunks", [2, 10])
+@pytest.mark.parametrize("chunks", [2, 12])
 def test_the_control_shares_no_document(tmp_path, tokenizer, chunks):
-    """Contexts of up to 10 of 30 documents: the context half the set away often holds the right document, the control
+    """Contexts of up to 12 of 30 documents: the context half the set away often holds the right document, the control
     never."""
     sources = write_villages(tmp_path / "qa.jsonl", 60)
     instructions = InstructionData(instruction_flags(sources, chunks=chunks), tokenizer)
@@ -204,7 +204,7 @@ def test_the_control_shares_no_document(tmp_path, tokenizer, chunks):
         assert held[i] and not held[i] & (held[control] if control is not None else set())
         if control is None:
             assert all(held[i] & other for other in held)
-    if chunks == 10:
+    if chunks == 12:
         assert sum(bool(held[i] & held[(i + 15) % 30]) for i in range(30)) > 2 and max(map(len, held)) >= 9
 
 

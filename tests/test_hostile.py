@@ -316,8 +316,8 @@ def test_nothing_from_a_file_is_executed(tmp_path, base_directory):
     """By reading the source: no pickle, no remote code, no eval. And a base that brings code of its own, or pickled
     weights, is refused."""
     names = ["generator.py", "model.py", "data.py", "train.py", "evaluate.py"]
-    names += sorted(os.path.join("support", name)
-                    for name in os.listdir(os.path.join(ROOT, "support")) if name.endswith(".py"))
+    for folder in {"support", "tasks", "extras"} & set(os.listdir(ROOT)):
+        names += [os.path.join(folder, name) for name in os.listdir(os.path.join(ROOT, folder)) if name.endswith(".py")]
     for name in names:
         for node in ast.walk(ast.parse(open(os.path.join(ROOT, name)).read())):
             if isinstance(node, ast.keyword):

@@ -61,21 +61,6 @@ def assert_same_weights(out, other, step):
         assert torch.equal(tensor, weights(other, step)[name]), name
 
 
-def test_killed_and_resumed_is_bit_identical(tmp_path, base_directory, text_file):
-    """SIGKILL in the middle of a run."""
-    whole, killed = (command(base_directory, text_file, tmp_path / name, "--steps", "30", "--save-every", "4")
-                     for name in ("whole", "killed"))
-    ended = [finish(start(line, tmp_path / "printed", life=life))[0]
-             for line, life in ((whole, 0), (killed, 30), (killed + ["--resume"], 0))]
-    printed = (tmp_path / "printed").read_text()
-    assert ended == [0, -signal.SIGKILL, 0] and "from step 8;" in printed, printed
-    assert_same_weights(tmp_path / "whole", tmp_path / "killed", 30)
-    lines = [read_log(tmp_path / name) for name in ("whole", "killed")]
-    assert [(r["step"], r["loss"]) for r in lines[0]] == [(r["step"], r["loss"]) for r in lines[1]]
-    assert lines[0][-1]["reconstruction"] < lines[0][0]["reconstruction"] - 0.1               # and it learns
-    assert sorted(p.name for p in (tmp_path / "whole").glob("step-*")) == ["step-000028", "step-000030"]
-
-
 @pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_leaves_a_checkpoint(tmp_path, base_directory, text_file, kind):
     """It ends the run after the step under way, with exit code 0 and a checkpoint of that step."""
@@ -116,16 +101,22 @@ def test_only_checkpoints_count_and_go(tmp_path, base_directory, text_file, monk
 
 def test_killed_twenty_times(tmp_path, base_directory, text_file):
     """SIGKILL twenty times, between any two of a run's optimiser steps, flushes, renames and removals: each restart
-    resumes from a whole checkpoint, and the end is bit-identical to an unbroken run."""
+    resumes from a whole checkpoint, and the end is bit-identical to an unbroken run, which learns."""
     whole, broken = (command(base_directory, text_file, tmp_path / name, "--steps", "80", "--save-every", "2",
                              "--batch", "2") for name in ("whole", "broken"))
     draw = random.Random(0)
-    lives = [draw.randint(1, 16) for _ in range(20)]
     ended = finish(start(whole, tmp_path / "whole.txt"))
-    for life in (*lives, 0):
+    for life in (*(draw.randint(1, 16) for _ in range(20)), 0):
         ended += finish(start(broken + ["--resume"], tmp_path / "broken.txt", life=life))
-    assert ended == [0] + [-signal.SIGKILL] * 20 + [0], (tmp_path / "broken.txt").read_text()
+    printed = (tmp_path / "broken.txt").read_text()
+    assert ended == [0] + [-signal.SIGKILL] * 20 + [0] and re.search(r"from step \d*[02468];", printed), printed
     assert_same_weights(tmp_path / "whole", tmp_path / "broken", 80)
+    unbroken, resumed = read_log(tmp_path / "whole"), read_log(tmp_path / "broken")
+    assert [(r["step"], r["loss"]) for r in unbroken] == [(r["step"], r["loss"]) for r in resumed]
+    assert unbroken[-1]["reconstruction"] < unbroken[0]["reconstruction"] - 0.1
+    assert sorted(p.name for p in (tmp_path / "broken").glob("step-*")) == ["step-000078", "step-000080"]
+    validated = [(tmp_path / name / "validation.jsonl").read_text() for name in ("whole", "broken")]
+    assert validated[0] == validated[1] and len(validated[0].splitlines()) == 2
 
 
 def test_two_machines_without_a_shared_disk(tmp_path, base_directory, text_file):
@@ -363,6 +354,12 @@ def test_conversation_labels(tokenizer):
     tokenizer.chat_template = CHATML.replace("</s>", "<unused>")
     ids, labels = conversation(tokenizer, [("Who?", "Ana."), ("b", "c")], limit=100)
     assert tokenizer.decode([t for t in labels if t != -100]) == "Ana.<unused>c<unused>"
+    # a prompt that ends with a space, which joins the answer's first token: both stand as they do at test time
+    tokenizer.add_tokens([" Ana"])
+    tokenizer.chat_template = CHATML.replace("{{ m['content'] }}", " {{ m['content'] }}").replace("t: {%", "t:  {%")
+    ids, labels = conversation(tokenizer, [("Who?", "Ana."), ("b", "c")], limit=100)
+    prompt = user_turn(tokenizer, "Who?")
+    assert ids[:len(prompt)] == prompt and tokenizer.decode([t for t in labels if t != -100]) == "Ana.</s>"
     tokenizer.chat_template = None
     ids, labels = conversation(tokenizer, [("Who? ", "Ana"), ("b", "c")], limit=100)
     assert tokenizer.decode(ids) == "<s>Who? Ana</s>"
@@ -489,7 +486,10 @@ def test_instruct_stage(tmp_path, base_directory, qa_file, text_file):
     assert config["args"]["d_r"] == 16 and config["args"]["scale"] == 0.5
     for name, tensor in go("resumed", "--resume").items():
         assert torch.equal(tensor, one[name]), name
-    go("texts", "--documents", text_file), go("texts-two", "--documents", text_file, processes=2)
+    go("texts", "--documents", text_file, "--damping", "0.02")
+    go("texts-two", "--documents", text_file, "--damping", "0.02", processes=2)
+    config = json.loads((tmp_path / "texts" / "step-000008" / "generator_config.json").read_text())
+    assert (config["damping"], config["chunk"]) == (0.02, 64)
     assert_same_gradient(tmp_path / "texts", tmp_path / "texts-two")
 
 
