@@ -3,8 +3,11 @@
     python data.py corpus.parquet more.jsonl.gz notes.txt --out tokens.bin        # pack text; --base: whose tokenizer
 
 A source is a .parquet, .jsonl(.gz) or .txt(.gz) file with a "text" field (a .txt file is one document), or a hub data
-set id, with its configuration after a colon where it has several ("microsoft/ms_marco:v1.1"). Instruction tuning reads
-the schemas of Table 3's sets (support/instructions.py).
+set id, with its configuration after a colon where it has several ("microsoft/ms_marco:v1.1"). A source of instruction
+tuning has rows of the sets of Table 3, or of this project's own kind, which say what is asked and answered:
+
+    {"context": "...", "qas": [{"question": "...", "answers": ["...", ...]}], "dataset": "its name, if you like"}
+    {"task": "its name", "input": "...", "output": "...", "definition": "what is to be done, if you like"}
 
 Shapes: B rows of a batch, N segments of a pass, C context chunks of a row, L tokens of a segment.
 """
@@ -12,27 +15,32 @@ Shapes: B rows of a batch, N segments of a pass, C context chunks of a row, L to
 import argparse
 import functools
 import hashlib
-import itertools
 import json
+import math
 import os
 import platform
 from random import Random
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+from filelock import FileLock
 from tqdm import tqdm
 
 from support.bases import DEFAULT_BASE, locate_base, tokenizer_at
-from support.files import (CACHE, InputError, bad_input, count_rows, field, is_file_source, read_rows, run_command,
-                           stamps)
-from support.instructions import demonstration, excerpt, instruction_units, load_instructions
+from support.files import CACHE, InputError, bad_input, is_file_source, read_rows, run_command
 from support.text import apply_template, context_ids, document_marks, tokenize, user_turn
 
-TARGET_TOKENS = 128       # a conversation may be this long even where chunks are shorter
-SENTENCE_TOKENS = 16      # the shortest contexts of instruction tuning
+# MetaICL is not among them: give its files
+TABLE_3 = ["stanfordnlp/coqa", "ucinlp/drop", "deepmind/narrativeqa", "qiaojin/PubMedQA:pqa_labeled",
+           "textmachinelab/quail", "microsoft/ms_marco:v1.1", "kmfoda/booksum", "sggetao/PwC"]
+
+SHORTEST_CONTEXT = 16     # tokens: the shortest contexts of instruction tuning, a sentence
+CONVERSATION = 128        # tokens: a conversation may be this long even where chunks are shorter
 TEXT_SHARE = 3 / 8        # of the rows of an instruction batch: texts, where there are some
+DEMONSTRATIONS = 64       # of a task, at most
+QUERIES = 4               # of a task, at most
+ITEMS_A_UNIT = 20         # an epoch comes to a task once for each 20 of its items
 
 
 class Batch(NamedTuple):
@@ -47,56 +55,123 @@ class Batch(NamedTuple):
 # segments: the doubled sequence of pretraining, and contexts cut into chunks
 
 
-def doubled(tokens, C, pad, windows_seed=None):
+def doubled(tokens, C):
     """The doubled sequence, both tasks of §2.3 in one pass: tokens (B, C L) -> Batch of N = 2C segments.
 
     Chunk j is read under the adapter of the chunks before it (completion), then again under one that has seen it too
-    (reconstruction): visible = 0, 1, .., C-1, 1, 2, .., C. The second half is a copy (the authors' README); with
-    windows_seed, segment C+j is a random window of the first (j+1) L tokens, right-padded (released code: drawn once).
+    (reconstruction): visible = 0, 1, .., C-1, 1, 2, .., C. The second half is a copy, as the authors' README has it;
+    their code draws random windows of what came before.
     """
-    B, L = len(tokens), tokens.shape[1] // C
-    chunks = tokens.view(B, C, L)                                              # (B, C, L)
-    mask = torch.ones(B, 2 * C, L, dtype=torch.long)
-    second = chunks.clone()                                                    # (B, C, L)
-    if windows_seed is not None:
-        second.fill_(pad)
-        random = np.random.default_rng(windows_seed)
-        for b in range(B):
-            for j in range(C):
-                start = int(random.integers((j + 1) * L))
-                window = tokens[b, start:min(start + L, (j + 1) * L)]
-                second[b, j, :len(window)] = window
-                mask[b, C + j, len(window):] = 0
-    segments = torch.cat([chunks, second], 1)                                  # (B, 2C, L)
-    visible = torch.tensor([*range(C), *range(1, C + 1)])                      # (2C,)
-    return Batch(segments, mask, visible, segments.masked_fill(mask == 0, -100))
+    chunks = tokens.view(len(tokens), C, -1)                                   # (B, C, L)
+    segments = torch.cat([chunks, chunks], dim=1)                              # (B, 2C, L)
+    visible = torch.cat([torch.arange(C), torch.arange(1, C + 1)])             # (2C,)
+    return Batch(segments, torch.ones_like(segments), visible, segments)
 
 
-def split_into_chunks(contexts, pad, chunk=1024):
-    """Contexts (lists of at least 1 id), each split evenly into C = ceil(n / chunk) chunks of L = ceil(n / C) tokens
-    -> ids (B, C, L), mask (B, C, L). The last chunk is right-padded, and so are shorter contexts; a chunk of padding
-    adds nothing to S."""
-    rows = []
-    for ids in contexts:
-        if len(ids) == 0:
-            raise InputError("the context is empty: it needs at least 1 token")
-        length = -(-len(ids) // -(-len(ids) // chunk))
-        rows.append([ids[at:at + length] for at in range(0, len(ids), length)])
-    B, C, L = len(rows), max(map(len, rows)), max(len(piece) for row in rows for piece in row)
-    ids, mask = torch.full((B, C, L), pad), torch.zeros(B, C, L, dtype=torch.long)
-    for b, row in enumerate(rows):
-        for j, piece in enumerate(row):
-            ids[b, j, :len(piece)], mask[b, j, :len(piece)] = torch.as_tensor(piece), 1
-    return ids, mask
+def split_into_chunks(ids, chunk=1024):
+    """A context (a list of at least 1 id), cut evenly into C = ceil(n / chunk) lists of L = ceil(n / C) ids; the last
+    may be shorter."""
+    if len(ids) == 0:
+        raise InputError("the context is empty: it needs at least 1 token")
+    C = math.ceil(len(ids) / chunk)
+    L = math.ceil(len(ids) / C)
+    return [ids[at:at + L] for at in range(0, len(ids), L)]
 
 
-def trim(mask, visible, *tensors):
-    """Drop the segments and the columns that are padding in every row: mask (B, N, L), visible (N,) and tensors (B, N)
-    or (B, N, L) -> [mask, *tensors], visible."""
-    kept = mask.any(-1).any(0)                                                 # (N,)
-    seen = torch.cat([torch.zeros(1, dtype=torch.long), kept.cumsum(0)])       # (N+1,) kept segments among the first v
-    L = int(mask.any(0).any(0).nonzero().max()) + 1
-    return [t[:, kept] if t.dim() == 2 else t[:, kept, :L] for t in (mask, *tensors)], seen[visible][kept]
+# --------------------------------------------------------------------------------------------------------------------
+# instruction tuning: rows of many kinds -> documents with questions, and tasks with examples
+
+
+def demonstration(text, output):
+    """An example of a task, as MetaICL writes it; the question is the same with an empty output."""
+    return f"Input: {text}\nOutput: {output}".rstrip()
+
+
+def read_document(row, where):
+    """(context, [(question, [answers])]) of a row, without questions and answers that are empty."""
+    with bad_input(f"{where}: a field of the instruction data is missing or malformed (answers are a text or a list)"):
+        context, found = question_answers(row, where)
+        pairs = []
+        for question, answers in found:
+            if isinstance(answers, str):
+                answers = [answers]
+            answers = [answer for answer in answers if answer.strip()]
+            if question.strip() and answers:
+                pairs.append((question.strip(), answers))
+        return context.strip() and context, pairs
+
+
+def question_answers(row, where):
+    """(context, [(question, answers)]) of a row, answers a text or a list. Its fields tell which set it is from."""
+    if "qas" in row:                                                           # this project's own
+        return row["context"], [(qa["question"], qa["answers"]) for qa in row["qas"]]
+    if "story" in row:                                                         # CoQA
+        return row["story"], zip(row["questions"], row["answers"]["input_text"])
+    if "passage" in row:                                                       # DROP
+        return row["passage"], [(row["question"], row["answers_spans"]["spans"])]
+    if "document" in row:                                                      # NarrativeQA, on summaries
+        answers = [answer["text"] for answer in row["answers"]]
+        return row["document"]["summary"]["text"], [(row["question"]["text"], answers)]
+    if "long_answer" in row:                                                   # PubMedQA
+        return "\n".join(row["context"]["contexts"]), [(row["question"], row["long_answer"])]
+    if "correct_answer_id" in row:                                             # QuAIL
+        return row["context"], [(row["question"], row["answers"][row["correct_answer_id"]])]
+    if "passages" in row:                                                      # MS MARCO
+        return "\n\n".join(row["passages"]["passage_text"]), [(row["query"], row["answers"])]
+    if "chapter" in row:                                                       # BookSum
+        return row["chapter"], [("Write a summary of the text.", row["summary_text"])]
+    if "prompt" in row:                                                        # PwC
+        return row["input"], [(row["prompt"], row["answer"])]
+    if "context" not in row or "question" not in row:
+        raise InputError(f"{where}: the fields {', '.join(row)} are not of a known instruction set: give context and "
+                         "qas [{question, answers}], or task, input and output")
+    answers = row.get("answers", row.get("answer"))
+    if isinstance(answers, dict):                                              # SQuAD
+        answers = answers["text"]
+    return row["context"], [(row["question"], answers)]
+
+
+def read_example(row, where):
+    """(input, [outputs]) of a row of a task, in the manner of MetaICL or Super-NaturalInstructions."""
+    outputs = row.get("output")
+    if not isinstance(outputs, list):
+        outputs = [outputs]
+    texts = [row["task"], row.get("definition") or "", row.get("input"), *outputs]
+    if not outputs or not all(isinstance(text, str) for text in texts):
+        raise InputError(f"{where}: 'task', 'input', 'output' and 'definition' must be texts, 'output' one or a list")
+    return row["input"], outputs
+
+
+def load_instructions(sources):
+    """(documents, tasks): [(source, context, [(question, [answers])])], rows of one context joined, and {task:
+    (definition, [(input, [outputs])])}. A source is the set that a row names as its "dataset", else the file."""
+    documents, tasks = {}, {}
+    for source in sources:
+        for where, row in tqdm(read_rows(source), unit="row", desc=os.path.basename(source), leave=False):
+            if "task" in row:
+                example = read_example(row, where)
+                _, examples = tasks.setdefault(row["task"], (row.get("definition") or "", []))
+                examples.append(example)
+                continue
+            context, pairs = read_document(row, where)
+            name = row.get("dataset")
+            if not isinstance(name, str):
+                name = source
+            if context and pairs:
+                documents.setdefault((name, context), []).extend(pairs)
+    return [(name, context, pairs) for (name, context), pairs in documents.items()], tasks
+
+
+def load_texts(sources):
+    """Texts of documents, each once: the field "text", or the context of a row with questions."""
+    texts = {}
+    for source in sources:
+        for where, row in read_rows(source):
+            text = row.get("text")
+            if not isinstance(text, str):
+                text, _ = read_document(row, where)
+            texts[text] = True
+    return list(texts)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -114,9 +189,12 @@ def conversation(tokenizer, pairs, limit):
     """(ids, labels) of those questions and answers that fit into limit tokens, in the base's chat template. Labels are
     -100 but for the answers and the token that ends each. The first question stands there exactly as user_turn shows it
     at test time. If no pair fits, the last is truncated. A base without a template gets one question."""
+    ends = {tokenizer.eos_token_id}
+    for token_id, token in tokenizer.added_tokens_decoder.items():
+        if token.special:
+            ends.add(token_id)
     messages, ids, labels = [], [], []
-    ends = {tokenizer.eos_token_id, *(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)}
-    for k, (question, answer) in enumerate(pairs, 1):
+    for number, (question, answer) in enumerate(pairs, 1):
         turn = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         if tokenizer.chat_template is None:
             prompt = user_turn(tokenizer, question)
@@ -126,168 +204,240 @@ def conversation(tokenizer, pairs, limit):
             full = apply_template(tokenizer, messages + turn)
         if full[:len(ids)] != ids:             # the template writes earlier turns differently: keep what stands
             break
-        if len(full) > limit and (ids or k < len(pairs)):
+        if len(full) > limit and (ids or number < len(pairs)):
             continue
-        stop = next((i + 1 for i in range(len(prompt), len(full)) if full[i] in ends), len(full))
-        labels += [-100] * (len(prompt) - len(labels)) + full[len(prompt):stop] + [-100] * (len(full) - stop)
-        ids, messages = full, messages + turn
+        start = len(os.path.commonprefix([prompt, full]))                      # of the answer
+        stop = start                                                           # its end token
+        while stop < len(full) and full[stop] not in ends:
+            stop += 1
+        if start < len(prompt):                # a token of full joins the prompt's end and the answer's beginning
+            answer_ids = tokenize(tokenizer, [answer])[0]
+            full = prompt + answer_ids + full[stop:]
+            start = len(prompt)
+            stop = start + len(answer_ids)
+        labels += [-100] * (start - len(labels)) + full[start:stop + 1]
+        labels += [-100] * (len(full) - len(labels))
+        ids = full
+        messages += turn
         if tokenizer.chat_template is None:
             break
     return ids[:limit], labels[:limit]
 
 
-def document_context(tokenizer, documents, index, room, random, excerpts):
-    """(texts, pairs): a document, whole, and distractors, others of its source in random order, while all fit in room
-    tokens; their questions may be asked too. With probability excerpts, a document longer than room is cut to the
-    sentences around an answer."""
-    source, text, pairs = documents[index]
-    texts, used = [text], len(tokenize(tokenizer, [text])[0])
-    if used > room and random.random() < excerpts:
-        text, pairs = excerpt(tokenizer, text, pairs, room, random)
-        texts = [text]
-    others = [k for k, other in enumerate(documents) if other[0] == source and k != index] if used < room else []
-    for k in random.permutation(others):
-        _, text, more = documents[k]
-        used += len(tokenize(tokenizer, [text])[0]) + 2                        # and the blank line before it
-        if used > room:
+def document_context(tokenizer, documents, k, length, random):
+    """(texts, pairs): document k, whole, and distractors, others of its source in random order, while all fit in length
+    tokens. Their questions may be asked too."""
+    source, text, pairs = documents[k]
+    texts, pairs = [text], list(pairs)
+    used = len(tokenize(tokenizer, [text])[0])
+    for i in random.permutation(len(documents)):
+        other, text, more = documents[i]
+        if other != source or i == k:
+            continue
+        used += 2 + len(tokenize(tokenizer, [text])[0])                        # a blank line stands before it
+        if used > length:
             break
-        texts, pairs = texts + [text], pairs + more
+        texts.append(text)
+        pairs += more
     random.shuffle(texts)
-    return texts, [pairs[k] for k in random.permutation(len(pairs))]
+    random.shuffle(pairs)
+    return texts, pairs
 
 
-def task_context(tokenizer, definition, items, room, random):
-    """(texts, pairs) of a task: definition and demonstrations, the first whole, more while all fit in room; queries."""
-    order = [items[k] for k in random.permutation(len(items))[:68]]            # up to 4 queries and 64 demonstrations
-    queries, shown = order[:min(4, len(order) - 1)], order[min(4, len(order) - 1):]
-    texts = [definition] if definition else []
-    texts += [demonstration(text, outputs[0]) for text, outputs in shown]
-    used = np.cumsum([len(ids) + 2 for ids in tokenize(tokenizer, texts)])
-    return texts[:max(1, int((used <= room).sum()))], [(demonstration(text, ""), outputs) for text, outputs in queries]
+def task_context(tokenizer, definition, examples, length, random):
+    """(texts, pairs) of a task: its definition and demonstrations, the first whole, more while all fit in length
+    tokens; then queries, which are other examples."""
+    chosen = [examples[i] for i in random.permutation(len(examples))[:QUERIES + DEMONSTRATIONS]]
+    queries = min(QUERIES, len(chosen) - 1)
+    pairs = [(demonstration(text, ""), outputs) for text, outputs in chosen[:queries]]
+    texts = [demonstration(text, outputs[0]) for text, outputs in chosen[queries:]]
+    if definition:
+        texts.insert(0, definition)
+    used = 0
+    for count, ids in enumerate(tokenize(tokenizer, texts)):
+        used += len(ids) + 2                                                   # and a blank line
+        if used > length and count > 0:
+            return texts[:count], pairs
+    return texts, pairs
 
 
-def instruction_example(tokenizer, documents, tasks, unit, chunk, chunks, random, excerpts=0.0):
-    """Example of a unit: index of a document, name of a task, or ids of a text to reconstruct (eq. 5). The room for its
-    context is log-uniform between a sentence and chunks x chunk tokens: each doubling has an equal share (longer
-    documents: see document_context). Texts are joined by blank lines and raw, as in evaluation."""
-    limit = chunk * chunks
-    room = int(np.exp(random.uniform(np.log(min(SENTENCE_TOKENS, limit)), np.log(limit + 1))))
-    if isinstance(unit, list):
-        return Example(unit[:room], unit[:room], unit[:room], frozenset())
+def context_length(limit, random):
+    """Tokens of a context, log-uniform between a sentence and limit: each doubling has an equal share."""
+    low = math.log(min(SHORTEST_CONTEXT, limit))
+    return int(math.exp(random.uniform(low, math.log(limit + 1))))
+
+
+def instruction_example(tokenizer, documents, tasks, unit, chunk, chunks, random):
+    """Example of a unit, which is the index of a document or the name of a task: a context of up to chunks x chunk
+    tokens (see context_length) and a conversation about it. A document that is longer than the length drawn stands
+    there whole. Texts are joined by blank lines and raw, as in evaluation."""
+    length = context_length(chunks * chunk, random)
     if isinstance(unit, str):
-        texts, pairs = task_context(tokenizer, *tasks[unit][1:], room, random)
+        texts, pairs = task_context(tokenizer, *tasks[unit], length, random)
     else:
-        texts, pairs = document_context(tokenizer, documents, unit, room, random, excerpts)
-    context = context_ids(tokenizer, "\n\n".join(texts))[:limit]
-    pairs = [(question, answers[int(random.integers(len(answers)))]) for question, answers in pairs]
-    return Example(context, *conversation(tokenizer, pairs, max(chunk, TARGET_TOKENS)), frozenset(texts))
+        texts, pairs = document_context(tokenizer, documents, unit, length, random)
+    context = context_ids(tokenizer, "\n\n".join(texts))[:chunks * chunk]
+    asked = [(question, answers[random.integers(len(answers))]) for question, answers in pairs]
+    ids, labels = conversation(tokenizer, asked, max(chunk, CONVERSATION))
+    return Example(context, ids, labels, frozenset(texts))
 
 
 def instruction_batch(examples, pad, chunk):
     """Batch of N = C+1 segments: C context chunks, then the conversation under the adapter of all of them,
-    visible = 0, 1, .., C-1, C."""
-    segments, mask = split_into_chunks([example.context for example in examples], pad, chunk)      # (B, C, L)
-    C, L = segments.shape[1], max(segments.shape[2], *(len(example.ids) for example in examples))
-    segments = F.pad(segments, (0, L - segments.shape[2], 0, 1), value=pad)                        # (B, C+1, L)
-    mask = F.pad(mask, (0, L - mask.shape[2], 0, 1))                                               # (B, C+1, L)
-    labels = torch.full_like(segments, -100)                                                       # (B, C+1, L)
-    for b, (_, ids, targets, _) in enumerate(examples):
-        segments[b, C, :len(ids)], labels[b, C, :len(ids)] = torch.tensor(ids), torch.tensor(targets)
-        mask[b, C, :len(ids)] = 1
+    visible = 0, 1, .., C-1, C. Shorter contexts end with chunks of padding, which add nothing to S."""
+    contexts = [split_into_chunks(example.context, chunk) for example in examples]
+    B = len(examples)
+    C = max(len(chunks) for chunks in contexts)
+    L = max(max(len(chunks[0]), len(example.ids)) for chunks, example in zip(contexts, examples))
+    segments = torch.full((B, C + 1, L), pad)
+    mask = torch.zeros(B, C + 1, L, dtype=torch.long)
+    labels = torch.full((B, C + 1, L), -100)
+    for b, example in enumerate(examples):
+        for j, ids in [*enumerate(contexts[b]), (C, example.ids)]:
+            segments[b, j, :len(ids)] = torch.tensor(ids)
+            mask[b, j, :len(ids)] = 1
+        labels[b, C, :len(example.ids)] = torch.tensor(example.labels)
     return Batch(segments, mask, torch.arange(C + 1), labels)
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# the batches of a run: whole global batches, the same on every process
+# what a run trains on. Every process makes the whole global batch and takes its rows of it. args: the flags of train.py
 
 
-class Batches(NamedTuple):
-    training: Callable         # step -> Batch
-    validation: Batch          # fixed
-    controls: list             # for each validation item, the item whose context is its control, or None
-    epoch: float               # instruction tuning: steps of an epoch
-    about: str                 # what they hold, in words
-    text: np.ndarray = None    # pretraining: the packed tokens
+class PretrainingData:
+    """Doubled sequences of chunks x chunk tokens, over packed text."""
+
+    def __init__(self, args, tokenizer):
+        self.args = args
+        self.length = args.chunks * args.chunk
+        self.tokens = open_tokens(args.data, tokenizer)
+        if args.validation:
+            held_out = open_tokens(args.validation, tokenizer)
+        else:
+            end = max(len(self.tokens) - args.eval_sequences * self.length, 0)
+            held_out = self.tokens[end:]
+            self.tokens = self.tokens[:end]
+        self.batch(0)                                   # too little text: say so before anything is written
+        n = min(args.eval_sequences, len(held_out) // self.length)
+        if n < 2:
+            raise InputError(f"validation needs at least 2 sequences of {self.length} tokens, the text gives {n}: give "
+                             "more text or shorter --chunks")
+        starts = np.linspace(0, len(held_out) - self.length, n).astype(int)      # fixed, and spread over the text
+        self.validation = doubled(cut(held_out, starts, self.length), args.chunks)
+        self.controls = [(i + n // 2) % n for i in range(n)]                     # neighbours may be alike
+        self.about = f"{len(self.tokens) / 1e6:.2f} M tokens"
+
+    def batch(self, step):
+        """The global batch of a step."""
+        args = self.args
+        tokens = sequences(self.tokens, self.length, step * args.batch, args.batch, args.seed)      # (B, C L)
+        batch = doubled(tokens, args.chunks)
+        if args.objective == "completion":              # the second half trains nothing: the pass leaves padding out
+            batch.mask[:, args.chunks:] = 0
+        return batch
 
 
-def control_items(documents):
-    """For each item the index of another whose context shares no document with its own, None where each shares one.
-    documents: the documents of each item's context, as sets. Neighbours may be alike: item i takes from i + n/2 on."""
-    n = len(documents)
-    return [next((j % n for j in range(i + n // 2, i + n // 2 + n) if not documents[i] & documents[j % n]), None)
-            for i in range(n)]
+class InstructionData:
+    """Contexts of up to chunks x chunk tokens, each with a conversation about it; validation asks about documents.
+    With args.documents, three rows of eight are texts of up to a chunk to reconstruct, so that questions do not undo
+    the memory."""
 
+    def __init__(self, args, tokenizer):
+        self.args = args
+        self.tokenizer = tokenizer
+        self.text_rows = 0
+        if args.documents:
+            self.text_rows = round(TEXT_SHARE * args.batch)
+            self.text = open_tokens(args.documents, tokenizer)
+            sequences(self.text, args.chunk, 0, 1, args.seed)       # too little text: say so before anything is written
+        self.question_rows = args.batch - self.text_rows
 
-def pretraining_batches(tokenizer, sources, validation, *, chunk, chunks, batch_size, seed, eval_sequences,
-                        max_tokens=None, windows=False):
-    """Batches of doubled sequences of chunks x chunk tokens over packed text. validation: sources, or None to hold the
-    last eval_sequences sequences out of training. windows: see doubled."""
-    length = chunks * chunk
-    tokens = open_tokens(sources, tokenizer, max_tokens)
-    end = max(len(tokens) - eval_sequences * length, 0)
-    tokens, held_out = (tokens, open_tokens(validation, tokenizer)) if validation else (tokens[:end], tokens[end:])
-    sequences(tokens, length, 0, 1, seed)               # too little text: say so before anything is computed or written
-    count = min(eval_sequences, len(held_out) // length)
-    if count < 2:
-        raise InputError(f"validation needs at least 2 sequences of {length} tokens, the text gives {count}: "
-                         "give more text or shorter --chunks")
-    starts = np.linspace(0, len(held_out) - length, count).astype(int)       # fixed, and spread over the text
-    held_out = torch.from_numpy(np.stack([np.asarray(held_out[s:s + length], dtype=np.int64) for s in starts]))
+        limit = args.chunks * args.chunk
+        documents, self.tasks = load_instructions(args.data)
+        self.documents = short_enough(documents, tokenizer, limit)
+        self.about = (f"{len(self.documents)} of {len(documents)} documents, others are longer than {limit} tokens; "
+                      f"{len(self.tasks)} tasks")
+        Random(args.seed).shuffle(self.documents)
+        held_out = self.documents[:args.eval_sequences]
+        if args.validation:
+            documents, _ = load_instructions(args.validation)
+            held_out = short_enough(documents, tokenizer, limit)
+        else:
+            del self.documents[:args.eval_sequences]
+        Random(args.seed).shuffle(held_out)
+        self.units = instruction_units(self.documents, self.tasks)
+        self.steps_per_epoch = len(self.units) / self.question_rows
 
-    def training(step):
-        rows = sequences(tokens, length, step * batch_size, batch_size, seed)                      # (B, C L)
-        return doubled(rows, chunks, tokenizer.pad_token_id, (seed, step) if windows else None)
+        items = []
+        for k in range(min(args.eval_sequences, len(held_out))):
+            item = self.example(held_out, k, 2, k)
+            if any(label != -100 for label in item.labels[1:]):     # else the question fills the segment
+                items.append(item)
+        if len(items) < 2 or not self.units:
+            raise InputError(f"need 1 unit to train on, 2 documents to validate on, found {len(self.units)}, "
+                             f"{len(items)} of at most {limit} tokens: give more data, --validation, longer --chunks, "
+                             "fewer --eval-sequences")
+        self.validation = instruction_batch(items, tokenizer.pad_token_id, args.chunk)
+        self.controls = control_items([item.texts for item in items])
+        if None in self.controls:
+            self.about += (f"; {self.controls.count(None)} of {len(items)} validation items without a control of other "
+                           "documents")
 
-    controls = control_items([{start} for start in starts])
-    return Batches(training, doubled(held_out, chunks, tokenizer.pad_token_id), controls, None,
-                   f"{len(tokens) / 1e6:.2f} M tokens", tokens)
+    def example(self, documents, unit, *numbers):
+        """Example of a unit; seed and numbers alone decide what is drawn."""
+        args = self.args
+        random = np.random.default_rng((args.seed, *numbers))
+        return instruction_example(self.tokenizer, documents, self.tasks, unit, args.chunk, args.chunks, random)
 
-
-def instruction_batches(tokenizer, sources, validation, *, chunk, chunks, batch_size, seed, eval_sequences,
-                        weights=(), excerpts=0.0, texts=None):
-    """Batches of instruction data: contexts of up to chunks x chunk tokens, then a conversation about each. validation:
-    sources, or None to hold eval_sequences documents out of training; it asks about whole documents. weights: see
-    instruction_units. excerpts: see document_context. texts: sources of texts of up to chunk tokens to reconstruct."""
-    limit, text_rows = chunk * chunks, round(TEXT_SHARE * batch_size) if texts else 0
-    rows, tokens = batch_size - text_rows, open_tokens(texts, tokenizer) if texts else None
-    if texts:
-        sequences(tokens, chunk, 0, 1, seed)            # too little text: say so before anything is computed or written
-    everything, tasks = load_instructions(sources)
-
-    def short_enough(documents):                        # the end of a longer one is truncated, and some answers with it
-        encoded, bos = tokenize(tokenizer, [context for _, context, _ in documents]), document_marks(tokenizer)[0]
-        return [document for document, ids in zip(documents, encoded) if len(bos + ids) <= limit]
-
-    dropped = len(everything) - len(documents := short_enough(everything))
-    Random(seed).shuffle(documents)
-    held_out = short_enough(load_instructions(validation)[0]) if validation else documents[:eval_sequences]
-    documents = documents if validation else documents[eval_sequences:]
-    Random(seed).shuffle(held_out)
-    units = instruction_units(documents, tasks, weights)
-
-    def example(documents, unit, excerpts, *number):
-        random = np.random.default_rng((seed, *number))
-        return instruction_example(tokenizer, documents, tasks, unit, chunk, chunks, random, excerpts)
-
-    def training(step):
+    def batch(self, step):
+        """The global batch of a step: rows of questions, then rows of texts."""
+        args = self.args
         examples = []
-        for i in range(step * rows, (step + 1) * rows):
-            epoch, k = divmod(i, len(units))
-            examples.append(example(documents, units[epoch_order(len(units), 1, seed, epoch)[k]], excerpts, 1, i))
-        for i in range(step * text_rows, (step + 1) * text_rows):
-            examples.append(example(documents, sequences(tokens, chunk, i, 1, seed)[0].tolist(), 0.0, 3, i))
-        return instruction_batch(examples, tokenizer.pad_token_id, chunk)
+        for i in range(step * self.question_rows, (step + 1) * self.question_rows):
+            epoch, k = divmod(i, len(self.units))
+            order = epoch_order(len(self.units), 1, args.seed, epoch)
+            examples.append(self.example(self.documents, self.units[order[k]], 1, i))
+        for i in range(step * self.text_rows, (step + 1) * self.text_rows):
+            ids = sequences(self.text, args.chunk, i, 1, args.seed)[0].tolist()
+            length = context_length(args.chunks * args.chunk, np.random.default_rng((args.seed, 3, i)))
+            ids = ids[:length]
+            examples.append(Example(context=ids, ids=ids, labels=ids, texts=frozenset()))
+        return instruction_batch(examples, self.tokenizer.pad_token_id, args.chunk)
 
-    items = [example(held_out, k, 0.0, 2, k) for k in range(min(eval_sequences, len(held_out)))]
-    items = [e for e in items if any(label != -100 for label in e.labels[1:])]    # else the question fills the segment
-    if len(items) < 2 or len(units) < 1:
-        raise InputError(f"need 1 unit to train on, 2 documents to validate on, found {len(units)}, {len(items)} of at "
-                         f"most {limit} tokens: give more data, --validation, longer --chunks, fewer --eval-sequences")
-    controls = control_items([e.texts for e in items])
-    about = f"{len(documents)} documents ({dropped} longer than {limit} tokens left out) and {len(tasks)} tasks"
-    if None in controls:
-        about += f", {controls.count(None)} of {len(items)} validation items without a control of other documents"
-    return Batches(training, instruction_batch(items, tokenizer.pad_token_id, chunk), controls, len(units)/rows, about)
+
+def short_enough(documents, tokenizer, limit):
+    """The documents of up to limit tokens: the end of a longer one would be cut off, and some answers with it."""
+    first, _ = document_marks(tokenizer)
+    encoded = tokenize(tokenizer, [text for _, text, _ in documents])
+    kept = []
+    for document, ids in zip(documents, encoded):
+        if len(first + ids) <= limit:
+            kept.append(document)
+    return kept
+
+
+def instruction_units(documents, tasks):
+    """The units of an epoch: the index of every document, and the name of a task once for each 20 of its examples."""
+    units = list(range(len(documents)))
+    for task, (_, examples) in tasks.items():
+        if len(examples) > 1:
+            units += [task] * math.ceil(len(examples) / ITEMS_A_UNIT)
+    return units
+
+
+def control_items(texts):
+    """For each item the index of another whose context shares no text with its own, None where each shares one. texts:
+    those in each item's context, as sets. Neighbours may be alike: item i takes from i + n/2 on."""
+    n = len(texts)
+    controls = []
+    for i in range(n):
+        control = None
+        for j in range(i + n // 2, i + n // 2 + n):
+            if not texts[i] & texts[j % n]:
+                control = j % n
+                break
+        controls.append(control)
+    return controls
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -300,33 +450,46 @@ def tokenizer_facts(tokenizer):
     return {"vocabulary": len(tokenizer), "probe": probe, "marks": list(document_marks(tokenizer))}
 
 
-def pack(sources, tokenizer, path, max_tokens=None):
+def read_texts(sources):
+    """Yield the text of every row. Rows in which it is null are left out and counted."""
+    null = 0
+    for source in sources:
+        for where, row in read_rows(source):
+            text = row.get("text")
+            if isinstance(text, str):
+                yield text
+            elif "text" in row and text is None:
+                null += 1
+            else:
+                raise InputError(f"{where}: field 'text' is missing or is not a text")
+    if null:
+        print(f"{null} rows whose text is null were left out")
+
+
+def pack(sources, tokenizer, path):
     """Tokenise every document of sources into one flat file of uint16 (uint32 for a vocabulary beyond 65,536) and a
-    .json beside it. The token file is written aside and renamed; 512 documents are in memory at a time."""
-    if max_tokens is not None and max_tokens < 1:
-        raise InputError("--max-tokens must be at least 1")
-    before, after = document_marks(tokenizer)
-    dtype = np.uint16 if len(tokenizer) <= 65_536 else np.uint32
-    counts = [count_rows(source) for source in sources]
-    total, unit = (max_tokens, "token") if max_tokens else (None if None in counts else sum(counts), "doc")
-    tokens, documents, empty = 0, 0, True
-    texts = (field(row, "text", str, where) for source in sources for where, row in read_rows(source))
+    .json beside it. The token file is written aside and renamed; one document is in memory at a time."""
+    facts = tokenizer_facts(tokenizer)
+    before, after = facts["marks"]
+    dtype = "uint32"
+    if len(tokenizer) <= 65_536:
+        dtype = "uint16"
+    documents, tokens, empty = 0, 0, True
     part = f"{path}.{platform.node()}.{os.getpid()}.part"      # machines may share the directory
     try:
-        with open(part, "wb") as file, tqdm(total=total, unit=unit, unit_scale=True, desc="packing") as bar:
-            while tokens != max_tokens and (some := list(itertools.islice(texts, 512))):
-                encoded = tokenize(tokenizer, some)
-                empty = empty and not any(encoded)
-                flat = [t for ids in encoded for t in (*before, *ids, *after)][:max_tokens and max_tokens - tokens]
-                np.asarray(flat, dtype=dtype).tofile(file)
-                tokens, documents = tokens + len(flat), documents + len(some)
-                bar.update(len(flat) if max_tokens else len(some))
-                bar.set_postfix(tokens=f"{tokens / 1e6:.1f}M")
+        with open(part, "wb") as file:
+            for text in tqdm(read_texts(sources), unit="doc", unit_scale=True, desc="packing"):
+                ids = tokenize(tokenizer, [text])[0]
+                empty = empty and not ids
+                ids = before + ids + after
+                np.array(ids, dtype=dtype).tofile(file)
+                tokens += len(ids)
+                documents += 1
         if empty:
             raise InputError(f"{', '.join(sources)}: no text to pack")
+        facts |= {"dtype": dtype, "tokens": tokens, "documents": documents, "sources": sources}
         with open(path + ".json", "w") as file:
-            json.dump({"dtype": np.dtype(dtype).name, "tokens": tokens, "documents": documents, "sources": sources,
-                       **tokenizer_facts(tokenizer)}, file)
+            json.dump(facts, file)
         os.replace(part, path)
     finally:
         if os.path.exists(part):
@@ -346,20 +509,24 @@ def load_tokens(path, tokenizer):
     return tokens
 
 
-def open_tokens(sources, tokenizer, max_tokens=None):
+def open_tokens(sources, tokenizer):
     """Memory-mapped tokens of sources: a .bin file as it is, anything else packed once into CACHE."""
     if len(sources) == 1 and sources[0].endswith(".bin"):
-        if max_tokens is not None:
-            raise InputError(f"--max-tokens is for packing: {sources[0]} is packed already, so leave the flag out")
         return load_tokens(sources[0], tokenizer)
-    if missing := [source for source in sources if is_file_source(source) and not os.path.isfile(source)]:
-        raise InputError(f"{missing[0]}: no such file")
-    files = [stamps(source)[0] if os.path.isfile(source) else source for source in sources]
-    key = hashlib.sha256(json.dumps([files, tokenizer_facts(tokenizer), max_tokens]).encode()).hexdigest()[:16]
+    facts = [tokenizer_facts(tokenizer)]
+    for source in sources:
+        if os.path.isfile(source):
+            facts += [os.path.abspath(source), os.path.getsize(source), os.path.getmtime(source)]
+        elif is_file_source(source):
+            raise InputError(f"{source}: no such file")
+        else:
+            facts.append(source)
+    key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
     path = os.path.join(CACHE, key + ".bin")
-    if not os.path.isfile(path):
-        os.makedirs(CACHE, exist_ok=True)
-        pack(sources, tokenizer, path, max_tokens)
+    os.makedirs(CACHE, exist_ok=True)
+    with FileLock(path + ".lock"):                      # one process of a machine packs, the others wait for it
+        if not os.path.isfile(path):
+            pack(sources, tokenizer, path)
     return load_tokens(path, tokenizer)
 
 
@@ -367,7 +534,8 @@ def open_tokens(sources, tokenizer, max_tokens=None):
 def epoch_order(n_tokens, length, seed, epoch):
     """Starts of one epoch's sequences, shuffled, from a fresh offset below length. With length 1, a permutation."""
     random = np.random.default_rng((seed, epoch))
-    return int(random.integers(length)) + length * random.permutation((n_tokens - length + 1) // length)
+    offset = int(random.integers(length))
+    return offset + length * random.permutation((n_tokens - length + 1) // length)
 
 
 def sequences(tokens, length, first, count, seed):
@@ -377,9 +545,17 @@ def sequences(tokens, length, first, count, seed):
     if per_epoch < 1:
         raise InputError(f"the training text has {len(tokens)} tokens, fewer than two sequences of {length}: give more "
                          "text or a shorter --chunk or --chunks (without --validation, --eval-sequences are held out)")
-    places = [divmod(i, per_epoch) for i in range(first, first + count)]
-    starts = [epoch_order(len(tokens), length, seed, epoch)[k] for epoch, k in places]
-    return torch.from_numpy(np.stack([np.asarray(tokens[s:s + length], dtype=np.int64) for s in starts]))
+    starts = []
+    for i in range(first, first + count):
+        epoch, k = divmod(i, per_epoch)
+        starts.append(epoch_order(len(tokens), length, seed, epoch)[k])
+    return cut(tokens, starts, length)
+
+
+def cut(tokens, starts, length):
+    """The sequences of that length that begin at starts: (len(starts), length) long."""
+    rows = [tokens[start:start + length].astype(np.int64) for start in starts]
+    return torch.from_numpy(np.stack(rows))
 
 
 def main():
@@ -387,13 +563,12 @@ def main():
     parser.add_argument("sources", nargs="+")
     parser.add_argument("--out", required=True, help="token file to write, ending in .bin; a .json goes beside it")
     parser.add_argument("--base", default=DEFAULT_BASE, help="base model whose tokenizer is used")
-    parser.add_argument("--max-tokens", type=int, help="stop after this many tokens")
     args = parser.parse_args()
     written = os.path.exists(args.out) or os.path.exists(args.out + ".json")
     if written or not args.out.endswith(".bin") or not os.path.isdir(os.path.dirname(args.out) or "."):
         raise InputError(f"--out {args.out}: name a new file ending in .bin, in a directory that exists")
     path, options = locate_base(args.base)
-    pack(args.sources, tokenizer_at(args.base, path, **options), args.out, args.max_tokens)
+    pack(args.sources, tokenizer_at(args.base, path, **options), args.out)
 
 
 if __name__ == "__main__":

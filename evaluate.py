@@ -36,7 +36,7 @@ from support.benchmarks import (context_clusters, control_contexts, controls_of,
                                 in_context_prompts, load_answers, load_data, METAICL_KINDS, prompt_template, SPANS)
 from support.costs import COSTS, adapter_floats, base_flops, clock, context_flops, kv_cache_floats, window
 from support.files import InputError, open_predictions, run_command, stamps
-from support.finetune import cost_of_base, fit_task, lacking_memory
+from extras.finetune import cost_of_base, fit_task, lacking_memory
 from support.flags import arguments
 from support.plots import mean_row, merge, write_table
 from support.text import context_ids, tokenize, user_turn

@@ -9,7 +9,8 @@
 The global batch is --batch for any number of processes. Every out/run/step-* is a checkpoint that evaluate.py reads;
 --resume continues from the newest one, on a CPU to weights bit-identical to an unbroken run.
 
-Shapes: B sequences of a batch, C context chunks, N segments of a pass (2C in pretraining), L tokens of a segment.
+Shapes: B sequences of a batch, b of a micro-batch, C context chunks, N segments of a pass (2C in pretraining), L tokens
+of a segment.
 """
 
 import argparse
@@ -18,37 +19,39 @@ import math
 import os
 import signal
 import time
-from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
+from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
 
-from data import instruction_batches, pretraining_batches, sequences, trim
+from data import TABLE_3, InstructionData, PretrainingData, sequences
 from generator import NORMS, GeneratorConfig
-from model import DEFAULT_BASE, AdaptedLM, load_base, locate_base
-from support.aligned import aligned_start
-from support.checkpoints import (check_same_flags, check_stage_flags, checkpoints, load_checkpoint, save_checkpoint,
-                                 share, share_state, trim_log)
-from support.files import InputError, is_file_source, make_directory, read_json, run_command
-from support.finetune import finetune
-from support.instructions import TABLE_3
-from support.machine import balanced_rows, choose_attention, keep_freed_memory, peak_memory
+from model import DEFAULT_BASE, AdaptedLM, load_base
+from support.checkpoints import checkpoints, cut_log, load_checkpoint, save_checkpoint, share_state
+from support.files import InputError, make_directory, run_command
+from support.machine import peak_memory, prepare_cpu
 
-SHAPE = ("d_r", "rank", "scale", "norm", "damping", "targets", "blocks")   # of a generator; a --checkpoint decides them
+CLIP = 1.0                # largest gradient norm (appendix B)
+WEIGHT_DECAY = 0.01       # AdamW's (appendix B)
 MAX_SKIPPED = 10          # steps in a row without a finite gradient before the run gives up
+SHAPE = ("d_r", "rank", "scale", "targets")             # of a generator: a --checkpoint decides them
+NOT_OF_STAGE = {
+    "pretrain": ["documents", "epochs"],
+    "instruct": ["objective", "init"],
+    "finetune": ["objective", "init", "checkpoint", "resume", "steps", "chunk", "chunks", "micro_batch", "warmup",
+                 "norm", "damping", "eval_every", "save_every", *SHAPE]}
 
 
 def loss_weights(labels, C, objective):
-    """Weight (B, N) of each segment's nats, from labels (B, N, L) of the whole global batch: eq. 5, its log-likelihoods
+    """Weight (B, N) of each segment's loss, from labels (B, N, L) of the whole global batch: eq. 5, its log-likelihoods
     as token means: reconstruction over segments C .. N-1, completion over 1 .. C-1; segment 0 has no adapter. (Released
     code: one token mean over all 2C segments.) Rows that begin with a question, unlabelled, have their own mean."""
-    targets = (labels[:, :, 1:] != -100).sum(-1)                            # (B, N)
+    targets = (labels[:, :, 1:] != -100).sum(-1)                        # (B, N)
     weights = torch.zeros(targets.shape)
     if objective != "completion":
-        text = labels[:, -1, 0] != -100
-        for rows in (text, ~text):
+        texts = labels[:, -1, 0] != -100
+        for rows in (texts, ~texts):
             weights[rows, C:] = 1 / targets[rows, C:].sum().clamp(min=1)
     if objective != "reconstruction":
         weights[:, 1:C] = 1 / targets[:, 1:C].sum().clamp(min=1)
@@ -57,159 +60,161 @@ def loss_weights(labels, C, objective):
 
 def learning_rate(args, step):
     """Linear warm-up, then linear decay to 0 (WarmupDecayLR)."""
+    warmup = (step + 1) / max(args.warmup, 1)
     decay = (args.steps - step) / max(args.steps - args.warmup, 1)
-    return args.lr * min((step + 1) / max(args.warmup, 1), decay, 1.0)
+    return args.lr * min(warmup, decay, 1.0)
 
 
 def train(args):
     check_sources(args)
-    process, world, local = (int(os.environ.get(name, value))
-                             for name, value in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    rank = int(os.environ.get("RANK", 0))               # torchrun sets these three
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if torch.cuda.is_available() and args.device in (None, "cuda"):
-        args.device = f"cuda:{local}"
-        torch.cuda.set_device(local)
-    if world > 1:
-        locate_base(args.base)                          # a .gguf file is converted now: in a group only rank 0 can
-        cuda = str(args.device).startswith("cuda")
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(minutes=15),
-                                device_id=torch.device(args.device) if cuda else None)
-        packing = dist.new_group(backend="gloo", timeout=timedelta(hours=24))
-    newest = checkpoints(args.out)[-1:] if args.resume and process == 0 else []     # process 0 alone may have them
-    resumed = share(read_json(os.path.join(newest[0], "trainer.json")) if newest else None)
-    if resumed and args.dtype is None:                  # a resumed run keeps the dtype it was started with
-        args.dtype = resumed["args"]["dtype"]
+        args.device = f"cuda:{local_rank}"
+        torch.cuda.set_device(local_rank)
 
     base, tokenizer = load_base(args.base, args.dtype and getattr(torch, args.dtype), args.device)
-    device, args.dtype = base.device, str(base.dtype).split(".")[-1]
+    device = base.device
+    args.dtype = str(base.dtype).removeprefix("torch.")
+    if world > 1:
+        dist.init_process_group(timeout=timedelta(minutes=15))          # gloo for CPU tensors, nccl for CUDA's
+
     torch.manual_seed(args.seed)
     model = adapted_model(args, base)
     model.checkpointing = args.checkpointing
     if args.batch % world:
         raise InputError(f"--batch {args.batch} must be a multiple of the {world} processes")
-    choose_attention(base, args.chunk)
-    parameters, layers = list(model.generator.parameters()), model.generator.layers
-    optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, args.beta2), weight_decay=args.weight_decay,
-                                  fused=True)
-    # gradients are views of one buffer, which is reduced whole, with a step's totals at its end:
-    # nats of the second half (the answers), of completion (of texts), context tokens, stop?, failed?
-    flat = torch.zeros(sum(p.numel() for p in parameters) + 5, device=device)
-    for p, grad in zip(parameters, flat[:-5].split([p.numel() for p in parameters])):
-        p.grad = grad.view_as(p)
-    totals = flat[-5:]
+    prepare_cpu(base, args.chunk)
+    if device.type == "cuda" and args.dtype == "bfloat16":
+        # holds the bf16 factors of S exactly; norm avoids it
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
 
     instruct = args.stage == "instruct"
-    packs = not instruct or args.documents is not None  # else each process reads the questions at once
-    if world > 1 and local > 0 and packs:               # the first process of a machine packs, the others find the file
-        dist.barrier(packing)
-    objective = "reconstruction" if instruct else args.objective           # instruct: of segments C on, the answers
-    common = {k: getattr(args, k) for k in ("chunk", "chunks", "seed", "eval_sequences")} | {"batch_size": args.batch}
     if instruct:
-        batches = instruction_batches(tokenizer, args.data, args.validation, **common, weights=args.weights or (),
-                                      excerpts=args.excerpts or 0.0, texts=args.documents)
-        args.steps = args.steps or max(1, int((args.epochs or 2) * batches.epoch))
+        data = InstructionData(args, tokenizer)
+        args.steps = args.steps or max(1, int((args.epochs or 2) * data.steps_per_epoch))
     else:
-        batches = pretraining_batches(tokenizer, args.data, args.validation, **common, max_tokens=args.max_tokens,
-                                      windows=args.windows)
-    if world > 1 and (local == 0 or not packs):
-        dist.barrier(packing)
+        data = PretrainingData(args, tokenizer)
+    often = min(200, max(1, args.steps // 4))
+    args.eval_every = args.eval_every or often
+    args.save_every = args.save_every or often
+    if world > 1:                                       # a machine may have to pack text for hours
+        dist.barrier(dist.new_group(backend="gloo", timeout=timedelta(hours=24)))
 
-    step, tokens, validated = 0, 0, []
-    if resumed:
-        check_same_flags(args, resumed["args"])
-        step, tokens = resumed["step"], resumed["tokens"]
-    if process == 0:
+    parameters = list(model.generator.parameters())
+    layers = model.generator.layers
+    beta2 = 0.999
+    if not is_wide(base):
+        beta2 = 0.98                                    # for runs of a few hundred steps
+    betas = (0.9, beta2)
+    optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=betas, weight_decay=WEIGHT_DECAY, fused=True)
+    for p in parameters:                                # as its first step would make it; a checkpoint fills it
+        p.grad = torch.zeros_like(p)
+        optimizer.state[p] = {
+            "step": torch.zeros((), device=device),
+            "exp_avg": torch.zeros_like(p),
+            "exp_avg_sq": torch.zeros_like(p)}
+
+    step, tokens = 0, 0
+    if rank == 0:                                       # it alone may have the directory
         make_directory(args.out)
-        if resumed:
-            load_checkpoint(newest[0], model, optimizer)
-        elif args.start == "aligned" and args.checkpoint is None:
-            length = min(128, (len(batches.text) + 1) // 2)                 # of a text that has two sequences of them
-            aligned_start(model, sequences(batches.text, length, 0, 96, args.seed).split(16))
-        _, validated = (trim_log(os.path.join(args.out, name), step if resumed else None)
-                        for name in ("log.jsonl", "validation.jsonl"))
-        print(f"generator of {sum(p.numel() for p in parameters) / 1e6:.1f} M parameters on {args.base}, {args.dtype}, "
-              f"{device}; {batches.about}; {args.batch} x {args.chunks} chunks of {args.chunk} tokens a step; "
-              f"{args.steps} steps from step {step}; {world} process{'es' if world > 1 else ''}")
-    validated = share(validated)
-    share_state(parameters, optimizer, step > 0)
-    if device.type == "cuda" and args.dtype == "bfloat16":
-        torch.backends.cuda.matmul.fp32_precision = "tf32"      # holds the bf16 factors of S exactly; norm avoids it
+        if checkpoints(args.out):
+            step, tokens = load_checkpoint(checkpoints(args.out)[-1], args, model, optimizer)
+        elif args.init == "aligned" and args.checkpoint is None:
+            from extras.aligned import aligned_start
+            length = min(128, (len(data.tokens) + 1) // 2)      # a short text has two sequences of these
+            aligned_start(model, sequences(data.tokens, length, 0, 96, args.seed).split(16))
+        cut_log(os.path.join(args.out, "log.jsonl"), step)
+        cut_log(os.path.join(args.out, "validation.jsonl"), step - 1)
+        size = sum(p.numel() for p in parameters)
+        print(f"{size:,} parameters on {args.base}, {args.dtype}, {device}; {data.about}", flush=True)
+        print(f"{args.steps} steps of {args.batch} x {args.chunks} x {args.chunk} tokens, from step {step}; processes: "
+              f"{world}", flush=True)
+    if world > 1:
+        step, tokens = share_state(optimizer, [step, tokens])
 
-    def prepare(step):
-        """The micro-batches of this process, as (segments, mask, labels, weights), visible. Every process cuts the
-        whole global batch, so that the token counts need no communication, and keeps its own rows."""
-        segments, mask, visible, labels = batches.training(step)                            # (B, N, L); visible (N,)
-        weights = loss_weights(labels, int(visible.max()), objective)                       # (B, N)
-        labels = labels.masked_fill((weights == 0)[:, :, None], -100)      # no lm_head for what has no weight
-        if objective == "completion":
-            mask[:, int(visible.max()):] = 0            # trim then drops the second half, which trains nothing
-        parts, cost = [], (mask.sum(-1) * (1 + 2 * (visible > 0))).sum(1)       # (B,): a backward pass is two forward
-        for rows in balanced_rows(cost.tolist(), world)[process].split(args.micro_batch):
-            (m, s, l, w), v = trim(mask[rows], visible, segments[rows], labels[rows], weights[rows])
-            tensors = [s, None if m.all() else m, l, w]
-            parts.append(([t.pin_memory() if t is not None and device.type == "cuda" else t for t in tensors], v))
-        return parts
-
-    stopping, stop, began, skipped = [], False, time.time(), 0
-    signal.signal(signal.SIGTERM, lambda *_: stopping.append("SIGTERM"))
-    bar = tqdm(total=args.steps, initial=step, desc="training", unit="step", disable=process != 0)
-    loader = ThreadPoolExecutor(1)                      # cuts and pins the next batch while this one is computed
-    coming = loader.submit(prepare, step)
+    stopping = []
+    for kind in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(kind, lambda number, frame: stopping.append(number))
+    stop, skipped = False, 0
+    mine = range(args.batch)[rank::world]               # rows of the global batch
     while True:
-        if (step % args.eval_every == 0 or step == args.steps) and step not in validated and not stop:
-            losses = validate(args, model, batches, process, world)
-            if process == 0:
+        if (step % args.eval_every == 0 or step == args.steps) and not stop:
+            losses = validate(args, model, data, rank, world)
+            if rank == 0:
                 report_validation(args, step, losses)
         if step == args.steps or stop:
             break
-        t0 = time.time()
-        parts, coming = coming.result(), loader.submit(prepare, step + 1)
-        for tensors, visible in parts:
-            segments, mask, labels, weights = (t if t is None else t.to(device, non_blocking=True) for t in tensors)
-            C = int(visible.max()) + (objective == "completion")            # trim dropped the segments that see all C
-            try:
-                nats, _ = model.segment_losses(segments, mask, visible, labels)
-                losses = nats * weights                                     # (B, N), whose sum is eq. 5
-                losses.sum().backward()
-                text = (labels[:, -1, 0] != -100) & instruct
-                totals[:2] += torch.stack([losses[~text, C:].sum(), losses[:, 1:C].sum() + losses[text].sum()]).detach()
-            except torch.linalg.LinAlgError:            # NaN in S: the step is lost, and skipped below by every process
-                totals[4] += 1
-            totals[2] += segments[:, :C].numel() if mask is None else mask[:, :C].sum()
-        totals[3] = bool(stopping) or bool(args.max_minutes and time.time() - began > 60 * args.max_minutes)
-        if world > 1:
-            dist.all_reduce(flat)                       # the loss is already divided by the global token counts
 
-        second, completion, read, stop, failed = totals.tolist()
-        # layer by layer: one layer's weak directions of S can make its gradient jump, and should not cost all the step
-        norms = [torch.nn.utils.clip_grad_norm_(layer.parameters(), args.clip / len(layers) ** 0.5) for layer in layers]
+        began = time.time()
+        batch = data.batch(step)                                # (B, N, L), the same on every process
+        C = int(batch.visible.max())
+        weights = loss_weights(batch.labels, C, args.objective)         # (B, N)
+        no_weight = weights[:, :, None] == 0
+        targets = batch.labels.masked_fill(no_weight, -100)             # no lm_head for them
+        # losses of reconstruction, answers and completion; tokens read; processes to stop; passes that failed
+        sums = torch.zeros(6, device=device)
+        for at in range(0, len(mine), args.micro_batch):
+            rows = list(mine[at:at + args.micro_batch])
+            segments = batch.segments[rows].to(device)                  # (b, N, L)
+            mask = batch.mask[rows].to(device)
+            labels = targets[rows].to(device)
+            try:
+                nll, _ = model.segment_losses(segments, mask, batch.visible, labels)    # (b, N)
+                losses = nll * weights[rows].to(device)     # their sum over the global batch is eq. 5
+                losses.sum().backward()
+            except torch.linalg.LinAlgError:            # NaN in S: every process skips the step below
+                sums[5] += 1
+                continue
+            losses = losses.detach()
+            texts = labels[:, -1, 0] != -100            # (b,): a conversation begins with a question, no target
+            sums[0] += losses[texts, C:].sum()
+            sums[1] += losses[~texts, C:].sum()
+            sums[2] += losses[:, :C].sum()
+            sums[3] += mask[:, :C].sum()
+        sums[4] = len(stopping)
+        if world > 1:
+            gradient = parameters_to_vector(p.grad for p in parameters)
+            dist.all_reduce(gradient)       # a sum: the weights already divide by the global token counts
+            vector_to_parameters(gradient, [p.grad for p in parameters])
+            dist.all_reduce(sums)
+        reconstruction, answer, completion, read, stop, failed = sums.tolist()
+        loss = reconstruction + answer + completion
+
+        # layer by layer, where the paper clips all at once: a jump in one layer's gradient should not cost all the step
+        norms = [clip_grad_norm_(layer.parameters(), CLIP / len(layers) ** 0.5) for layer in layers]
         norm = torch.stack(norms).norm().item()
-        finite = math.isfinite(norm + second + completion) and not failed
         lr = learning_rate(args, step)
-        if finite:
+        skip = failed > 0 or not math.isfinite(norm + loss)
+        if skip:
+            skipped += 1
+        else:
+            skipped = 0
             optimizer.param_groups[0]["lr"] = lr
             optimizer.step()
-        flat.zero_()
-        skipped = 0 if finite else skipped + 1
-        step, tokens = step + 1, tokens + int(read)
+        optimizer.zero_grad(set_to_none=False)
+        step += 1
+        tokens += int(read)
 
-        if process == 0:
-            nats = dict(zip(("answer", "text") if instruct else ("reconstruction", "completion"), (second, completion)))
-            row = {"step": step, "loss": second + completion, **nats, "lr": lr, "grad_norm": norm, "tokens": tokens,
-                   "skipped": not finite, "tokens_per_s": read / (time.time() - t0), "memory_gb": peak_memory(device)}
+        if rank == 0:
+            speed = read / (time.time() - began)
+            row = {"step": step, "loss": loss, "reconstruction": reconstruction, "completion": completion}
+            if instruct:
+                row = {"step": step, "loss": loss, "answer": answer, "text": reconstruction}
+            row |= {"lr": lr, "grad_norm": norm, "tokens": tokens, "skipped": skip}
+            row |= {"tokens_per_s": speed, "memory_gb": peak_memory(device)}
             append(os.path.join(args.out, "log.jsonl"), row)
-            bar.update()
-            bar.set_postfix(loss=f"{second + completion:.3f}", tokens_s=f"{row['tokens_per_s']:.0f}")
+            print(f"step {step:6d}   loss {loss:.4f}   {speed:.0f} context tokens/s", flush=True)
         if skipped == MAX_SKIPPED:
             raise InputError(f"the loss or its gradient was not finite {MAX_SKIPPED} steps in a row (step {step}): "
                              "lower --lr or raise --damping; checkpoints already written are good")
-        if process == 0 and (step % args.save_every == 0 or step == args.steps or stop):
+        if rank == 0 and (step % args.save_every == 0 or step == args.steps or stop):
             save_checkpoint(args, step, tokens, model, optimizer)
-    bar.close()
-    loader.shutdown()
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()
-    if process == 0:
+    if rank == 0:
         print(f"stopped at step {step} of {args.steps}; generator in {checkpoints(args.out)[-1]}")
 
 
@@ -218,56 +223,61 @@ def train(args):
 
 
 @torch.no_grad()
-def validate(args, model, batches, process, world):
-    """Token-mean nats of each fixed validation item, (n, 3): second half (reconstruction, or the answers); completion,
+def validate(args, model, data, rank, world):
+    """Token-mean loss of each fixed validation item, (n, 3): second half (reconstruction, or the answers); completion,
     NaN where there is none; the second half under the adapter of a control context, which tells memory from a mere
     change of style, NaN where an item has none."""
-    segments, mask, visible, labels = batches.validation
-    C, n, device = int(visible.max()), len(segments), model.base.device
-    losses = torch.zeros(n, 3, dtype=torch.float64)
-    mine = torch.arange(process, n, world).split(args.micro_batch) if process < n else []
-    for rows in tqdm(mine, desc="validation", leave=False, disable=process != 0):
-        control = torch.tensor([i if batches.controls[i] is None else batches.controls[i] for i in rows.tolist()])
-        for context, is_control in ((rows, False), (control, True)):
-            m, s = (torch.cat([t[context, :C], t[rows, C:]], 1) for t in (mask, segments))          # (rows, N, L)
-            targets = labels[rows].index_fill(1, torch.arange(C), -100) if is_control else labels[rows]
-            (m, s, targets), v = trim(m, visible, s, targets)
-            nats, count = model.segment_losses(s.to(device), None if m.all() else m.to(device), v, targets.to(device))
-            end = int(v.max())
-            second, completion = ((nats[:, part].sum(1) / count[:, part].sum(1)).double().cpu()     # (rows,)
-                                  for part in (slice(end, None), slice(1, end)))
-            if is_control:
-                losses[rows, 2] = second.masked_fill(control == rows, math.nan)
-            else:
-                losses[rows, 0], losses[rows, 1] = second, completion
+    items = range(len(data.controls))[rank::world]
+    losses = torch.zeros(len(data.controls), 3, dtype=torch.float64, device=model.base.device)
+    for at in range(0, len(items), args.micro_batch):
+        rows = list(items[at:at + args.micro_batch])
+        losses[rows, 0], losses[rows, 1] = item_losses(model, data.validation, rows, rows)
+        having = [row for row in rows if data.controls[row] is not None]
+        losses[rows, 2] = math.nan
+        if having:
+            controls = [data.controls[row] for row in having]
+            losses[having, 2], _ = item_losses(model, data.validation, having, controls)
     if world > 1:
-        losses = losses.to(device)
         dist.all_reduce(losses)
     return losses.cpu()
 
 
+def item_losses(model, batch, rows, contexts):
+    """Token-mean losses of these rows of a batch, each under the context of another (or the same) row: of the second
+    half, and of the context itself, which is completion (b,)."""
+    C = int(batch.visible.max())
+    inputs = []
+    for t in (batch.segments, batch.mask, batch.labels):
+        t = torch.cat([t[contexts, :C], t[rows, C:]], dim=1)            # (b, N, L)
+        inputs.append(t.to(model.base.device))
+    segments, mask, labels = inputs
+    nll, count = model.segment_losses(segments, mask, batch.visible, labels)            # (b, N)
+    nll = nll.double()
+    second = nll[:, C:].sum(1) / count[:, C:].sum(1)
+    completion = nll[:, 1:C].sum(1) / count[:, 1:C].sum(1)
+    return second, completion
+
+
 def report_validation(args, step, losses):
-    """Append to validation.jsonl (null where an item has no value) and print, with the paired difference to step 0 and
-    its standard error over items; then how much better the own context is than the control."""
-    path = os.path.join(args.out, "validation.jsonl")
-    second = "answer" if args.stage == "instruct" else "reconstruction"
-    columns = zip((second, "completion", second + "_shuffled"), losses.T)
-    columns = {name: column for name, column in columns if not column.isnan().all()}
-    means = {name: column.nanmean().item() for name, column in columns.items()}
-    items = {name: [None if math.isnan(v) else v for v in column.tolist()] for name, column in columns.items()}
-    append(path, {"step": step, **means, "sequences": items})
-    with open(path) as file:
-        start = json.loads(file.readline())["sequences"]
-
-    def difference(a, b):
-        d = (a - b)[~(a - b).isnan()]
-        return f"{d.mean():+.4f} +- {d.std() / len(d) ** 0.5:.4f}" if len(d) > 1 else "unknown"
-
-    for name, column in columns.items():
-        change = difference(column, torch.tensor([math.nan if v is None else v for v in start[name]]))
-        tqdm.write(f"step {step:6d}  {name:24s} {means[name]:.4f} nats  perplexity {math.exp(means[name]):9.2f}  "
-                   f"since step 0 {change}")
-    tqdm.write(f"step {step:6d}  {'control - own context':24s} {difference(losses[:, 2], losses[:, 0])} nats")
+    """Append to validation.jsonl (null where an item has no value) and print, with what is remembered: how much better
+    the own context is than the control, its mean and standard error over the items that have one."""
+    second = "reconstruction"
+    if args.stage == "instruct":
+        second = "answer"
+    row = {"step": step}
+    sequences = {}
+    words = f"step {step:6d}"
+    for name, column in zip((second, "completion", second + "_shuffled"), losses.T):
+        if not column.isnan().all():
+            row[name] = column.nanmean().item()
+            sequences[name] = [None if math.isnan(loss) else loss for loss in column.tolist()]
+            words += f"   {name} {row[name]:.4f}"
+    append(os.path.join(args.out, "validation.jsonl"), {**row, "sequences": sequences})
+    gap = losses[:, 2] - losses[:, 0]
+    gap = gap[~gap.isnan()]
+    if len(gap) > 1:
+        words += f"   memory {gap.mean():.4f} +- {gap.std() / len(gap) ** 0.5:.4f}"
+    print(words + " nats a token")
 
 
 def append(path, row):
@@ -284,49 +294,55 @@ def arguments(argv=None):
     add = parser.add_argument
     add("--stage", choices=["pretrain", "instruct", "finetune"], default="pretrain")
     add("--base", default=DEFAULT_BASE, help="frozen base model: hub id, directory or .gguf file")
-    add("--checkpoint", help="start from this trained generator; its config decides " + ", ".join(SHAPE))
-    # torchrun stops at --start, which abbreviates two options of its own
-    add("--start", "--init", choices=["aligned", "random"], default="aligned", help="without --checkpoint: A2, B1, B2 "
-        "from the base's own statistics (support/aligned.py), or the paper's random ones; under torchrun: --init")
-    add("--data", nargs="+", help=".parquet, .jsonl(.gz), .txt(.gz) files, a hub data set id, or one packed .bin file; "
-        "instruct: default the hub sets of Table 3")
-    add("--documents", nargs="+", help="instruct: texts to reconstruct, in 3 rows of 8, beside the questions; "
-        "finetune: texts to learn first, by log-likelihood (CPT)")
-    add("--validation", nargs="+", help="files of the same kinds; default: a part of --data kept out of training: "
-        "the last --eval-sequences sequences, in instruct as many documents, in finetune a tenth of the contexts")
-    add("--weights", nargs="+", metavar="SOURCE=N", help="instruct: how often an epoch goes through a source, which is "
-        "a row's \"dataset\" or a file of --data; default 1")
-    add("--excerpts", type=float, help="instruct: probability that a document longer than the length drawn for its "
-        "context is cut to the sentences around an answer; default 0")
-    add("--max-tokens", type=int, help="pack at most this many tokens of --data")
+    add("--checkpoint", help="start from this trained generator, which decides " + ", ".join(SHAPE))
+    add("--init", choices=["random", "aligned"],
+        help="without --checkpoint: the paper's random A2, B1, B2, the default for a base of width 2,048 or more; or "
+             "ones from the base's own statistics (extras/aligned.py), which learn from fewer tokens, the default for "
+             "a smaller base")
+    add("--data", nargs="+",
+        help=".parquet, .jsonl(.gz), .txt(.gz) files, a hub data set id, or one packed .bin file; instruct: default "
+             "the hub sets of Table 3")
+    add("--documents", nargs="+",
+        help="instruct: texts to reconstruct, in 3 rows of 8, beside the questions; finetune: texts to learn first, by "
+             "log-likelihood (CPT)")
+    add("--validation", nargs="+",
+        help="files of the same kinds; default: a part of --data kept out of training: the last --eval-sequences "
+             "sequences, in instruct as many documents, in finetune a tenth of the contexts")
     add("--out", required=True, help="directory for checkpoints, log.jsonl and validation.jsonl")
-    add("--resume", action="store_true", help="continue from the newest checkpoint in --out, or start if there is none")
-    # None: chosen for the size of the base in recipe()
-    add("--steps", type=int, help="optimiser steps"), add("--chunk", type=int, help="tokens of a chunk (L)")
+    add("--resume", action="store_true", help="continue from the newest checkpoint in --out, where there is one")
+    # None: fill_recipe chooses for the size of the base
+    add("--steps", type=int, help="optimiser steps")
+    add("--epochs", type=int, help="passes over the data: instruct 2 (unless --steps), finetune at most 10")
+    add("--chunk", type=int, help="tokens of a chunk (L)")
     add("--chunks", type=int, help="chunks of a sequence (C); the pass holds 2C segments")
     add("--batch", type=int, help="sequences of a step over all processes")
     add("--micro-batch", type=int, help="sequences of one forward and backward pass")
-    add("--epochs", type=int, help="passes over the data; default: instruct 2 (unless --steps), finetune at most 10")
-    add("--patience", type=int, default=3, help="finetune: stop after this many epochs in a row without a better loss")
+    add("--lr", type=float, help="learning rate")
     add("--warmup", type=int, help="steps of linear warm-up; then linear decay to 0")
-    add("--lr", type=float), add("--beta2", type=float, help="AdamW's"), add("--weight-decay", type=float, default=0.01)
-    add("--clip", type=float, default=1.0, help="largest gradient norm; each of n layers is clipped to clip / sqrt(n)")
-    add("--objective", choices=["both", "reconstruction", "completion"], help="pretrain: eq. 5 (default) or Table 2's "
-        "ablations; one chunk has no completion")
-    add("--windows", action="store_true", help="reconstruct random windows of the prefix, as the released code does")
-    for flag, kind in (("--d-r", int), ("--rank", int), ("--scale", float), ("--damping", float)):
-        add(flag, type=kind)
-    add("--norm", choices=NORMS), add("--targets", nargs="+")
-    add("--blocks", type=int, nargs=2, metavar=("FIRST", "LAST"), help="blocks with adapters; default: all")
-    add("--dtype", choices=["float32", "bfloat16"], help="of the base; generator and S stay fp32. Default bfloat16 "
-        "where the hardware has it; finetune float32, where steps of 1e-5 do not round away")
+    add("--objective", choices=["both", "reconstruction", "completion"],
+        help="pretrain: eq. 5 (default) or Table 2's ablations; one chunk has no completion")
+    add("--d-r", type=int, help="width of the memory S")
+    add("--rank", type=int, help="rank of the adapter")
+    add("--scale", type=float, help="of the adapter: s")
+    add("--targets", nargs="+", help="linear layers with adapters, o_proj or down_proj for example")
+    add("--norm", choices=NORMS, help="default svd")
+    add("--damping", type=float, help="of norm, which bounds its gradient: default 0.01; the paper has none, 0")
+    add("--dtype", choices=["float32", "bfloat16"],
+        help="of the base; generator and S stay fp32. Default bfloat16 where the hardware has it; finetune float32, "
+             "where steps of 1e-5 do not round away")
     add("--device", help="default: CUDA where there is one")
-    add("--checkpointing", nargs="?", type=int, const=10_000, default=0, metavar="N", help="recompute the activations "
-        "of the first N blocks (without a number: of all) in the backward pass; as few as memory allows")
-    add("--eval-every", type=int, default=200), add("--eval-sequences", type=int, default=50)
-    add("--save-every", type=int, default=200), add("--keep", type=int, default=2, help="checkpoints kept")
-    add("--max-minutes", type=float, help="stop with a checkpoint after this long"), add("--seed", type=int, default=0)
+    add("--checkpointing", nargs="?", type=int, const=10_000, default=0, metavar="N",
+        help="recompute the activations of the first N blocks (without a number: of all) in the backward pass; as few "
+             "as memory allows")
+    add("--eval-every", type=int, help="steps; default 200, but at most a quarter of --steps")
+    add("--save-every", type=int, help="steps; default 200, but at most a quarter of --steps")
+    add("--eval-sequences", type=int, default=50, help="validation items")
+    add("--seed", type=int, default=0)
     return parser.parse_args(argv)
+
+
+def flag(name):
+    return "--" + name.replace("_", "-")
 
 
 def check_sources(args):
@@ -337,63 +353,100 @@ def check_sources(args):
             raise InputError("--stage instruct starts from a pretrained generator: name it with --checkpoint")
     if not args.data:
         raise InputError("--data is missing: name text files, a hub data set id, or a packed .bin file")
-    for source in args.validation or []:
-        if not is_file_source(source) and not source.endswith(".bin"):
-            raise InputError(f"--validation {source}: name files (.parquet, .jsonl, .txt or a packed .bin)")
+    if args.init and args.checkpoint:
+        raise InputError("--init is how a new generator begins: leave it out beside --checkpoint")
     if checkpoints(args.out) and not args.resume:
         raise InputError(f"--out {args.out} already holds checkpoints: add --resume to continue that run, or name "
                          "another directory")
 
 
-def recipe(args, base):
-    """Fill what the command line left open. A base of width 2,048 or more gets the paper's recipe (appendix B;
-    model_type llama stands for Llama2); a smaller one a recipe for minutes on a CPU: one chunk, so no completion."""
-    llama, instruct = base.config.model_type == "llama", args.stage == "instruct"
-    if base.config.get_text_config().hidden_size >= 2048:
-        defaults = {"d_r": 1024, "rank": 128, "scale": 1 / 8 if llama else 1 / 16, "targets": ["o_proj"], "chunk": 1024,
-                    "chunks": 8, "micro_batch": 1, "warmup": 100, "beta2": 0.999}
-        defaults |= {"lr": 5e-5, "batch": 32} if instruct else {
-            "lr": 1e-4 if llama else 5e-5, "batch": 8, "steps": 15_259}                        # 1 B tokens
+def is_wide(base):
+    """Whether a base gets the paper's recipe, made for 7B, or one for minutes on a CPU."""
+    return base.config.get_text_config().hidden_size >= 2048
+
+
+def fill_recipe(args, base):
+    """Fill what the command line left open. A wide base gets the paper's recipe (appendix B; model_type llama stands
+    for Llama2), but damping 0.01; a smaller one a recipe for minutes on a CPU: one chunk, so no completion."""
+    instruct = args.stage == "instruct"
+    defaults = {"norm": "svd", "damping": 1e-2, "objective": "both"}
+    if is_wide(base):
+        defaults |= {"d_r": 1024, "rank": 128, "scale": 1 / 16, "targets": ["o_proj"], "init": "random"}
+        defaults |= {"chunk": 1024, "chunks": 8, "batch": 8, "micro_batch": 1, "warmup": 100, "lr": 5e-5}
+        if base.config.model_type == "llama":
+            defaults["scale"] = 1 / 8
+        if base.config.model_type == "llama" and not instruct:
+            defaults["lr"] = 1e-4
+        if instruct:
+            defaults["batch"] = 32
+        else:
+            defaults["steps"] = 15_259                                      # 1 B tokens
     else:
-        defaults = {"d_r": 192, "rank": 64, "scale": 1.0, "targets": ["down_proj"], "chunk": 16, "chunks": 1,
-                    "batch": 32, "micro_batch": 32, "warmup": 15, "beta2": 0.98}
-        defaults |= {"lr": 6e-3, "steps": 100} if not instruct else {
-            "lr": 1e-3, "chunk": 1024, "batch": 8, "micro_batch": 4}
-    for name, value in {**defaults, "norm": "svd", "damping": 1e-2, "objective": "both"}.items():
+        defaults |= {"d_r": 192, "rank": 64, "scale": 1.0, "targets": ["down_proj"], "init": "aligned"}
+        defaults |= {"chunk": 16, "chunks": 1, "batch": 32, "micro_batch": 32, "warmup": 15, "lr": 6e-3}
+        if instruct:
+            defaults |= {"chunk": 1024, "batch": 8, "micro_batch": 4, "lr": 1e-3}
+        else:
+            defaults["steps"] = 100
+    for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    least = {"chunk": 2, "eval_sequences": 2, "seed": 0, "warmup": 0, "weight_decay": 0, **dict.fromkeys(
-        "chunks micro_batch eval_every save_every keep steps epochs".split(), 1), "batch": 1 + bool(args.documents)}
-    for name, low in least.items():                     # the first token of a segment is never a target
-        if getattr(args, name) is not None and not getattr(args, name) >= low:
-            raise InputError(f"--{name.replace('_', '-')} must be at least {low}")
+
+
+def check_numbers(args):
+    """Refuse flags that no run can have."""
+    least = {"chunk": 2, "chunks": 1, "batch": 1, "micro_batch": 1, "steps": 1, "epochs": 1, "eval_every": 1,
+             "save_every": 1, "eval_sequences": 2, "warmup": 0, "seed": 0}
+    if args.documents:
+        least["batch"] = 2                                                  # a question and a text
+    for name, value in least.items():
+        if getattr(args, name) is not None and getattr(args, name) < value:
+            raise InputError(f"{flag(name)} must be at least {value}")
+    if not args.lr > 0:
+        raise InputError("--lr must be positive")
     if args.objective == "completion" and args.chunks < 2:
         raise InputError("--objective completion needs --chunks of at least 2: the first chunk has no adapter")
-    if not min(args.lr, args.clip) > 0 or not 0 <= args.beta2 < 1 or not 0 <= (args.excerpts or 0) <= 1:
-        raise InputError("--lr and --clip must be positive, --beta2 from 0 to below 1, --excerpts is a probability")
+    if args.norm == "svd" and args.damping < 1e-4:
+        raise InputError("norm svd has no gradient at this damping: use --norm svd-exact, or --damping of at least 1e-4")
+    if args.norm == "svd-exact" and (args.stage == "instruct" or args.chunk < args.d_r):
+        raise InputError(f"norm svd-exact has no gradient where a context is shorter than d_r = {args.d_r} tokens: use "
+                         "--norm svd, or in pretraining a longer --chunk")
 
 
 def adapted_model(args, base):
     """The model to train: a fresh generator, or that of --checkpoint, whose config then fills the flags."""
-    model = AdaptedLM.from_pretrained(base, args.checkpoint) if args.checkpoint else None
-    for name in SHAPE if model else ():
-        given, trained = getattr(args, name), getattr(model.config, name)
-        if given not in (None, trained):
-            raise InputError(f"--{name.replace('_', '-')} {given} is not what --checkpoint {args.checkpoint} was "
-                             f"trained with ({trained}); leave the flag out")
-        setattr(args, name, trained)
-    recipe(args, base)
-    model = model or AdaptedLM(base, GeneratorConfig(**{name: getattr(args, name) for name in SHAPE}))
+    model = None
+    if args.checkpoint:
+        model = AdaptedLM.from_pretrained(base, args.checkpoint)
+        for name in SHAPE:
+            given, trained = getattr(args, name), getattr(model.config, name)
+            if given not in (None, trained):
+                raise InputError(f"{flag(name)} {given} is not what --checkpoint {args.checkpoint} was trained with "
+                                 f"({trained}); leave the flag out")
+            setattr(args, name, trained)
+        args.norm = args.norm or model.config.norm
+        if args.damping is None:
+            args.damping = model.config.damping
+    fill_recipe(args, base)
+    check_numbers(args)
+    if model is None:
+        model = AdaptedLM(base, GeneratorConfig(args.d_r, args.rank, args.scale, args.norm, args.damping, args.targets))
+    model.config.norm = args.norm                       # neither changes a shape, so both may differ from --checkpoint's
+    model.config.damping = args.damping
     model.config.chunk = args.chunk                     # evaluate.py reads contexts in chunks of this length
     return model
 
 
 def main():
     args = arguments()
-    check_stage_flags(args)
-    if not torch.cuda.is_available() or args.device == "cpu":
-        keep_freed_memory()
-    (finetune if args.stage == "finetune" else train)(args)
+    for name in NOT_OF_STAGE[args.stage]:               # refused, not ignored
+        if getattr(args, name) not in (None, False):
+            raise InputError(f"{flag(name)} does not belong to --stage {args.stage}: leave it out")
+    if args.stage == "finetune":
+        from extras.finetune import finetune
+        finetune(args)
+    else:
+        train(args)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import huggingface_hub
 from huggingface_hub.utils import validate_repo_id
 
 from support.files import InputError, bad_input, field, hub_reachable, read_rows
-from support.instructions import demonstration
+from data import demonstration
 from support.text import context_ids, tokenize, user_turn, whole_words
 
 HUB_IDS = {"msc": "MemGPT/MSC-Self-Instruct", "squad": "rajpurkar/squad", "metaicl": "allenai/metaicl-data"}

@@ -6,11 +6,26 @@ import os
 import shutil
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
-from support.files import InputError, read_safetensors
+from support.files import InputError, read_json, read_safetensors
+
+KEPT = 2                  # the newest checkpoints that a run keeps
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")                 # AdamW's state of a parameter
+# flags that a resumed run may change: they change no result, but for rounding
+FREE = ("out", "resume", "micro_batch", "device", "checkpointing", "eval_every", "save_every")
+
+
+def checkpoints(out):
+    """Complete checkpoints of a run, oldest first: directories of the names that save_checkpoint writes. Whatever else
+    is there, a copy of one too, is not ours."""
+    found = {}
+    for path in Path(out).glob("step-*"):
+        digits = path.name.removeprefix("step-")
+        if digits.isdecimal() and digits == f"{int(digits):06d}" and path.is_dir():
+            found[int(digits)] = str(path)
+    return [found[step] for step in sorted(found)]
 
 
 def save_checkpoint(args, step, tokens, model, optimizer):
@@ -18,8 +33,10 @@ def save_checkpoint(args, step, tokens, model, optimizer):
     part = os.path.join(args.out, "checkpoint.part")
     shutil.rmtree(part, ignore_errors=True)
     model.save_pretrained(part)
-    state = {f"{key}/{name}": value for name, p in model.generator.tensors().items()
-             for key, value in optimizer.state[p].items()}
+    state = {}
+    for name, p in model.generator.tensors().items():
+        for moment in MOMENTS:
+            state[f"{moment}/{name}"] = optimizer.state[p][moment]
     save_file(state, os.path.join(part, "optimizer.safetensors"))
     facts = {"step": step, "tokens": tokens, "args": vars(args)}
     Path(part, "trainer.json").write_text(json.dumps(facts, indent=1))
@@ -27,70 +44,43 @@ def save_checkpoint(args, step, tokens, model, optimizer):
         with open(os.path.join(part, name), "rb+") as file:
             os.fsync(file.fileno())
     os.rename(part, os.path.join(args.out, f"step-{step:06d}"))
-    for old in checkpoints(args.out)[:-args.keep]:
+    for old in checkpoints(args.out)[:-KEPT]:
         shutil.rmtree(old)
 
 
-def checkpoints(out):
-    """Complete checkpoints of a run, oldest first."""
-    return sorted(map(str, Path(out).glob("step-*")), key=lambda path: (len(path), path))      # step-1000000 is last
-
-
-def check_stage_flags(args):
-    """A flag that belongs to other stages is refused, not ignored (but for those whose default is a number)."""
-    pretrain, instruct, tune = "pretrain", "instruct", "finetune"
-    stages = {"windows": [pretrain], "max_tokens": [pretrain], "objective": [pretrain], "weights": [instruct],
-              "excerpts": [instruct], "epochs": [instruct, tune], "documents": [instruct, tune]}
-    stages |= dict.fromkeys("checkpoint steps resume max_minutes chunk chunks micro_batch warmup beta2 d_r rank scale "
-                            "damping norm targets blocks".split(), [pretrain, instruct])
-    for name, own in stages.items():
-        if args.stage not in own and getattr(args, name) is not None and getattr(args, name) is not False:
-            raise InputError(f"--{name.replace('_', '-')} belongs to --stage {' and '.join(own)}, not to {args.stage}")
-
-
-def check_same_flags(args, earlier):
-    """A run is resumed with the flags it was started with, but for those that change no result but rounding."""
-    free = "out resume micro_batch device checkpointing eval_every save_every keep max_minutes".split()
+def load_checkpoint(path, args, model, optimizer):
+    """Restore generator and optimiser -> (step, tokens read). A run is resumed with the flags it was started with."""
+    facts = read_json(os.path.join(path, "trainer.json"))
     for name, value in vars(args).items():
-        if name not in free and earlier.get(name) != value:
-            raise InputError(f"--resume: {args.out} was trained with --{name.replace('_', '-')} {earlier.get(name)}, "
-                             f"not {value}; repeat its flags or choose another --out")
-
-
-def load_checkpoint(path, model, optimizer):
-    """Restore generator and optimiser."""
-    model.generator.load_tensors(read_safetensors(os.path.join(path, "generator.safetensors"))[0], path)
+        earlier = facts["args"].get(name, value)            # an older version had other flags
+        if name not in FREE and earlier != value:
+            raise InputError(f"--resume: {args.out} was trained with --{name.replace('_', '-')} {earlier}, not {value}; "
+                             "repeat its flags or choose another --out")
+    tensors, _ = read_safetensors(os.path.join(path, "generator.safetensors"))
+    model.generator.load_tensors(tensors, path)
     state, _ = read_safetensors(os.path.join(path, "optimizer.safetensors"))
-    for name, p in model.generator.tensors().items() if state else ():        # no state: every step so far was skipped
-        optimizer.state[p] = {key: state[f"{key}/{name}"].to(p.device) for key in ("step", "exp_avg", "exp_avg_sq")}
+    for name, p in model.generator.tensors().items():
+        for moment in MOMENTS:
+            if state:                                       # an older version wrote none before the first good step
+                optimizer.state[p][moment].copy_(state[f"{moment}/{name}"])
+    return facts["step"], facts["tokens"]
 
 
-def trim_log(path, step):
-    """Drop the lines that a killed run wrote after the checkpoint of that step, all of them where it left none (step
-    None), and return the steps of the others."""
-    kept = []
-    if os.path.exists(path):
-        *lines, _ = Path(path).read_text().split("\n")                # after the last line end: nothing, or half a line
-        kept = [line for line in lines if step is not None and json.loads(line)["step"] <= step]
-        Path(path + ".part").write_text("".join(line + "\n" for line in kept))
-        os.replace(path + ".part", path)
-    return [json.loads(line)["step"] for line in kept]
+def cut_log(path, last):
+    """Drop the lines of steps after the last one, which a killed run wrote, and what it left of half a line."""
+    if not os.path.exists(path):
+        return
+    lines = Path(path).read_text().split("\n")[:-1]
+    kept = [line + "\n" for line in lines if json.loads(line)["step"] <= last]
+    Path(path + ".part").write_text("".join(kept))
+    os.replace(path + ".part", path)
 
 
-def share(value):
-    """Process 0's value on every process."""
-    values = [value]
-    if dist.is_initialized():
-        dist.broadcast_object_list(values)
-    return values[0]
-
-
-def share_state(parameters, optimizer, resumed):
-    """Process 0's weights and, of a resumed run, its optimiser state, on every process."""
-    known = share(resumed and len(optimizer.state) > 0)
-    for p in parameters if dist.is_initialized() else ():
-        if known and not optimizer.state[p]:
-            optimizer.state[p] = {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p),
-                                  "exp_avg_sq": torch.zeros_like(p)}
-        for value in (p.data, *(optimizer.state[p].values() if known else ())):
-            dist.broadcast(value, 0)
+def share_state(optimizer, values):
+    """Process 0's weights, optimiser state and values (a list) on every process -> values."""
+    for p in optimizer.param_groups[0]["params"]:
+        dist.broadcast(p.data, 0)
+        for moment in optimizer.state[p].values():
+            dist.broadcast(moment, 0)
+    dist.broadcast_object_list(values)
+    return values

@@ -1,9 +1,22 @@
-"""What a machine needs to be told or asked, for train.py and tests/benchmark.py."""
+"""What a machine is told and asked, for train.py and tests/benchmark.py."""
 
 import ctypes
 import sys
 
 import torch
+
+
+def prepare_cpu(base, chunk):
+    """For training a base on a CPU, on chunks of that many tokens; on other devices nothing."""
+    if base.device.type != "cpu":
+        return
+    # in bf16 the backward pass of the fused attention is far slower than plain attention on short chunks
+    if base.dtype == torch.bfloat16 and chunk <= 256:
+        base.set_attn_implementation("eager")
+    # glibc gives large freed blocks back to the system: a step then spends a fifth of its time on getting them again
+    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
+        ctypes.CDLL(None).mallopt(-4, 0)                # M_MMAP_MAX: never by mmap
+        ctypes.CDLL(None).mallopt(-1, -1)               # M_TRIM_THRESHOLD: never trim
 
 
 def peak_memory(device):
@@ -13,30 +26,7 @@ def peak_memory(device):
     if sys.platform == "win32":
         return None
     import resource                                     # which Windows has not
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
-
-
-def keep_freed_memory():
-    """glibc gives large freed blocks back to the system, and a CPU step then spends a fifth of its time on getting them
-    again, page by page."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: None) if sys.platform == "linux" else lambda *_: None
-    mallopt(-4, 0), mallopt(-1, -1)                     # M_MMAP_MAX: never by mmap; M_TRIM_THRESHOLD: never trim
-
-
-def choose_attention(base, chunk):
-    """For training on chunks of that many tokens: in bf16 on a CPU, the fused kernel's backward pass is far slower than
-    plain attention on short ones."""
-    if base.device.type == "cpu" and base.dtype == torch.bfloat16 and chunk <= 256:
-        base.set_attn_implementation("eager")
-
-
-def balanced_rows(costs, processes):
-    """The rows of a batch for each process, so that all take about as long: [(rows of process p,) long tensors]. The
-    costliest first, each to the process that has least so far; rows of one cost are dealt out in turn. Neighbours
-    share a micro-batch: of like cost, they need little padding."""
-    rows, loads = [[] for _ in range(processes)], [0] * processes
-    for row in sorted(range(len(costs)), key=lambda row: -costs[row]):
-        least = loads.index(min(loads))
-        rows[least].append(row)
-        loads[least] += costs[row]
-    return [torch.tensor(mine) for mine in rows]
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if sys.platform == "darwin":
+        return peak / 1e9                               # in bytes there, elsewhere in KB
+    return 1024 * peak / 1e9

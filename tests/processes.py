@@ -16,6 +16,7 @@ import torch._dynamo  # noqa: F401   the first step of an optimiser would import
 
 import data
 import support.bases
+import support.checkpoints
 import train  # noqa: F401
 from conftest import ROOT, make_base, make_tokenizer
 from model import load_base
@@ -28,24 +29,25 @@ with tempfile.TemporaryDirectory() as directory:                # what transform
     load_base(directory, torch.float32, "cpu")
 
 
-def start(line, printed, cwd=ROOT, cache=None, life=0, **environment):
+def start(line, printed, cwd=ROOT, cache=None, life=0, kept=2, **environment):
     """A multiprocessing.Process that runs python with the command line `line`, train.py or -c, in cwd; what it prints
-    goes to the file `printed`. cache: the project's, by default beside that file; life: see kill_at."""
+    goes to the file `printed`. cache: the project's, by default beside that file; life: see kill_at; kept: checkpoints."""
     cache = str(cache or os.path.join(os.path.dirname(printed), "cache"))
-    process = context.Process(target=child, args=(line, str(printed), str(cwd), cache, life, environment))
+    process = context.Process(target=child, args=(line, str(printed), str(cwd), cache, life, kept, environment))
     # the server that forks, started with the first process, looks for its preload here and nowhere else
     with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join([os.path.join(ROOT, "tests"), ROOT])):
         process.start()
     return process
 
 
-def child(line, printed, cwd, cache, life, environment):
+def child(line, printed, cwd, cache, life, kept, environment):
     file = os.open(printed, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(file, 1), os.dup2(file, 2)
     os.environ.update(environment)
     os.chdir(cwd)
     torch.set_num_threads(1)
     data.CACHE = support.bases.CACHE = cache
+    support.checkpoints.KEPT = kept
     sys.argv = line if line[0] != "-c" else ["-c", *line[2:]]
     if life:
         kill_at(life)
@@ -77,12 +79,12 @@ def finish(*processes):
     return [process.exitcode for process in processes]
 
 
-def start_group(line, printed, directories, machines=False):
+def start_group(line, printed, directories, machines=False, kept=2):
     """A process in each of these directories, as torchrun would start them: on one machine, or each on its own."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
     group = {"WORLD_SIZE": str(len(directories)), "MASTER_ADDR": "localhost", "MASTER_PORT": port}
     return [start(line, f"{printed}-{rank}", directory, os.path.join(directory, "cache") if machines else None,
-                  RANK=str(rank), LOCAL_RANK=str(0 if machines else rank), **group)
+                  kept=kept, RANK=str(rank), LOCAL_RANK=str(0 if machines else rank), **group)
             for rank, directory in enumerate(directories)]

@@ -5,7 +5,7 @@ import torch
 
 from conftest import make_base, make_model
 from generator import rms_norm
-from support import aligned
+from extras import aligned
 
 
 def plain_moments(base, l, batches):

@@ -8,20 +8,18 @@ import signal
 import subprocess
 import sys
 import time
-import types
+from argparse import Namespace
 
 import numpy as np
 import pytest
 import torch
 
 import data
-from data import (doubled, instruction_batches, instruction_example, load_tokens, open_tokens, pack, sequences,
-                  split_into_chunks)
+from data import (Example, InstructionData, doubled, instruction_batch, instruction_example,
+                  load_instructions, load_tokens, open_tokens, pack, sequences, split_into_chunks)
 import train
 from conftest import ROOT, make_model
-from support.benchmarks import load_msc
 from support.files import InputError, read_rows, run_command
-from support.instructions import excerpt, instruction_units, load_instructions
 from support.text import document_marks
 
 GOLDEN = json.load(open(os.path.join(os.path.dirname(__file__), "golden", "text_golden.json"), encoding="utf-8"))
@@ -51,14 +49,20 @@ def test_pack_every_kind_of_file(tmp_path, tokenizer):
         tokens = load_tokens(str(tmp_path / "t.bin"), tokenizer)
         assert tokens.dtype == np.uint16 and tokens.tolist() == want
         assert tokenizer.decode(tokens[1:len(TEXTS[0]) + 1]) == TEXTS[0]
-    pack([paths[3], paths[0]], tokenizer, str(tmp_path / "t.bin"), max_tokens=100)
+    pack([paths[3], paths[0]], tokenizer, str(tmp_path / "t.bin"))
     one = [257, *text_ids(tokenizer, TEXTS[1]), 258]
-    assert load_tokens(str(tmp_path / "t.bin"), tokenizer).tolist() == (one + want)[:100]
+    assert load_tokens(str(tmp_path / "t.bin"), tokenizer).tolist() == one + want
     assert not list(tmp_path.glob("*.part"))
-    (tmp_path / "many.jsonl").write_text('{"text": ""}\n{"text": "ab"}\n' * 300)       # read 512 at a time
-    pack([str(tmp_path / "many.jsonl")], tokenizer, str(tmp_path / "t.bin"), max_tokens=7)
-    want = [257, 258, 257, *text_ids(tokenizer, "ab"), 258, 257]
+
+
+def test_pack_many_rows_and_null_ones(tmp_path, tokenizer, capsys):
+    """512 documents are in memory at a time; a row whose text is null is left out and counted."""
+    (tmp_path / "many.jsonl").write_text('{"text": ""}\n{"text": null}\n{"text": "ab"}\n' * 300)
+    pack([str(tmp_path / "many.jsonl")], tokenizer, str(tmp_path / "t.bin"))
+    want = [257, 258, 257, *text_ids(tokenizer, "ab"), 258] * 300
     assert load_tokens(str(tmp_path / "t.bin"), tokenizer).tolist() == want
+    assert json.load(open(tmp_path / "t.bin.json"))["documents"] == 600
+    assert "300 rows whose text is null were left out" in capsys.readouterr().out
 
 
 def text_ids(tokenizer, text):
@@ -107,96 +111,35 @@ def test_sequences_are_an_endless_shuffled_stream():
 
 def test_doubled_copy():
     tokens = torch.arange(24).view(2, 12)
-    segments, mask, visible, labels = doubled(tokens, 3, pad=99)
+    segments, mask, visible, labels = doubled(tokens, 3)
     assert segments.tolist() == [[[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]] * 2,
                                  [[12, 13, 14, 15], [16, 17, 18, 19], [20, 21, 22, 23]] * 2]
     assert visible.tolist() == [0, 1, 2, 1, 2, 3] and mask.all() and torch.equal(labels, segments)
 
 
-def test_doubled_windows():
-    """Each is a run of tokens inside the chunks its adapter has read, padded to the right; the draw depends on the seed
-    alone."""
-    C, L = 4, 8
-    tokens = torch.arange(2 * C * L).view(2, -1)
-    starts = set()
-    for seed in range(200):
-        segments, mask, *_ = doubled(tokens, C, pad=99, windows_seed=(seed, 3))
-        assert torch.equal(segments[:, :C].reshape(2, -1), tokens)
-        for b in range(2):
-            for j in range(C):
-                n = mask[b, C + j].sum().item()
-                window = segments[b, C + j]
-                assert mask[b, C + j].tolist() == [1] * n + [0] * (L - n) and (window[n:] == 99).all()
-                start, end = window[0].item() - b * C * L, window[n - 1].item() - b * C * L + 1
-                assert window[:n].tolist() == list(range(window[0], window[0] + n)) and 0 <= start
-                assert end == min(start + L, (j + 1) * L)
-                starts.add(start)
-    assert len(starts) == C * L
-    assert torch.equal(doubled(tokens, C, 99, (7, 3))[0], doubled(tokens, C, 99, (7, 3))[0])
-
-
 @pytest.mark.parametrize("case", GOLDEN["split_into_chunks"], ids=lambda c: f"{c['n']}-{c['window']}")
 def test_chunks_as_the_authors_cut_them(case):
-    ids, mask = split_into_chunks([list(range(1, case["n"] + 1))], pad=0, chunk=case["window"])
-    assert ids.shape == (1, case["num_chunks"], case["chunk_len"]) and (mask == 0).sum() == case["pads"]
-    assert ids[mask.bool()].tolist() == list(range(1, case["n"] + 1))
+    ids = list(range(1, case["n"] + 1))
+    chunks = split_into_chunks(ids, case["window"])
+    assert sum(chunks, []) == ids and len(chunks) == case["num_chunks"] and len(chunks[0]) == case["chunk_len"]
+    segments, mask, *_ = instruction_batch([Example(ids, [7], [7], frozenset())], 0, case["window"])
+    segments, mask = segments[0, :-1], mask[0, :-1]
+    assert segments.shape == (case["num_chunks"], case["chunk_len"]) and (mask == 0).sum() == case["pads"]
+    assert segments[mask.bool()].tolist() == ids
     if "input_ids" in case:
-        assert ids[0].tolist() == case["input_ids"] and mask[0].tolist() == case["attention_mask"]
+        assert segments.tolist() == case["input_ids"] and mask.tolist() == case["attention_mask"]
 
 
-def test_chunks_of_a_batch():
-    ids, mask = split_into_chunks([[1, 2, 3, 4, 5], [6]], pad=0, chunk=4)
-    assert ids.tolist() == [[[1, 2, 3], [4, 5, 0]], [[6, 0, 0], [0, 0, 0]]]
-    assert mask.tolist() == [[[1, 1, 1], [1, 1, 0]], [[1, 0, 0], [0, 0, 0]]]
+def test_instruction_batch():
+    """Contexts of several lengths and their conversations, padded to one shape."""
+    examples = [Example([1, 2, 3, 4, 5], [7, 8], [-100, 8], frozenset()), Example([6], [9, 9, 9, 9], [-100] * 4, None)]
+    segments, mask, visible, labels = instruction_batch(examples, pad=0, chunk=4)
+    assert segments.tolist() == [[[1, 2, 3, 0], [4, 5, 0, 0], [7, 8, 0, 0]], [[6, 0, 0, 0], [0] * 4, [9] * 4]]
+    assert mask.tolist() == [[[1, 1, 1, 0], [1, 1, 0, 0], [1, 1, 0, 0]], [[1, 0, 0, 0], [0] * 4, [1] * 4]]
+    assert visible.tolist() == [0, 1, 2] and (labels[:, :2] == -100).all()
+    assert labels[:, 2].tolist() == [[-100, 8, -100, -100], [-100] * 4]
     with pytest.raises(InputError, match="at least 1 token"):
-        split_into_chunks([[1], []], pad=0)
-
-
-def conversation(*sessions, answer="blue"):
-    return {"previous_dialogs": [{"dialog": [{"text": t} for t in s], "personas": [["SECRET"]]} for s in sessions],
-            "summary_speaker_1": ["SECRET"],
-            "personas": [["SECRET"]], "self_instruct": {"B": "Which?", "A": answer},
-            "metadata": {"initial_data_id": "x1"}}
-
-
-def test_msc_loader(tmp_path):
-    path = tmp_path / "c.jsonl"
-    rows = conversation(["Hi: there", "hello"], ["a", "b", "c"]), conversation(["Ann: hi", "Dr. O'Neil: hello"])
-    path.write_text(json.dumps(rows[0]) + "\n\n" + json.dumps(rows[1]) + "\n")
-    first, second = load_msc(str(path))
-    assert first == {"id": "x1",
-                     "sessions": ["Speaker 1: Hi: there\nSpeaker 2: hello", "Speaker 1: a\nSpeaker 2: b\nSpeaker 1: c"],
-                     "question": "Which?", "answer": "blue"}
-    assert second["sessions"] == ["Ann: hi\nDr. O'Neil: hello"]
-    assert "SECRET" not in json.dumps([first, second])
-
-
-def test_built_in_sample():
-    """24 conversations of four sessions; each answer is said exactly once and its question does not give it away."""
-    rows = load_msc()
-    assert len(rows) == 24 and len({r["id"] for r in rows}) == 24
-    assert len({s for r in rows for s in r["sessions"]}) == 96
-    for row in rows:
-        assert len(row["sessions"]) == 4
-        assert "\n".join(row["sessions"]).lower().count(row["answer"].lower()) == 1
-        assert row["answer"].lower() not in row["sessions"][3].lower()
-        assert row["answer"].lower() not in row["question"].lower()
-
-
-@pytest.mark.parametrize("text, words", [
-    ("", "is empty"), ("\n\n", "is empty"), ('{"a": 1}\n{"b": \n', "line 1: field 'previous_dialogs'"),
-    ("[1]", "line 1 cannot be read: not a json object"),
-    (json.dumps(conversation(["hi"])) + "\n{broken", "line 2 cannot be read"),
-    (json.dumps({**conversation(["hi"]), "self_instruct": {"B": "Q"}}), "line 1: field 'A'"),
-    (json.dumps(conversation([])), "no turn"),
-    (json.dumps({**conversation(["hi"]), "previous_dialogs": [["hi"]]}), "field 'dialog'"),
-    ("\x00\udcff\x00", "cannot be read")])
-def test_bad_conversations(tmp_path, text, words):
-    path = tmp_path / "bad.jsonl"
-    path.write_bytes(text.encode("utf-8", "surrogateescape"))
-    with pytest.raises(InputError, match=words) as caught:
-        load_msc(str(path))
-    assert "bad.jsonl" in str(caught.value) and "\n" not in str(caught.value)
+        split_into_chunks([])
 
 
 def test_bad_files(tmp_path, tokenizer, monkeypatch):
@@ -214,7 +157,7 @@ def test_bad_files(tmp_path, tokenizer, monkeypatch):
     (tmp_path / "e.txt").write_text("")
     with pytest.raises(InputError, match="no text to pack"):
         open_tokens([str(tmp_path / "e.txt")], tokenizer)
-    assert not list((tmp_path / "cache").iterdir())
+    assert {path.suffix for path in (tmp_path / "cache").iterdir()} == {".lock"}
     damaged = gzip.compress(b'{"text": "a"}\n' * 2000)
     (tmp_path / "cut.jsonl.gz").write_bytes(damaged[:30] + b"????" + damaged[34:])
     (tmp_path / "bytes.jsonl").write_bytes(b'{"text": "a"}\n' * 89 + b'{"text": "\xff"}\n')
@@ -227,6 +170,12 @@ def test_bad_files(tmp_path, tokenizer, monkeypatch):
         open_tokens([str(tmp_path / "t.bin")], tokenizer)
     with pytest.raises(InputError, match="fewer than two sequences"):
         sequences(np.zeros(5, dtype=np.uint16), 10, 0, 1, 0)
+
+
+def instruction_flags(sources, **flags):
+    """The flags of train.py that InstructionData reads."""
+    return Namespace(**{"data": sources, "validation": None, "documents": None, "chunk": 64, "chunks": 1, "batch": 2,
+                        "seed": 0, "eval_sequences": 30} | flags)
 
 
 def write_villages(path, count):
@@ -243,34 +192,33 @@ def villages(tokenizer, batch, item):
     return {word for word in words if word.startswith("village")}
 
 
-@pytest.mark.parametrize("chunks", [2, 10])
+@pytest.mark.parametrize("chunks", [2, 12])
 def test_the_control_shares_no_document(tmp_path, tokenizer, chunks):
-    """Contexts of up to 10 of 30 documents: the context half the set away often holds the right document, the control
+    """Contexts of up to 12 of 30 documents: the context half the set away often holds the right document, the control
     never."""
     sources = write_villages(tmp_path / "qa.jsonl", 60)
-    batches = instruction_batches(tokenizer, sources, None, chunk=64, chunks=chunks, batch_size=2, seed=0,
-                                  eval_sequences=30)
-    held = [villages(tokenizer, batches.validation, i) for i in range(30)]
-    assert sum(control is not None for control in batches.controls) >= 27
-    for i, control in enumerate(batches.controls):
+    instructions = InstructionData(instruction_flags(sources, chunks=chunks), tokenizer)
+    held = [villages(tokenizer, instructions.validation, i) for i in range(30)]
+    assert sum(control is not None for control in instructions.controls) >= 27
+    for i, control in enumerate(instructions.controls):
         assert held[i] and not held[i] & (held[control] if control is not None else set())
         if control is None:
             assert all(held[i] & other for other in held)
-    if chunks == 10:
+    if chunks == 12:
         assert sum(bool(held[i] & held[(i + 15) % 30]) for i in range(30)) > 2 and max(map(len, held)) >= 9
 
 
 def test_items_without_a_control_are_counted(tmp_path, tokenizer):
     """A context of all documents has no control: its value is null, and the others keep theirs."""
     sources = write_villages(tmp_path / "qa.jsonl", 6)
-    batches = instruction_batches(tokenizer, sources[:1], sources, chunk=500, chunks=2, batch_size=2, seed=0,
-                                  eval_sequences=6)
-    contexts = [villages(tokenizer, batches.validation, i) for i in range(6)]
+    flags = instruction_flags(sources, validation=sources, chunk=500, chunks=2, eval_sequences=6)
+    instructions = InstructionData(flags, tokenizer)
+    contexts = [villages(tokenizer, instructions.validation, i) for i in range(6)]
     lone = [i for i in range(6) if all(contexts[i] & other for other in contexts)]
-    assert lone and [i for i in range(6) if batches.controls[i] is None] == lone
-    assert f"{len(lone)} of 6 validation items without a control" in batches.about
-    args = types.SimpleNamespace(out=str(tmp_path), stage="instruct", micro_batch=3)
-    losses = train.validate(args, make_model(), batches, 0, 1)
+    assert lone and [i for i in range(6) if instructions.controls[i] is None] == lone
+    assert f"{len(lone)} of 6 validation items without a control" in instructions.about
+    args = Namespace(out=str(tmp_path), stage="instruct", micro_batch=3)
+    losses = train.validate(args, make_model(), instructions, 0, 1)
     assert [i for i in range(6) if losses[i, 2].isnan()] == lone and not losses[:, 0].isnan().any()
     for step in (0, 5):
         train.report_validation(args, step, losses)
@@ -303,101 +251,61 @@ def test_data_set_libraries_wait_until_they_are_used():
     assert done.stdout == "[]\n", done.stdout + done.stderr
 
 
-def sentences_of(text):
-    """Plain reference: a sentence ends at a full stop and a space."""
-    parts = text.split(". ")
-    return [part + "." for part in parts[:-1]] + parts[-1:]
-
-
-def test_an_excerpt_holds_the_answers_it_asks_for(tokenizer):
-    """A run of whole sentences, as long as the room allows, round an answer that is said once; other questions are not
-    asked."""
-    places = "Rome Oslo Bern Lima Cork Nice Bath Graz Linz Ghent".split()
-    text = " ".join(f"Guest {k} came {'a long way ' * (k % 3)}from {place}." for k, place in enumerate(places))
-    pairs = [(f"Where did guest {k} come from?", ["Nowhere", place.upper()]) for k, place in enumerate(places)]
-    pairs += [("Who came?", ["guest"]), ("Far?", ["yes"]), ("Why?", ["for the food"])]  # said often, no fact, not said
-    plain, seen = sentences_of(text), set()
-    for seed in range(60):
-        for room in (1, 60, 150, 400):
-            got, asked = excerpt(tokenizer, text, pairs, room, np.random.default_rng(seed))
-            window = sentences_of(got)
-            first = plain.index(window[0])
-            assert window == plain[first:first + len(window)] and got in text
-            assert asked == [pair for pair in pairs[:10] if pair[1][1].title() in got] and asked
-            longer = [" ".join(plain[a:b]) for a,
-                      b in ((first - 1, first + len(window)), (first, first + len(window) + 1)) if a >= 0 and b <= 10]
-            assert (len(window) == 1 or len(got) <= room) and all(len(other) + 1 > room for other in longer)
-            seen.add((room, first))
-    assert {first for room, first in seen if room == 1} == set(range(10)) and len(seen) > 20
-    assert excerpt(tokenizer, text, pairs[10:], 50, np.random.default_rng(0)) == (text, pairs[10:])
-
-
-def test_an_excerpt_of_a_dialogue_keeps_its_speakers(tokenizer):
-    text = "Ann: Hello! Who is it?\nBo: Me. I bring pears. Are you well?\n\nAnn: Yes! Come in."
-    got, _ = excerpt(tokenizer, text, [("What does Bo bring?", ["pears"])], 5, np.random.default_rng(0))
-    assert got == "Bo: Me. I bring pears. Are you well?"
-    got, _ = excerpt(tokenizer, text[5:], [("What does Bo bring?", ["pears"])], 5, np.random.default_rng(0))
-    assert got == "I bring pears."
-
-
 def test_context_lengths_are_log_uniform(tmp_path, tokenizer):
-    """From a sentence to all chunks: of the rooms drawn for demonstrations of 20 tokens, each doubling has its share.
-    And a document longer than its room is cut only where excerpts are asked for."""
-    tasks = {"t": ("f", "", [("a", ["b"])] * 400)}
+    """From a sentence to all chunks: of the lengths drawn for demonstrations of 20 tokens, each doubling has its share.
+    A document that is longer than the length drawn is not cut."""
+    tasks = {"t": ("", [("a", ["b"])] * 400)}
     draws = [instruction_example(tokenizer, [], tasks, "t", 64, 16, np.random.default_rng(seed)) for seed in range(600)]
     lengths = np.array([len(example.context) for example in draws])
     shares = [((lengths >= low) & (lengths < 2 * low)).mean() for low in (32, 64, 128, 256, 512)]
     assert all(abs(share - 1 / 6) < 0.06 for share in shares), shares
     documents, _ = load_instructions(write_villages(tmp_path / "qa.jsonl", 12))
-    whole, cut = [[len(instruction_example(tokenizer, documents, {}, 3, 64, 1, np.random.default_rng(seed),
-                                           share).context) for seed in range(80)] for share in (0.0, 1.0)]
-    assert min(whole) == 60 and min(cut) < 50 and sum(n < 50 for n in cut) > 40
+    whole = [instruction_example(tokenizer, documents, {}, 3, 64, 1, np.random.default_rng(seed)) for seed in range(80)]
+    assert min(len(example.context) for example in whole) == 60
+
+
+def test_distractors_are_of_one_source(tmp_path, tokenizer):
+    """The document is always there, others of its source in any place, and what is asked is about documents there."""
+    rows = [{"dataset": "ab"[k % 2], "context": f"Item{k:02d} weighs {k}.", "qas": [
+        {"question": f"Item{k:02d}?", "answers": [str(k)]}]} for k in range(40)]
+    (tmp_path / "qa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    documents, _ = load_instructions([str(tmp_path / "qa.jsonl")])
+    places, counts = set(), set()
+    for seed in range(100):
+        example = instruction_example(tokenizer, documents, {}, 6, 64, 4, np.random.default_rng(seed))
+        there = [int(text[4:6]) for text in tokenizer.decode(example.context[1:]).split("\n\n")]
+        assert len(set(there)) == len(there) and all(k % 2 == 0 for k in there)
+        assert int(tokenizer.decode(example.ids)[7:9]) in there
+        places.add(there.index(6))
+        counts.add(len(there))
+    assert places >= {0, 1, 2, 3} and 1 in counts and max(counts) > 9
 
 
 def test_a_document_of_all_chunks_leaves_room_for_bos(tmp_path, tokenizer):
     """With its BOS a document of 64 bytes, here tokens, is longer than 64 tokens, and one of 63 is not cut."""
     rows = [{"context": str(n) * (64 if n < 4 else 63), "qas": [{"question": "q", "answers": ["a"]}]} for n in range(9)]
     (tmp_path / "qa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    batches = instruction_batches(tokenizer, [str(tmp_path / "qa.jsonl")], None, chunk=32, chunks=2, batch_size=9,
-                                  seed=0, eval_sequences=2)
-    assert batches.about.startswith("3 documents (4 longer than 64 tokens left out)")
-    assert sum(batches.training(0).mask[0, :2].flatten().tolist()) == 64
+    flags = instruction_flags([str(tmp_path / "qa.jsonl")], chunk=32, chunks=2, batch=9, eval_sequences=2)
+    instructions = InstructionData(flags, tokenizer)
+    assert instructions.about.startswith("5 of 9 documents, others are longer than 64 tokens")
+    assert sum(instructions.batch(0).mask[0, :2].flatten().tolist()) == 64
 
 
-def test_weights_of_sources(tmp_path):
-    rows = [{"dataset": name, "context": f"{name} {k}", "qas": [{"question": "q", "answers": ["a"]}]} for name,
-            n in (("x", 3), ("y", 2), ("z", 4)) for k in range(n)]
-    (tmp_path / "qa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "t.jsonl").write_text("".join(json.dumps({"task": "up", "input": str(k), "output": "o"}) + "\n"
-                                              for k in range(30)))
-    documents, tasks = load_instructions([str(tmp_path / "qa.jsonl"), str(tmp_path / "t.jsonl")])
-    assert instruction_units(documents, tasks) == [*range(9), "up", "up"]
-    units = instruction_units(documents, tasks, ["y=3", "z=0", f"{tmp_path / 't.jsonl'}=2"])
-    assert units == [0, 1, 2, 3, 3, 3, 4, 4, 4, "up", "up", "up", "up"]
-    for bad in ("w=1", "x", "x=", "x=0.5", "x=-1", "=3"):
-        with pytest.raises(InputError, match="--weights"):
-            instruction_units(documents, tasks, [bad])
-
-
-def test_synthetic_conversations(tmp_path):
-    """The same for the same seed; every answer stands once in the text; turns alternate; no slot is left."""
-    paths = [str(tmp_path / name) for name in ("a.jsonl", "b.jsonl", "c.jsonl")]
-    for path, seed in zip(paths, "112"):
-        command = [sys.executable, "-m", "support.conversations", "--count", "12", "--seed", seed, "--out", path]
-        subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-    texts = [open(path, encoding="utf-8").read() for path in paths]
-    assert texts[0] == texts[1] != texts[2]
-    refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert refused.returncode == 2 and paths[2] in refused.stderr and "new file" in refused.stderr
-    documents, tasks = load_instructions(paths[1:])
-    assert len(documents) == 24 and not tasks
-    for source, text, pairs in documents:
-        assert source == "conversations" and len(pairs) >= 10 and 450 <= len(text.split()) <= 1000
-        sessions = [session.split("\n") for session in text.split("\n\n")]
-        assert 3 <= len(sessions) <= 5 and not set("{}@|()\0") & set(text)
-        for turns in sessions:
-            speakers = [turn.split(": ")[0] for turn in turns]
-            assert len(set(speakers)) == 2 and all(a != b for a, b in zip(speakers, speakers[1:]))
-        for question, (answer,) in pairs:
-            said = [len(re.findall(rf"(?<!\w){re.escape(answer)}(?!\w)", part, re.I)) for part in (text, question)]
-            assert said == [1, 0] and "@" not in question
+def test_units_of_an_epoch(tmp_path, tokenizer):
+    """Every document once and a task once for each 20 of its examples; the second epoch comes to each again, in another
+    order."""
+    write_villages(tmp_path / "qa.jsonl", 9)
+    rows = [{"task": "up", "input": str(k), "output": "o", "definition": "Say o."} for k in range(30)]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = instruction_flags([str(tmp_path / "qa.jsonl"), str(tmp_path / "t.jsonl")], eval_sequences=2)
+    instructions = InstructionData(flags, tokenizer)
+    assert instructions.units == [0, 1, 2, 3, 4, 5, 6, "up", "up"] and instructions.steps_per_epoch == 4.5
+    asked = []
+    monkey = instructions.example
+    instructions.example = lambda documents, unit, *numbers: asked.append(unit) or monkey(documents, unit, *numbers)
+    for step in range(9):
+        instructions.batch(step)
+    assert sorted(map(str, asked[:9])) == sorted(map(str, asked[9:])) == sorted(map(str, instructions.units))
+    assert asked[:9] != asked[9:]
+    example = monkey(instructions.documents, "up", 5)
+    assert tokenizer.decode(example.context[1:]).startswith("Say o.\n\nInput: ") or len(example.texts) == 1

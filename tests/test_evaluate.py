@@ -29,7 +29,7 @@ from support import answers as solver, benchmarks, costs, plots
 from support.benchmarks import (IN_CONTEXT_PROMPT, METAICL_KINDS, METAICL_PROMPT, METAICL_SEEDS, MSC_SAMPLE, SPANS,
                                 control_contexts, in_context_prompts, load_metaicl, load_msc, load_qa)
 from support.files import InputError
-from support.instructions import demonstration
+from data import demonstration
 
 GOLDEN = json.load(open(os.path.join(os.path.dirname(__file__), "golden", "text_golden.json"), encoding="utf-8"))
 METRICS = ("f1", "em", "recall", "rougeL_recall")

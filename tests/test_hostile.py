@@ -23,7 +23,6 @@ from model import AdaptedLM, load_base
 from support.benchmarks import load_msc
 from support.files import InputError, read_json, read_safetensors
 from support.formats import checkpoint_base
-from support.instructions import load_instructions, load_texts
 from support.text import context_ids, user_turn
 
 CHATML = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -108,12 +107,10 @@ ROWS = [{"text": "One text. " * 5}, {"context": "c" * 30, "qas": [{"question": "
 def read_everything(source, tokenizer, path):
     """Each reader of rows on one file; those of them that succeed."""
     def instruct():
-        documents, tasks = load_instructions([source])
+        documents, tasks = data.load_instructions([source])
         for unit in data.instruction_units(documents, tasks):
-            for excerpts in (0.0, 1.0):
-                example = data.instruction_example(tokenizer, documents, tasks, unit, 32, 2, np.random.default_rng(0),
-                                                   excerpts)
-                data.instruction_batch([example], tokenizer.pad_token_id, 32)
+            example = data.instruction_example(tokenizer, documents, tasks, unit, 32, 2, np.random.default_rng(0))
+            data.instruction_batch([example], tokenizer.pad_token_id, 32)
 
     def pack():
         out = os.path.join(path, "out.bin")
@@ -122,7 +119,7 @@ def read_everything(source, tokenizer, path):
         os.remove(out)
         os.remove(out + ".json")
 
-    return [run(path, action) for action in (instruct, pack, lambda: load_msc(source), lambda: load_texts([source]))]
+    return [run(path, action) for action in (instruct, pack, lambda: load_msc(source), lambda: data.load_texts([source]))]
 
 
 def test_fuzz_rows(tmp_path):
@@ -319,8 +316,8 @@ def test_nothing_from_a_file_is_executed(tmp_path, base_directory):
     """By reading the source: no pickle, no remote code, no eval. And a base that brings code of its own, or pickled
     weights, is refused."""
     names = ["generator.py", "model.py", "data.py", "train.py", "evaluate.py"]
-    names += sorted(os.path.join("support", name)
-                    for name in os.listdir(os.path.join(ROOT, "support")) if name.endswith(".py"))
+    for folder in {"support", "tasks", "extras"} & set(os.listdir(ROOT)):
+        names += [os.path.join(folder, name) for name in os.listdir(os.path.join(ROOT, folder)) if name.endswith(".py")]
     for name in names:
         for node in ast.walk(ast.parse(open(os.path.join(ROOT, name)).read())):
             if isinstance(node, ast.keyword):

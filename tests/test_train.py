@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import time
-from itertools import product
 
 import numpy as np
 import pytest
@@ -22,16 +21,15 @@ from torch.distributed.run import get_args_parser
 
 import train
 from conftest import ROOT, make_base, make_model
-from data import (conversation, doubled, instruction_batch, instruction_batches, instruction_example,
-                  instruction_units)
-from generator import InputError
+from data import (InstructionData, conversation, doubled, instruction_batch, instruction_example, instruction_units,
+                  load_instructions)
+from extras import finetune
 from model import load_base
 from processes import finish, start, start_group
 from support.checkpoints import checkpoints
-from support.finetune import fit_base
-from support.instructions import load_instructions
-from support.machine import balanced_rows
+from support.files import InputError
 from support.text import user_turn
+from test_data import instruction_flags
 
 
 def command(base, text, out, *flags):
@@ -42,6 +40,10 @@ def command(base, text, out, *flags):
 
 def weights(out, step):
     return load_file(out / f"step-{step:06d}" / "generator.safetensors")
+
+
+def read_log(out):
+    return [json.loads(line) for line in open(out / "log.jsonl")]
 
 
 def assert_same_gradient(out, other):
@@ -59,55 +61,62 @@ def assert_same_weights(out, other, step):
         assert torch.equal(tensor, weights(other, step)[name]), name
 
 
-def test_killed_and_resumed_is_bit_identical(tmp_path, base_directory, text_file):
-    """SIGKILL in the middle of a run; random windows, so that the draw of the data is resumed too."""
-    whole, killed = (command(base_directory, text_file, tmp_path / name, "--steps", "30", "--save-every", "4",
-                             "--windows") for name in ("whole", "killed"))
-    ended = [finish(start(line, tmp_path / "printed", life=life))[0]
-             for line, life in ((whole, 0), (killed, 30), (killed + ["--resume"], 0))]
-    printed = (tmp_path / "printed").read_text()
-    assert ended == [0, -signal.SIGKILL, 0] and "from step 8;" in printed, printed
-    assert_same_weights(tmp_path / "whole", tmp_path / "killed", 30)
-    lines = [[json.loads(line) for line in open(tmp_path / name / "log.jsonl")] for name in ("whole", "killed")]
-    assert [(r["step"], r["loss"]) for r in lines[0]] == [(r["step"], r["loss"]) for r in lines[1]]
-    assert lines[0][-1]["reconstruction"] < lines[0][0]["reconstruction"] - 0.1               # and it learns
-    assert sorted(p.name for p in (tmp_path / "whole").glob("step-*")) == ["step-000028", "step-000030"]
-
-
-def test_sigterm_and_time_limit_leave_a_checkpoint(tmp_path, base_directory, text_file):
-    """Both end the run after the step under way, with exit code 0 and a checkpoint of that step."""
-    flags, log = ("--steps", "100000", "--save-every", "100000"), tmp_path / "term" / "log.jsonl"
-    term = start(command(base_directory, text_file, tmp_path / "term", *flags), tmp_path / "term.txt")
-    limit = start(command(base_directory, text_file, tmp_path / "limit", *flags, "--max-minutes", "0.0001"),
-                  tmp_path / "limit.txt")
-    while term.is_alive() and not (log.exists() and log.read_text().count("\n") >= 3):
+@pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_leaves_a_checkpoint(tmp_path, base_directory, text_file, kind):
+    """It ends the run after the step under way, with exit code 0 and a checkpoint of that step."""
+    log = tmp_path / "run" / "log.jsonl"
+    run = start(command(base_directory, text_file, tmp_path / "run", "--steps", "100000"), tmp_path / "printed")
+    while run.is_alive() and not (log.exists() and log.read_text().count("\n") >= 3):
         time.sleep(0.01)
-    term.terminate()
-    assert finish(term, limit) == [0, 0]
-    for name in ("term", "limit"):
-        step = sum(1 for _ in open(tmp_path / name / "log.jsonl"))
-        assert f"stopped at step {step} of 100000" in (tmp_path / f"{name}.txt").read_text()
-        assert weights(tmp_path / name, step)
+    os.kill(run.pid, kind)
+    assert finish(run) == [0]
+    step = sum(1 for _ in open(log))
+    assert f"stopped at step {step} of 100000" in (tmp_path / "printed").read_text()
+    assert weights(tmp_path / "run", step)
 
 
-def test_checkpoints_beyond_a_million_steps(tmp_path):
+def test_only_checkpoints_count_and_go(tmp_path, base_directory, text_file, monkeypatch):
+    """Copies under longer names and files like checkpoints are neither the newest nor removed; 1,000,000 comes after
+    999,800."""
+    monkeypatch.setattr("data.CACHE", str(tmp_path / "cache"))
+    out = tmp_path / "run"
+    foreign = ["step-000001-best", "step-000009 (copy)", "step-9", "step-", "step-notes", "step-000009.tar.gz"]
     for step in (1_000_000, 999_800, 200):
-        (tmp_path / f"step-{step:06d}").mkdir()
-    assert [int(path.rpartition("-")[2]) for path in checkpoints(str(tmp_path))] == [200, 999_800, 1_000_000]
+        (tmp_path / "long" / f"step-{step:06d}").mkdir(parents=True)
+    assert [int(path.rpartition("-")[2]) for path in checkpoints(str(tmp_path / "long"))] == [200, 999_800, 1_000_000]
+    for name in foreign[:4]:
+        (out / name).mkdir(parents=True)
+    for name in foreign[4:]:
+        (out / name).write_text("mine")
+    assert checkpoints(str(out)) == []
+    main(base_directory, text_file, out, "--steps", "3", "--save-every", "1")           # not refused: it is a new run
+    assert sorted(p.name for p in out.glob("step-*")) == sorted([*foreign, "step-000002", "step-000003"])
+    shutil.copytree(out / "step-000002", out / "step-000003-best")
+    shutil.rmtree(out / "step-000003")
+    main(base_directory, text_file, out, "--steps", "3", "--save-every", "1", "--resume")
+    assert len((out / "log.jsonl").read_text().splitlines()) == 3
+    assert checkpoints(str(out)) == [str(out / "step-000002"), str(out / "step-000003")]
+    assert (out / "step-000003-best").exists() and all((out / name).exists() for name in foreign)
 
 
 def test_killed_twenty_times(tmp_path, base_directory, text_file):
     """SIGKILL twenty times, between any two of a run's optimiser steps, flushes, renames and removals: each restart
-    resumes from a whole checkpoint, and the end is bit-identical to an unbroken run."""
+    resumes from a whole checkpoint, and the end is bit-identical to an unbroken run, which learns."""
     whole, broken = (command(base_directory, text_file, tmp_path / name, "--steps", "80", "--save-every", "2",
-                             "--batch", "2", "--windows") for name in ("whole", "broken"))
+                             "--batch", "2") for name in ("whole", "broken"))
     draw = random.Random(0)
-    lives = [draw.randint(1, 16) for _ in range(20)]
     ended = finish(start(whole, tmp_path / "whole.txt"))
-    for life in (*lives, 0):
+    for life in (*(draw.randint(1, 16) for _ in range(20)), 0):
         ended += finish(start(broken + ["--resume"], tmp_path / "broken.txt", life=life))
-    assert ended == [0] + [-signal.SIGKILL] * 20 + [0], (tmp_path / "broken.txt").read_text()
+    printed = (tmp_path / "broken.txt").read_text()
+    assert ended == [0] + [-signal.SIGKILL] * 20 + [0] and re.search(r"from step \d*[02468];", printed), printed
     assert_same_weights(tmp_path / "whole", tmp_path / "broken", 80)
+    unbroken, resumed = read_log(tmp_path / "whole"), read_log(tmp_path / "broken")
+    assert [(r["step"], r["loss"]) for r in unbroken] == [(r["step"], r["loss"]) for r in resumed]
+    assert unbroken[-1]["reconstruction"] < unbroken[0]["reconstruction"] - 0.1
+    assert sorted(p.name for p in (tmp_path / "broken").glob("step-*")) == ["step-000078", "step-000080"]
+    validated = [(tmp_path / name / "validation.jsonl").read_text() for name in ("whole", "broken")]
+    assert validated[0] == validated[1] and len(validated[0].splitlines()) == 2
 
 
 def test_two_machines_without_a_shared_disk(tmp_path, base_directory, text_file):
@@ -124,42 +133,32 @@ def test_two_machines_without_a_shared_disk(tmp_path, base_directory, text_file)
     assert_same_weights(tmp_path, disks[0] / "run", 6)
 
 
-def test_rows_are_balanced_between_processes():
-    """Each row once, rows of one cost in turn, and no process busier than 7/6 of the best division of all (the bound
-    that Graham proved for two processes)."""
-    assert [rows.tolist() for rows in balanced_rows([5] * 6, 2)] == [[0, 2, 4], [1, 3, 5]]
-    random = np.random.default_rng(0)
-    for _ in range(20):
-        costs = random.integers(1, 1000, 8)
-        rows = balanced_rows(costs.tolist(), 2)
-        assert sorted(torch.cat(rows).tolist()) == [*range(8)]
-        best = min(max(costs @ bits, costs @ (1 - bits)) for bits in (np.array(b) for b in product((0, 1), repeat=8)))
-        assert max(costs[mine].sum() for mine in rows) <= 7 / 6 * best
-
-
 def test_processes_and_micro_batches_agree(tmp_path, base_directory, text_file):
     """torchrun with two gloo processes, four processes, one, and one without accumulation: the same gradients in the
     first step and losses in 5 steps up to rounding."""
     def line(name, *more):
-        return command(base_directory, text_file, tmp_path / name, "--steps", "5", "--windows", "--save-every", "1",
-                       "--keep", "9", "--init", "random", *more)
+        return command(base_directory, text_file, tmp_path / name, "--steps", "5", "--save-every", "1", "--init",
+                       "random", *more)
 
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *line("two")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GENERATIVE_ADAPTER_CACHE": str(tmp_path / "cache-two")}
     two = subprocess.Popen(torchrun, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                            text=True)
-    ended = finish(start(line("one"), tmp_path / "one.txt"), *start_group(line("four"), tmp_path / "four.txt",
-                                                                          [ROOT] * 4))
-    ended += finish(start(line("whole", "--micro-batch", "4", "--checkpointing"), tmp_path / "whole.txt"))
+    four = start_group(line("four"), tmp_path / "four.txt", [ROOT] * 4, kept=9)
+    ended = finish(start(line("one"), tmp_path / "one.txt", kept=9), *four)
+    ended += finish(start(line("whole", "--micro-batch", "4", "--checkpointing"), tmp_path / "whole.txt", kept=9))
     assert ended == [0] * 6, [path.read_text() for path in tmp_path.glob("*.txt*")]
     printed, _ = two.communicate()
     assert two.returncode == 0, printed
     one = weights(tmp_path / "one", 5)
     assert max(tensor.abs().max() for name, tensor in one.items() if name.endswith("A1")) > 1e-2
+    logs = {name: read_log(tmp_path / name) for name in ("one", "two", "four", "whole")}
     for other in ("two", "four", "whole"):
-        assert_same_gradient(tmp_path / "one", tmp_path / other)
-        losses = [[json.loads(line)["loss"] for line in open(tmp_path / name / "log.jsonl")] for name in ("one", other)]
-        assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+        if other != "two":                              # torchrun's keeps the last two checkpoints, as a user's would
+            assert_same_gradient(tmp_path / "one", tmp_path / other)
+        assert [row["loss"] for row in logs[other]] == pytest.approx([row["loss"] for row in logs["one"]], rel=1e-3)
+        assert logs[other][0]["grad_norm"] == pytest.approx(logs["one"][0]["grad_norm"], rel=1e-4)
+    assert len(logs["two"]) == 5 and len(checkpoints(str(tmp_path / "two"))) == 2
 
 
 def test_torchrun_lets_every_option_pass(capsys):
@@ -167,21 +166,19 @@ def test_torchrun_lets_every_option_pass(capsys):
     with pytest.raises(SystemExit):
         train.arguments(["--help"])
     options = set(re.findall(r"--[a-z][a-z0-9-]*", capsys.readouterr().out)) - {"--nproc", "--standalone"}
-    assert len(options) > 40 and {"--start", "--init", "--help"} < options
-    for option in options - {"--start"}:
+    assert len(options) > 30 and {"--init", "--help"} < options
+    for option in options:
         line = ["--standalone", "--nproc_per_node=8", "train.py", "--data", "corpus.parquet", option, "x"]
         assert get_args_parser().parse_args(line).training_script_args == line[3:]
-    with pytest.raises(SystemExit):
-        get_args_parser().parse_args(["--standalone", "train.py", "--start", "random"])
-    assert train.arguments(["--out", "x", "--init", "random"]).start == "random"
 
 
 def test_loss_is_eq_5():
     """Two token means over the whole batch, segment 0 left out; the ablations drop one of them."""
     C, L = 3, 8
     tokens = torch.randint(0, 256, (2, C * L), generator=torch.Generator().manual_seed(0))
-    segments, mask, visible, labels = doubled(tokens, C, pad=259, windows_seed=1)
-    assert torch.equal(labels, segments.masked_fill(mask == 0, -100))
+    segments, mask, visible, labels = doubled(tokens, C)
+    mask = mask.masked_fill(torch.arange(L) >= torch.tensor([[8, 3, 5, 8, 1, 6], [2, 8, 7, 4, 8, 8]])[..., None], 0)
+    labels = labels.masked_fill(mask == 0, -100)
     nats, count = make_model().segment_losses(segments, mask, visible, labels)
     reconstruction = nats[:, C:].sum() / count[:, C:].sum()
     completion = nats[:, 1:C].sum() / count[:, 1:C].sum()
@@ -203,24 +200,25 @@ def main(base, text, out, *flags):
     train.train(train.arguments(command(base, text, out, *flags)[1:]))
 
 
-def test_completion_alone_leaves_the_second_half_out(tmp_path, base_directory, text_file, monkeypatch):
-    """Its loss is that of the doubled sequence, whose second half is not in the pass."""
+def test_completion_alone_trains_nothing_of_the_second_half(tmp_path, base_directory, text_file, monkeypatch):
+    """Its loss is that of the doubled sequence; the second half, which the model leaves out, is padding without
+    targets."""
     monkeypatch.setattr("data.CACHE", str(tmp_path / "cache"))
     original, wanted = train.AdaptedLM.segment_losses, []
 
     def watched(self, segments, mask, visible, labels):
         if torch.is_grad_enabled():
-            assert segments.shape == (4, 3, 16) and mask is None and visible.tolist() == [0, 1, 2]
-            whole = doubled(segments.flatten(1), 3, pad=259)
+            assert not mask[:, 3:].any() and mask[:, :3].all() and (labels[:, 3:] == -100).all()
+            whole = doubled(segments[:, :3].flatten(1), 3)
             with torch.no_grad():
-                nats, count = original(self, whole.segments, None, whole.visible, whole.labels)
-            wanted.append((nats[:, 1:3].sum() / count[:, 1:3].sum()).item())
+                nll, count = original(self, *whole)
+            wanted.append((nll[:, 1:3].sum() / count[:, 1:3].sum()).item())
         return original(self, segments, mask, visible, labels)
 
     monkeypatch.setattr(train.AdaptedLM, "segment_losses", watched)
     main(base_directory, text_file, tmp_path / "run", "--chunks", "3", "--objective", "completion", "--steps", "3",
          "--micro-batch", "4")
-    rows = [json.loads(line) for line in open(tmp_path / "run" / "log.jsonl")]
+    rows = read_log(tmp_path / "run")
     assert [row["completion"] for row in rows] == pytest.approx(wanted, rel=1e-5) and wanted[0] != wanted[2]
     assert [row["reconstruction"] for row in rows] == [0, 0, 0] and rows[0]["tokens"] == 4 * 3 * 16
 
@@ -230,14 +228,14 @@ def test_a_bad_gradient_is_skipped_and_ten_in_a_row_stop_the_run(tmp_path, base_
     original, calls = train.AdaptedLM.segment_losses, []
 
     def poisoned(self, *args):
-        nats, count = original(self, *args)
+        nll, count = original(self, *args)
         calls.append(torch.is_grad_enabled())
-        return nats * (float("nan") if sum(calls) in bad else 1), count
+        return nll * (float("nan") if sum(calls) in bad else 1), count
 
     monkeypatch.setattr(train.AdaptedLM, "segment_losses", poisoned)
     bad = {2}
     main(base_directory, text_file, tmp_path / "one", "--steps", "3", "--micro-batch", "4")
-    assert [json.loads(line)["skipped"] for line in open(tmp_path / "one" / "log.jsonl")] == [False, True, False]
+    assert [row["skipped"] for row in read_log(tmp_path / "one")] == [False, True, False]
     assert all(t.isfinite().all() for t in weights(tmp_path / "one", 3).values())
     calls.clear()
     bad = set(range(1, 99))
@@ -267,6 +265,9 @@ def test_refusals(tmp_path, base_directory, text_file, monkeypatch):
                         ((base_directory, text_file, tmp_path / "x", "--targets", "z_proj"), "z_proj"),
                         ((base_directory, text_file, tmp_path / "x", "--rank", "17"), "rank"),
                         ((base_directory, text_file, tmp_path / "x", "--chunk", "1"), "--chunk"),
+                        ((base_directory, text_file, tmp_path / "x", "--lr", "nan"), "--lr must be positive"),
+                        ((base_directory, text_file, tmp_path / "x", "--damping", "1e-5"), "--damping of at least 1e-4"),
+                        ((base_directory, text_file, tmp_path / "x", "--norm", "svd-exact", "--d-r", "17"), "--norm svd"),
                         ((base_directory, text_file, tmp_path / "x", "--chunks", "1", "--objective", "completion"),
                          "--objective completion needs"),
                         ((str(tmp_path), text_file, tmp_path / "x"), "config.json")):
@@ -275,11 +276,13 @@ def test_refusals(tmp_path, base_directory, text_file, monkeypatch):
         assert not (tmp_path / "x").exists()
     with pytest.raises(InputError, match="--data is missing: name text files"):         # no data set is the default
         train.train(train.arguments(["--base", base_directory, "--out", str(tmp_path / "x")]))
-    for flags, words in ((["--epochs", "3"], "--epochs belongs to --stage instruct and finetune, not to pretrain"),
-                         (["--stage", "instruct", "--max-tokens", "9"], "--max-tokens"), (["--excerpts", "0"], "--exc"),
-                         (["--stage", "finetune", "--resume"], "--resume"),
-                         (["--stage", "finetune", "--d-r", "64"], "--d-r belongs to --stage pretrain and instruct"),
-                         (["--stage", "instruct", "--objective", "both"], "--objective belongs to --stage pretrain")):
+    with pytest.raises(InputError, match="--init is how a new generator begins"):
+        main(base_directory, text_file, tmp_path / "x", "--init", "random", "--checkpoint", str(tmp_path))
+    for flags, words in ((["--epochs", "3"], "--epochs does not belong to --stage pretrain"),
+                         (["--documents", "x.txt"], "--documents"), (["--stage", "finetune", "--resume"], "--resume"),
+                         (["--stage", "finetune", "--d-r", "64"], "--d-r does not belong to --stage finetune"),
+                         (["--stage", "finetune", "--save-every", "1"], "--save-every"),
+                         (["--stage", "instruct", "--objective", "both"], "--objective does not belong to --stage")):
         monkeypatch.setattr("sys.argv", ["train.py", "--out", str(tmp_path / "x"), *flags])
         with pytest.raises(InputError, match=words):
             train.main()
@@ -290,7 +293,7 @@ def test_a_text_of_two_sequences_is_enough_for_the_default_start(tmp_path, base_
     monkeypatch.setattr("data.CACHE", str(tmp_path / "cache"))
     (tmp_path / "short.txt").write_text("Ana keeps nine bees; Bo walks to Oslo; Cy sings by the river.")   # + BOS, EOS
     main(base_directory, str(tmp_path / "short.txt"), tmp_path / "x", "--validation", text_file, "--steps", "1")
-    assert json.loads((tmp_path / "x/log.jsonl").read_text())["tokens"] == 4 * 32
+    assert read_log(tmp_path / "x")[0]["tokens"] == 4 * 32
 
 
 def test_exit_code(tmp_path, base_directory):
@@ -351,6 +354,12 @@ def test_conversation_labels(tokenizer):
     tokenizer.chat_template = CHATML.replace("</s>", "<unused>")
     ids, labels = conversation(tokenizer, [("Who?", "Ana."), ("b", "c")], limit=100)
     assert tokenizer.decode([t for t in labels if t != -100]) == "Ana.<unused>c<unused>"
+    # a prompt that ends with a space, which joins the answer's first token: both stand as they do at test time
+    tokenizer.add_tokens([" Ana"])
+    tokenizer.chat_template = CHATML.replace("{{ m['content'] }}", " {{ m['content'] }}").replace("t: {%", "t:  {%")
+    ids, labels = conversation(tokenizer, [("Who?", "Ana."), ("b", "c")], limit=100)
+    prompt = user_turn(tokenizer, "Who?")
+    assert ids[:len(prompt)] == prompt and tokenizer.decode([t for t in labels if t != -100]) == "Ana.</s>"
     tokenizer.chat_template = None
     ids, labels = conversation(tokenizer, [("Who? ", "Ana"), ("b", "c")], limit=100)
     assert tokenizer.decode(ids) == "<s>Who? Ana</s>"
@@ -371,7 +380,9 @@ def test_instruction_schemas(tmp_path):
             "kmfoda/booksum": {"chapter": "S", "summary_text": "a1"},
             "sggetao/PwC": {"input": "S", "prompt": "q1", "answer": "a1"},
             "rajpurkar/squad": {"context": "S", "question": "q1", "answers": {"text": ["a1"], "answer_start": [0]}},
-            "one answer, no list": {"context": "S", "qas": [{"question": "q1", "answers": "a1"}]}}
+            "one answer, no list": {"context": "S", "qas": [{"question": "q1", "answers": "a1"}]},
+            "an answer beside it": {"context": "S", "question": "q1", "answer": "a1"},
+            "answers beside it": {"context": "S", "question": "q1", "answers": ["a1"]}}
     for name, row in rows.items():
         path = tmp_path / (name.replace("/", "_") + ".jsonl")
         path.write_text(json.dumps(row) + "\n" + json.dumps(row) + "\n")
@@ -380,6 +391,7 @@ def test_instruction_schemas(tmp_path):
         assert pairs[0][0] in ("q1", "Write a summary of the text."), name
         assert len(pairs) in (2, 4)                     # two rows of one context are one document
     for row, words in (({"text": "x"}, "known instruction set"),
+                       ({"context": "S", "question": "q"}, "missing or malformed"),
                        ({"context": "S", "qas": [{"question": "q"}]}, "missing or malformed"),
                        ({"task": "t", "input": "x"}, "'output'")):
         (tmp_path / "bad.jsonl").write_text(json.dumps(row) + "\n")
@@ -388,8 +400,8 @@ def test_instruction_schemas(tmp_path):
 
 
 def test_instruction_loss_against_streaming(qa_file, tokenizer):
-    """A batch of contexts of 1 to 4 chunks: the loss of the padded, trimmed pass equals plain cross-entropy after
-    streaming each context by itself."""
+    """A batch of contexts of 1 to 4 chunks: the loss of the padded pass equals plain cross-entropy after streaming
+    each context by itself."""
     tokenizer.chat_template = CHATML
     model, (documents, tasks) = make_model(), load_instructions([qa_file])
     units = instruction_units(documents, tasks)
@@ -401,8 +413,7 @@ def test_instruction_loss_against_streaming(qa_file, tokenizer):
     assert "Input: " in tokenizer.decode(examples[3][0]) and "\n\nInput: " in tokenizer.decode(examples[3][0])
     segments, mask, visible, labels = instruction_batch(examples, tokenizer.pad_token_id, 24)
     for rows in ([0, 1, 2, 3], [2], [1, 3]):
-        (m, s, l), v = train.trim(mask[rows], visible, segments[rows], labels[rows])
-        nats, count = model.segment_losses(s, m, v, l)
+        nll, count = model.segment_losses(segments[rows], mask[rows], visible, labels[rows])
         for k, b in enumerate(rows):
             context, ids, targets, _ = examples[b]
             memory, n = None, -(-len(context) // 24)
@@ -411,7 +422,7 @@ def test_instruction_loss_against_streaming(qa_file, tokenizer):
                 memory = model.contextualize(torch.tensor([context[at:at + size]]), memory=memory)
             want = F.cross_entropy(model(torch.tensor([ids]), memory=memory)[0, :-1], torch.tensor(targets[1:]),
                                    ignore_index=-100, reduction="sum")
-            torch.testing.assert_close(nats[k].sum(), want, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(nll[k].sum(), want, rtol=1e-4, atol=1e-4)
             assert count[k, :-1].sum() == 0 and count[k, -1] == sum(t != -100 for t in targets[1:])
 
 
@@ -419,11 +430,11 @@ def test_texts_beside_questions(qa_file, text_file, tokenizer):
     """Of eight rows the last three repeat a text, a new one each time. Answers and texts have a token mean each, as in
     plain cross-entropy after streaming."""
     tokenizer.chat_template = CHATML
-    batches = instruction_batches(tokenizer, [qa_file], None, chunk=64, chunks=1, batch_size=8, seed=0,
-                                  eval_sequences=3, texts=[text_file])
+    instructions = InstructionData(instruction_flags([qa_file], chunk=64, batch=8, eval_sequences=3,
+                                                     documents=[text_file]), tokenizer)
     everything, seen = "".join(f"<s>{json.loads(line)['text']}</s>" for line in open(text_file)), set()
     for step in range(3):
-        segments, mask, visible, labels = batches.training(step)
+        segments, mask, visible, labels = instructions.batch(step)
         for row in range(8):
             context, repeated = (segments[row, j][mask[row, j].bool()].tolist() for j in (0, 1))
             assert (context == repeated == labels[row, 1][:len(context)].tolist()) == (row >= 5)
@@ -435,11 +446,11 @@ def test_texts_beside_questions(qa_file, text_file, tokenizer):
     for row in range(8):
         n = int(mask[row, 0].sum())
         memory = model.contextualize(segments[row, :1, :n])
-        nats = F.cross_entropy(model(segments[row, 1:], memory=memory)[0, :-1], labels[row, 1, 1:], reduction="none")
+        nll = F.cross_entropy(model(segments[row, 1:], memory=memory)[0, :-1], labels[row, 1, 1:], reduction="none")
         kind = sums[row >= 5]
-        kind[0], kind[1] = kind[0] + nats.sum(), kind[1] + (labels[row, 1, 1:] != -100).sum()
-    nats, _ = model.segment_losses(segments, mask, visible, labels)
-    loss = (nats * train.loss_weights(labels, 1, "reconstruction")).sum()
+        kind[0], kind[1] = kind[0] + nll.sum(), kind[1] + (labels[row, 1, 1:] != -100).sum()
+    nll, _ = model.segment_losses(segments, mask, visible, labels)
+    loss = (nll * train.loss_weights(labels, 1, "reconstruction")).sum()
     torch.testing.assert_close(loss, sum(a / b for a, b in sums.values()), rtol=1e-4, atol=1e-4)
 
 
@@ -451,40 +462,51 @@ def test_instruct_stage(tmp_path, base_directory, qa_file, text_file):
 
     def go(name, *more, processes=1):
         flags = ["--stage", "instruct", "--checkpoint", str(tmp_path / "pretrained"), "--chunk", "64", "--chunks", "3",
-                 "--steps", "8", "--save-every", "1", "--keep", "9", *more]
+                 "--steps", "8", "--save-every", "1", *more]
         line = command(base_directory, qa_file, tmp_path / name, *flags)
         for flag in ("--d-r", "--rank"):                # the checkpoint's
             del line[line.index(flag):line.index(flag) + 2]
-        started = start_group(line, tmp_path / "printed", [ROOT] * 2) if processes == 2 else [
-            start(line, tmp_path / "printed")]
+        if processes == 2:
+            started = start_group(line, tmp_path / "printed", [ROOT] * 2, kept=9)
+        else:
+            started = [start(line, tmp_path / "printed", kept=9)]
         assert finish(*started) == [0] * processes, [path.read_text() for path in tmp_path.glob("printed*")]
         return weights(tmp_path / name, 8)
 
-    one, log = go("one"), [json.loads(line) for line in open(tmp_path / "one" / "log.jsonl")]
+    one, log = go("one"), read_log(tmp_path / "one")
     assert log[-1]["answer"] < log[0]["answer"] - 0.1 and "completion" not in log[0]
     row = json.loads(open(tmp_path / "one" / "validation.jsonl").readline())
     assert set(row) == {"step", "answer", "answer_shuffled", "sequences"}
     go("two", "--micro-batch", "2", processes=2)
     assert_same_gradient(tmp_path / "one", tmp_path / "two")
-    for a, b in zip(map(json.loads, open(tmp_path / "two" / "log.jsonl")), log):
+    for a, b in zip(read_log(tmp_path / "two"), log):
         assert a["answer"] == pytest.approx(b["answer"], rel=2e-2) and a["tokens"] == b["tokens"]
     shutil.copytree(tmp_path / "one" / "step-000004", tmp_path / "resumed" / "step-000004")
     config = json.loads((tmp_path / "resumed" / "step-000004" / "trainer.json").read_text())
     assert config["args"]["d_r"] == 16 and config["args"]["scale"] == 0.5
     for name, tensor in go("resumed", "--resume").items():
         assert torch.equal(tensor, one[name]), name
-    go("texts", "--documents", text_file), go("texts-two", "--documents", text_file, processes=2)
+    go("texts", "--documents", text_file, "--damping", "0.02")
+    go("texts-two", "--documents", text_file, "--damping", "0.02", processes=2)
+    config = json.loads((tmp_path / "texts" / "step-000008" / "generator_config.json").read_text())
+    assert (config["damping"], config["chunk"]) == (0.02, 64)
     assert_same_gradient(tmp_path / "texts", tmp_path / "texts-two")
 
 
-def test_fit_base_is_adamw_on_the_token_mean():
+def test_fit_base_is_adamw_on_the_token_mean(monkeypatch):
     """One step in several passes equals one plain AdamW step on the whole batch; early stopping leaves the best
     weights."""
     random = torch.Generator().manual_seed(0)
     examples = [(row := torch.randint(0, 256, (n,), generator=random).tolist(), [-100] * (n // 2) + row[n // 2:])
                 for n in (5, 9, 14, 7)]
     base, plain = make_base(), make_base()
-    history = fit_base(base, examples, [], 1e-3, batch_size=4, epochs=1, patience=None, seed=0, pad=259, pass_tokens=16)
+
+    def fit(validation, lr, batch_size, epochs):
+        return finetune.fit_base(base, examples, validation, lr, batch_size, epochs, seed=0, pad=259)
+
+    monkeypatch.setattr(finetune, "PASS_TOKENS", 16)
+    history = fit([], 1e-3, batch_size=4, epochs=1)
+    monkeypatch.undo()
     optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-3, weight_decay=0.01)
     logits = [plain(torch.tensor([ids])).logits[0, :-1] for ids, _ in examples]
     F.cross_entropy(torch.cat(logits), torch.cat([torch.tensor(labels[1:]) for _, labels in examples])).backward()
@@ -495,14 +517,14 @@ def test_fit_base_is_adamw_on_the_token_mean():
         assert not p.requires_grad
     assert len(history) == 2 and all(map(math.isnan, history))
     other = [(ids[::-1], labels) for ids, labels in examples]
-    history = fit_base(base, examples, other, 1e-2, batch_size=2, epochs=30, patience=3, seed=0, pad=259)
+    history = fit(other, 1e-2, batch_size=2, epochs=30)
     best = history.index(min(history))
-    assert len(history) == best + 4 if best else len(history) == 4
-    again = fit_base(base, examples, other, 1e-9, batch_size=4, epochs=1, patience=1, seed=0, pad=259)
+    assert len(history) == best + 1 + finetune.PATIENCE
+    again = fit(other, 1e-9, batch_size=4, epochs=1)
     assert again[0] == pytest.approx(min(history), rel=1e-4)
-    worse = fit_base(base, examples, [(ids, [1] * len(ids)) for ids, _ in examples], 1e-1, batch_size=4, epochs=9,
-                     patience=2, seed=0, pad=259)
-    unchanged = fit_base(base, examples, other, 1e-9, batch_size=4, epochs=1, patience=1, seed=0, pad=259)
+    monkeypatch.setattr(finetune, "PATIENCE", 2)
+    worse = fit([(ids, [1] * len(ids)) for ids, _ in examples], 1e-1, batch_size=4, epochs=9)
+    unchanged = fit(other, 1e-9, batch_size=4, epochs=1)
     # it only got worse, and left what it was given
     assert len(worse) == 3 and unchanged[0] == pytest.approx(again[0], rel=1e-4)
 
@@ -517,7 +539,7 @@ def test_finetune_stage(tmp_path, base_directory, qa_file):
     rows = [json.loads(line) for line in open(qa_file)]
     with open(qa_file.replace("qa.jsonl", "docs.jsonl"), "w") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows if "context" in row)
-    train.finetune(train.arguments(flags))
+    finetune.finetune(train.arguments(flags))
     before, tokenizer = load_base(base_directory, torch.float32, "cpu")
     after, _ = load_base(str(out), torch.float32, "cpu")
 
@@ -533,7 +555,7 @@ def test_finetune_stage(tmp_path, base_directory, qa_file):
                           (["--out", str(tmp_path / "y"), "--data", "no.jsonl"], "no.jsonl: no such file"),
                           (["--out", qa_file + "/y", "--base", "not read yet"], "y.part cannot be a directory")):
         with pytest.raises(InputError, match=words):
-            train.finetune(train.arguments(flags + change))
+            finetune.finetune(train.arguments(flags + change))
     assert not (tmp_path / "y").exists()
 
 
@@ -544,8 +566,8 @@ def test_instruct_refusals(tmp_path, base_directory, qa_file):
     for flags, words in ((("--stage", "instruct"), "--checkpoint"),
                          ((*start, "--d-r", "17"), "--d-r 17 is not what --checkpoint"),
                          ((*start, "--chunk", "4", "--d-r", "24"), "at most 8 tokens"),
-                         ((*start, "--excerpts", "1.5"), "--excerpts is a probability"),
-                         ((*start, "--chunk", "256", "--weights", "nothing=2"), "--weights nothing=2")):
+                         ((*start, "--norm", "svd-exact"), "norm svd-exact has no gradient"),
+                         ((*start, "--chunk", "256", "--documents", qa_file, "--batch", "1"), "--batch must be")):
         with pytest.raises(InputError, match=words):
             main(base_directory, qa_file, tmp_path / "x", "--d-r", "24", *flags)
         assert not (tmp_path / "x").exists()
