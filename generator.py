@@ -63,7 +63,7 @@ class GeneratorConfig:
             raise InputError(f"chunk must be at least 1 token, it is {self.chunk}")
         if self.damping < 0:
             raise InputError(f"damping must not be negative, it is {self.damping}")
-        if not isinstance(self.targets, list) or not self.targets or not isinstance(self.targets[0], str):
+        if not isinstance(self.targets, list) or not self.targets or {type(name) for name in self.targets} != {str}:
             raise InputError("targets must name at least one module, for example o_proj")
 
     @classmethod

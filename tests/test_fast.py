@@ -136,24 +136,15 @@ def test_losses_against_cross_entropy():
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3_text"])
-@torch.no_grad()
 def test_the_base_stays_the_base(kind):
-    """In bf16, where a fused norm rounds otherwise: bit for bit the same before and after it is wrapped, wherever no
-    adapter is active; in fp32 under an adapter the fused norms change nothing."""
+    """In bf16, where a fused norm rounds otherwise: bit for bit the same before and after it is wrapped and trained
+    through, wherever no adapter is active."""
     ids = tokens(2, 30)
     base = make_base(kind).bfloat16()
-    before = base(ids).logits
+    with torch.no_grad():
+        before = base(ids).logits
     model = make_model(base=base)
-    assert torch.equal(base(ids).logits, before) and torch.equal(model(ids), before)
-    first = model.contextualize(ids)
-    model.plain = True
-    plain = model.contextualize(ids)
-    for name, S in first.states.items():
-        assert torch.equal(S, plain.states[name])
-    model = make_model(kind)
-    memory = model.contextualize(ids)
-    fused = model(ids, memory=memory)
-    for module in model.base.modules():
-        if "forward" in vars(module) and type(module).__name__.endswith("RMSNorm"):
-            del module.forward
-    torch.testing.assert_close(model(ids, memory=memory), fused, atol=1e-5, rtol=1e-5)
+    nats, _ = model.segment_losses(tokens(2, 2, 30), None, [0, 1])
+    nats.sum().backward()
+    with torch.no_grad():
+        assert torch.equal(base(ids).logits, before) and torch.equal(model(ids), before)

@@ -99,8 +99,8 @@ def test_a_memory_prints_as_one_line():
 def test_text_where_token_ids_are_wanted(tmp_path):
     model = make_model()
     for call, words in ((lambda: model.read("a text"), "read takes token ids"),
-                        (lambda: model.contextualize("a text"), "contextualize takes token ids"),
-                        (lambda: model.generate("a text"), "generate takes token ids"),
+                        (lambda: model.contextualize("a text"), "takes token ids"),
+                        (lambda: model.generate("a text"), "takes token ids"),
                         (lambda: model.contextualize(torch.zeros(1, 600, dtype=torch.long)), "window of 512: read")):
         with pytest.raises(InputError, match=words):
             call()

@@ -138,7 +138,7 @@ def test_published_checkpoint_dry_run(monkeypatch):
               "fastlora_inter_size": None, "fastlora_max_rank": 128, "fastlora_alpha": 64,
               "fastlora_norm": "svd", "fastlora_merge": "pre-norm-sum", "fastlora_param": ["o_proj"],
               "target_modules": ["o_proj"]}
-    monkeypatch.setattr("model.locate_checkpoint", lambda name: name)
+    monkeypatch.setattr(formats, "locate_checkpoint", lambda name: name)
     monkeypatch.setattr(formats.os.path, "isfile", lambda path: path.endswith("adapter_config.json"))
     monkeypatch.setattr(formats, "read_json", lambda path: config)
     monkeypatch.setattr(formats, "read_safetensors", lambda path: (theirs, {}))

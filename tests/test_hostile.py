@@ -18,7 +18,7 @@ from transformers import AddedToken
 
 import data
 from conftest import ROOT, make_base, make_model, make_tokenizer
-from generator import Memory, config_from_dict
+from generator import GeneratorConfig, Memory
 from model import AdaptedLM, load_base
 from support.benchmarks import load_msc
 from support.files import InputError, read_json, read_safetensors
@@ -301,7 +301,7 @@ def test_fuzz_configs_and_token_files(tmp_path, base_directory):
                                      {"d_r": 24, "rank": 8, "scale": 0.5, "norm": "svd", "damping": 0.01,
                                       "targets": ["o_proj"]})).encode()
         (tmp_path / "c.json").write_bytes(corrupt(draw, content) if draw.random() < 0.4 else content)
-        good[1] += run(str(tmp_path), lambda: config_from_dict(read_json(str(tmp_path / "c.json"))))
+        good[1] += run(str(tmp_path), lambda: GeneratorConfig.from_dict(read_json(str(tmp_path / "c.json"))))
     files = {name: open(os.path.join(base_directory, name), "rb").read() for name in os.listdir(base_directory)}
     (tmp_path / "base").mkdir()
     for _ in range(20):
