@@ -69,7 +69,8 @@ def read_generator(name):
         values = read_json(os.path.join(directory, "generator_config.json"))
         tensors, _ = read_safetensors(os.path.join(directory, "generator.safetensors"))
     for name, tensor in tensors.items():                               # before the config's sizes are allocated
-        if not tensor.is_floating_point() or name.endswith(".A2") and len(tensor) != values.get("d_r"):
+        wrong = name.endswith(".A2") and tensor.shape[:1] != (values.get("d_r"),)
+        if wrong or not tensor.is_floating_point():
             raise InputError(f"{directory}: {name} is {tensor.dtype} of shape {tuple(tensor.shape)}, which does not go "
                              f"with d_r {values.get('d_r')} in its config")
     return values, tensors, values.get("base")

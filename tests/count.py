@@ -129,7 +129,7 @@ def training_step(model, batch, C, L, checkpointing):
     """Two Counters of a model on meta: one pass over `batch` sequences of C chunks of L tokens, forward and backward,
     and what comes once a step, clipping and AdamW (train.py)."""
     model.checkpointing, parameters = checkpointing, list(model.generator.parameters())
-    segments, _, visible, _ = doubled(torch.zeros(batch, C * L, dtype=torch.long), C, pad=1)           # (B, 2C, L)
+    segments, _, visible, _ = doubled(torch.zeros(batch, C * L, dtype=torch.long), C)                  # (B, 2C, L)
     segments = segments.to("meta")
     labels = torch.cat([torch.full_like(segments[:, :1], -100), segments[:, 1:]], 1)        # segment 0 has no weight
     with on_meta(batch * (2 * C - 1) * (L - 1)) as one_pass:
