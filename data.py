@@ -202,11 +202,7 @@ def conversation(tokenizer, pairs, limit):
         else:
             prompt = apply_template(tokenizer, messages + turn[:1], add_generation_prompt=True)
             full = apply_template(tokenizer, messages + turn)
-        if full[:len(ids)] != ids:             # the template writes earlier turns differently: keep what stands
-            break
-        if len(full) > limit and (ids or number < len(pairs)):
-            continue
-        start = len(os.path.commonprefix([prompt, full]))                      # of the answer
+        start = len(os.path.commonprefix([prompt, full]))                      # of the answer; it takes lists too
         stop = start                                                           # its end token
         while stop < len(full) and full[stop] not in ends:
             stop += 1
@@ -215,6 +211,10 @@ def conversation(tokenizer, pairs, limit):
             full = prompt + answer_ids + full[stop:]
             start = len(prompt)
             stop = start + len(answer_ids)
+        if full[:len(ids)] != ids:             # the template writes earlier turns differently: keep what stands
+            break
+        if len(full) > limit and (ids or number < len(pairs)):
+            continue
         labels += [-100] * (start - len(labels)) + full[start:stop + 1]
         labels += [-100] * (len(full) - len(labels))
         ids = full
@@ -379,9 +379,8 @@ class InstructionData:
                              "fewer --eval-sequences")
         self.validation = instruction_batch(items, tokenizer.pad_token_id, args.chunk)
         self.controls = control_items([item.texts for item in items])
-        if None in self.controls:
-            self.about += (f"; {self.controls.count(None)} of {len(items)} validation items without a control of other "
-                           "documents")
+        lone = self.controls.count(None)
+        self.about += f"; {lone} of {len(items)} validation items without a control of other documents"
 
     def example(self, documents, unit, *numbers):
         """Example of a unit; seed and numbers alone decide what is drawn."""
