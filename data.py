@@ -202,11 +202,7 @@ def conversation(tokenizer, pairs, limit):
         else:
             prompt = apply_template(tokenizer, messages + turn[:1], add_generation_prompt=True)
             full = apply_template(tokenizer, messages + turn)
-        if full[:len(ids)] != ids:             # the template writes earlier turns differently: keep what stands
-            break
-        if len(full) > limit and (ids or number < len(pairs)):
-            continue
-        start = len(os.path.commonprefix([prompt, full]))                      # of the answer
+        start = len(os.path.commonprefix([prompt, full]))                      # of the answer; it takes lists too
         stop = start                                                           # its end token
         while stop < len(full) and full[stop] not in ends:
             stop += 1
@@ -215,6 +211,10 @@ def conversation(tokenizer, pairs, limit):
             full = prompt + answer_ids + full[stop:]
             start = len(prompt)
             stop = start + len(answer_ids)
+        if full[:len(ids)] != ids:             # the template writes earlier turns differently: keep what stands
+            break
+        if len(full) > limit and (ids or number < len(pairs)):
+            continue
         labels += [-100] * (start - len(labels)) + full[start:stop + 1]
         labels += [-100] * (len(full) - len(labels))
         ids = full
@@ -322,8 +322,11 @@ class PretrainingData:
         if n < 2:
             raise InputError(f"validation needs at least 2 sequences of {self.length} tokens, the text gives {n}: give "
                              "more text or shorter --chunks")
-        starts = np.linspace(0, len(held_out) - self.length, n).astype(int)      # fixed, and spread over the text
-        self.validation = doubled(cut(held_out, starts, self.length), args.chunks)
+        rows = np.empty((n, self.length), dtype=np.int64)
+        for i in range(n):                                                       # fixed, and spread over the text
+            start = i * (len(held_out) - self.length) // (n - 1)
+            rows[i] = held_out[start:start + self.length]
+        self.validation = doubled(torch.from_numpy(rows), args.chunks)
         self.controls = [(i + n // 2) % n for i in range(n)]                     # neighbours may be alike
         self.about = f"{len(self.tokens) / 1e6:.2f} M tokens"
 
@@ -379,9 +382,8 @@ class InstructionData:
                              "fewer --eval-sequences")
         self.validation = instruction_batch(items, tokenizer.pad_token_id, args.chunk)
         self.controls = control_items([item.texts for item in items])
-        if None in self.controls:
-            self.about += (f"; {self.controls.count(None)} of {len(items)} validation items without a control of other "
-                           "documents")
+        lone = self.controls.count(None)
+        self.about += f"; {lone} of {len(items)} validation items without a control of other documents"
 
     def example(self, documents, unit, *numbers):
         """Example of a unit; seed and numbers alone decide what is drawn."""
@@ -450,41 +452,33 @@ def tokenizer_facts(tokenizer):
     return {"vocabulary": len(tokenizer), "probe": probe, "marks": list(document_marks(tokenizer))}
 
 
-def read_texts(sources):
-    """Yield the text of every row. Rows in which it is null are left out and counted."""
-    null = 0
-    for source in sources:
-        for where, row in read_rows(source):
-            text = row.get("text")
-            if isinstance(text, str):
-                yield text
-            elif "text" in row and text is None:
-                null += 1
-            else:
-                raise InputError(f"{where}: field 'text' is missing or is not a text")
-    if null:
-        print(f"{null} rows whose text is null were left out")
-
-
 def pack(sources, tokenizer, path):
     """Tokenise every document of sources into one flat file of uint16 (uint32 for a vocabulary beyond 65,536) and a
-    .json beside it. The token file is written aside and renamed; one document is in memory at a time."""
+    .json beside it. Rows whose text is null are left out and counted. The token file is written aside and renamed; one
+    document is in memory at a time."""
     facts = tokenizer_facts(tokenizer)
     before, after = facts["marks"]
     dtype = "uint32"
     if len(tokenizer) <= 65_536:
         dtype = "uint16"
-    documents, tokens, empty = 0, 0, True
+    documents, tokens, null, empty = 0, 0, 0, True
     part = f"{path}.{platform.node()}.{os.getpid()}.part"      # machines may share the directory
     try:
         with open(part, "wb") as file:
-            for text in tqdm(read_texts(sources), unit="doc", unit_scale=True, desc="packing"):
-                ids = tokenize(tokenizer, [text])[0]
-                empty = empty and not ids
-                ids = before + ids + after
-                np.array(ids, dtype=dtype).tofile(file)
-                tokens += len(ids)
-                documents += 1
+            for source in sources:
+                for where, row in tqdm(read_rows(source), unit="doc", desc=f"packing {source}"):
+                    text = row.get("text")
+                    if text is None and "text" in row:
+                        null += 1
+                        continue
+                    if not isinstance(text, str):
+                        raise InputError(f"{where}: field 'text' is missing or is not a text")
+                    ids = tokenize(tokenizer, [text])[0]
+                    empty = empty and not ids
+                    ids = before + ids + after
+                    np.array(ids, dtype=dtype).tofile(file)
+                    tokens += len(ids)
+                    documents += 1
         if empty:
             raise InputError(f"{', '.join(sources)}: no text to pack")
         facts |= {"dtype": dtype, "tokens": tokens, "documents": documents, "sources": sources}
@@ -494,6 +488,8 @@ def pack(sources, tokenizer, path):
     finally:
         if os.path.exists(part):
             os.remove(part)
+    if null:
+        print(f"{null} rows whose text is null were left out")
 
 
 def load_tokens(path, tokenizer):
@@ -545,17 +541,12 @@ def sequences(tokens, length, first, count, seed):
     if per_epoch < 1:
         raise InputError(f"the training text has {len(tokens)} tokens, fewer than two sequences of {length}: give more "
                          "text or a shorter --chunk or --chunks (without --validation, --eval-sequences are held out)")
-    starts = []
-    for i in range(first, first + count):
-        epoch, k = divmod(i, per_epoch)
-        starts.append(epoch_order(len(tokens), length, seed, epoch)[k])
-    return cut(tokens, starts, length)
-
-
-def cut(tokens, starts, length):
-    """The sequences of that length that begin at starts: (len(starts), length) long."""
-    rows = [tokens[start:start + length].astype(np.int64) for start in starts]
-    return torch.from_numpy(np.stack(rows))
+    rows = np.empty((count, length), dtype=np.int64)
+    for i in range(count):
+        epoch, k = divmod(first + i, per_epoch)
+        start = epoch_order(len(tokens), length, seed, epoch)[k]
+        rows[i] = tokens[start:start + length]
+    return torch.from_numpy(rows)
 
 
 def main():

@@ -127,10 +127,8 @@ def train(args):
             aligned_start(model, sequences(data.tokens, length, 0, 96, args.seed).split(16))
         cut_log(os.path.join(args.out, "log.jsonl"), step)
         cut_log(os.path.join(args.out, "validation.jsonl"), step - 1)
-        size = sum(p.numel() for p in parameters)
-        print(f"{size:,} parameters on {args.base}, {args.dtype}, {device}; {data.about}", flush=True)
-        print(f"{args.steps} steps of {args.batch} x {args.chunks} x {args.chunk} tokens, from step {step}; processes: "
-              f"{world}", flush=True)
+        print(f"{args.base}, {args.dtype}, {device}; {data.about}; steps of {args.batch} x {args.chunks} x {args.chunk} "
+              f"tokens, from step {step}; processes: {world}", flush=True)
     if world > 1:
         step, tokens = share_state(optimizer, [step, tokens])
 
@@ -215,7 +213,7 @@ def train(args):
         dist.barrier()
         dist.destroy_process_group()
     if rank == 0:
-        print(f"stopped at step {step} of {args.steps}; generator in {checkpoints(args.out)[-1]}")
+        print(f"stopped at step {step} of {args.steps}; generators in {args.out}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -275,9 +273,8 @@ def report_validation(args, step, losses):
     append(os.path.join(args.out, "validation.jsonl"), {**row, "sequences": sequences})
     gap = losses[:, 2] - losses[:, 0]
     gap = gap[~gap.isnan()]
-    if len(gap) > 1:
-        words += f"   memory {gap.mean():.4f} +- {gap.std() / len(gap) ** 0.5:.4f}"
-    print(words + " nats a token")
+    stderr = gap.std() / len(gap) ** 0.5
+    print(f"{words}   control - own {gap.mean():.4f} +- {stderr:.4f} nats", flush=True)
 
 
 def append(path, row):

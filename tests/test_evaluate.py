@@ -30,6 +30,7 @@ from support.benchmarks import (IN_CONTEXT_PROMPT, METAICL_KINDS, METAICL_PROMPT
                                 control_contexts, in_context_prompts, load_metaicl, load_msc, load_qa)
 from support.files import InputError
 from data import demonstration
+from extras.finetune import finetune
 
 GOLDEN = json.load(open(os.path.join(os.path.dirname(__file__), "golden", "text_golden.json"), encoding="utf-8"))
 METRICS = ("f1", "em", "recall", "rougeL_recall")
@@ -271,8 +272,8 @@ def test_fine_tuned_base_brings_its_cost(tmp_path, base_directory, squad_file):
     write_rows(tmp_path / "docs.jsonl", [{"text": "x" * 100}])
     flags = ["--stage", "finetune", "--base", base_directory, "--documents", str(tmp_path / "docs.jsonl"), "--device",
              "cpu", "--dtype", "float32"]
-    train.finetune(train.arguments([*flags, "--out", str(tmp_path / "cpt")]))
-    train.finetune(train.arguments([*flags, "--out", str(tmp_path / "again"), "--checkpointing"]))
+    finetune(train.arguments([*flags, "--out", str(tmp_path / "cpt")]))
+    finetune(train.arguments([*flags, "--out", str(tmp_path / "again"), "--checkpointing"]))
     for name, tensor in load_file(tmp_path / "cpt" / "model.safetensors").items():         # recomputing changes nothing
         torch.testing.assert_close(load_file(tmp_path / "again" / "model.safetensors")[name], tensor)
     cost = json.load(open(tmp_path / "cpt" / "finetune.json"))
