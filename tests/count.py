@@ -99,8 +99,8 @@ class FusedRMSNorm(torch.autograd.Function):
         return torch.addcmul(grad, H, weight), None
 
 
-def rms_norm(H, shape, weight=None, eps=None):
-    return FusedRMSNorm.apply(H, H.new_empty(shape) if weight is None else weight)
+def rms_norm(H, normalized_shape, weight=None, eps=None):
+    return FusedRMSNorm.apply(H, H.new_empty(normalized_shape) if weight is None else weight)
 
 
 def attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
