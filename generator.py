@@ -162,21 +162,20 @@ class AdapterGenerator(nn.Module):
     def __init__(self, config, d_h, shapes, device=None):
         super().__init__()
         self.config = config
-        self.index = {}                                                         # ModuleDict keys may not hold dots
-        self.layers = nn.ModuleList()
+        self.by_name = {}                                                       # {module name: LayerGenerator}
         for name, (d_in, d_out) in shapes.items():
-            self.index[name] = len(self.layers)
-            self.layers.append(LayerGenerator(config, d_h, d_in, d_out, device))
+            self.by_name[name] = LayerGenerator(config, d_h, d_in, d_out, device)
+        self.layers = nn.ModuleList(self.by_name.values())                      # ModuleDict keys may not hold dots
         self._fingerprint = (None, None)
 
     def __getitem__(self, name):
-        return self.layers[self.index[name]]
+        return self.by_name[name]
 
     def tensors(self):
         """{"<module name>.<A1|A2|B1|B2|g>": parameter}, the names a checkpoint file uses."""
         tensors = {}
-        for name, i in self.index.items():
-            for key, parameter in self.layers[i].named_parameters():
+        for name, layer in self.by_name.items():
+            for key, parameter in layer.named_parameters():
                 tensors[f"{name}.{key}"] = parameter
         return tensors
 

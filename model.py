@@ -68,7 +68,6 @@ class AdaptedLM(nn.Module):
         text_config = base_model.config.get_text_config()
         self.window = text_config.max_position_embeddings                       # tokens that the base reads at once
         self.generator = AdapterGenerator(config, text_config.hidden_size, shapes, device=base_model.device)
-        self.layers = dict(zip(shapes, self.generator.layers))                  # {name: LayerGenerator}
         self.adapters = None                            # during a pass: a function (l, H) -> {name: (lora_A, lora_B)}
         self.lora_of_block = {}                         # while block l is computed: what that function gave for it
         self.lock = threading.RLock()
@@ -136,7 +135,7 @@ class AdaptedLM(nn.Module):
             h = rms_norm(H).view(B, N, L, -1)[:, :C]                            # (B, C, L, d_h)
             lora = {}
             for name in self.block_targets[l]:
-                layer = self.layers[name]
+                layer = self.generator.by_name[name]
                 S = layer.update(h, chunk_mask).cumsum(1)                       # eq. 3: S_1 .. S_C  (B, C, d_r, d_r)
                 S = F.pad(S, (0, 0, 0, 0, 1, 0))                                # S_0 = 0: the base  (B, C+1, d_r, d_r)
                 lora_A, lora_B = layer.adapter(S)                               # eq. 6-9
@@ -191,7 +190,7 @@ class AdaptedLM(nn.Module):
         def adapters(l, H):
             h = rms_norm(H)                                                     # (B, L, d_h)
             for name in self.block_targets[l]:
-                S = self.layers[name].update(h, mask)                           # (B, d_r, d_r)
+                S = self.generator.by_name[name].update(h, mask)                           # (B, d_r, d_r)
                 if memory is not None:
                     S = memory.states[name].to(H.device) + S                    # eq. 3
                 states[name] = S
@@ -235,13 +234,13 @@ class AdaptedLM(nn.Module):
         if memory.fingerprint not in (None, self.generator.fingerprint()):
             raise InputError("the memory was written by another generator (its fingerprint differs): read the context "
                              "again with this one")
-        if memory.states.keys() != self.generator.index.keys():
+        if memory.states.keys() != self.generator.by_name.keys():
             raise InputError("the memory does not fit this generator: its target modules differ")
         lora = {}
         for name, S in memory.states.items():
             if S.shape[1:] != (self.config.d_r, self.config.d_r):
                 raise InputError("the memory does not fit this generator: its d_r differs")
-            layer = self.layers[name]
+            layer = self.generator.by_name[name]
             S = S.to(self.base.device)
             lora[name] = layer.adapter(S) if self.plain else fast.adapter(layer, S)
         return lora

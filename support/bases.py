@@ -3,12 +3,10 @@ file of 98 MB, so one is converted once, into a transformers directory in CACHE.
 """
 
 import importlib.util
-import json
 import os
 import shutil
 import sys
 import zlib
-from pathlib import Path
 
 import torch
 import transformers
@@ -133,58 +131,36 @@ def model_at(name, path, device, dtype, **options):
 
 def convert(name, directory, file):
     """Path of the transformers directory that holds a .gguf file's tokenizer and, in fp32, bit for bit, its dequantised
-    weights. It is written where it is missing or damaged; None where the cache cannot be written."""
-    key = f"{file[:-5]}-{checksum(os.path.join(directory, file)):08x}-transformers-{transformers.__version__}"
+    weights, written where it is missing; None where the cache cannot be written."""
+    path = os.path.join(directory, file)
+    key = f"{file[:-5]}-{checksum(path):08x}-transformers-{transformers.__version__}"
     target = os.path.join(CACHE, "bases", key)
-    if intact(target):
+    part = f"{target}.part"
+    if os.path.isdir(target):
         return target
     try:
         os.makedirs(os.path.dirname(target), exist_ok=True)
         with FileLock(f"{target}.lock"):                               # one process converts, others wait for it
-            if not intact(target):
-                print(f"{file} is converted for quick starts, once: {target}", file=sys.stderr, flush=True)
-                write(name, directory, file, target)
-        return target
+            if os.path.isdir(target):
+                return target
+            print(f"{file} is converted for quick starts, once: {target}", file=sys.stderr, flush=True)
+            shutil.rmtree(part, ignore_errors=True)                    # of a process that was killed
+            tokenizer_at(name, directory, gguf_file=file).save_pretrained(part)
+            model_at(name, directory, torch.device("cpu"), torch.float32, gguf_file=file).save_pretrained(part)
+            if not os.path.isfile(os.path.join(part, "config.json")):
+                raise OSError("in a process group transformers saves a model on rank 0 alone")
+            os.rename(part, target)                                    # so that what is there is whole
+            return target
     except (OSError, NotImplementedError, SafetensorError) as error:   # no room, a read-only disk, one without locks
         print(f"{file} is read anew at every start, since {CACHE} cannot be written ({error})", file=sys.stderr)
+        shutil.rmtree(part, ignore_errors=True)
         return None
 
 
-def write(name, directory, file, target):
-    """Convert into target: aside first, so that a killed process leaves nothing that looks whole."""
-    part = f"{target}.part"
-    shutil.rmtree(target, ignore_errors=True)
-    shutil.rmtree(part, ignore_errors=True)
-    try:
-        tokenizer_at(name, directory, gguf_file=file).save_pretrained(part)
-        model_at(name, directory, torch.device("cpu"), torch.float32, gguf_file=file).save_pretrained(part)
-        if not os.path.isfile(os.path.join(part, "config.json")):
-            raise OSError("in a process group transformers saves a model on rank 0 alone")
-        sums = {saved: checksum(os.path.join(part, saved)) for saved in os.listdir(part)}
-        Path(part, "checksums.json").write_text(json.dumps(sums))
-        os.rename(part, target)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-
-
-def intact(directory):
-    """Whether convert finished that directory, and nothing in it has changed."""
-    try:
-        sums = json.loads(Path(directory, "checksums.json").read_text())
-        for name, value in sums.items():
-            if checksum(os.path.join(directory, name)) != value:
-                return False
-        return len(sums) > 0
-    except (OSError, ValueError, AttributeError):
-        return False
-
-
 def checksum(path):
-    """CRC-32 of a file: 540 MB in a quarter of a second."""
+    """CRC-32 of a file."""
     crc = 0
     with open(path, "rb") as file:
-        block = file.read(1 << 20)
-        while block:
+        for block in iter(lambda: file.read(1 << 20), b""):
             crc = zlib.crc32(block, crc)
-            block = file.read(1 << 20)
     return crc

@@ -192,34 +192,45 @@ def hidden_states(model, segments, mask, visible):
     """AdaptedLM.hidden_states in two passes: segments without an adapter train nothing, so they go first, without
     gradient, and only their h of every block is kept; then those with an adapter. Hidden states of segments and columns
     that are padding in every row are not computed: they are 0."""
-    shape = segments.shape
-    segments, mask, visible, real = cut_padding(segments, mask, visible)
     B, N, L = segments.shape
-    C = max(visible)                                                            # segments from C on never enter S
-    first = [j for j in range(N) if visible[j] == 0]
-    second = [j for j in range(N) if visible[j] > 0]
-    order = [j for j in first + second if j < C]                                # of the chunks, as they come
-    h_first = {}                                                                # of each block
-    hidden = [None] * N
+    lengths = [L] * N                                           # of each segment, its longest row
+    if mask is not None:
+        positions = torch.arange(1, L + 1, device=mask.device)
+        lengths = (mask.bool() * positions).amax((0, 2)).tolist()
+    first, second, chunks, seen = [], [], [], {}
+    for j in range(N):
+        seen[j] = sum(length > 0 for length in lengths[:visible[j]])            # chunks that segment j reads under
+        if lengths[j] > 0 and seen[j] == 0:
+            first.append(j)
+        elif lengths[j] > 0:
+            second.append(j)
+        if lengths[j] > 0 and j < max(visible):                                 # later segments never enter S
+            chunks.append(j)
+    longest = max([lengths[j] for j in chunks], default=0)
+    d_h = model.base.config.get_text_config().hidden_size
+    hidden = torch.zeros(B, N, L, d_h, dtype=model.base.dtype, device=segments.device)
+    h_first = {}                                                # {block: {chunk: h}} of the first pass
 
-    def chunks_of(H, among):
-        """h (B, L, d_h) of each chunk among the segments of a pass, from H (B among, L', d_h), the input of a block."""
-        H = H.view(B, len(among), -1, H.shape[-1])                              # (B, among, L', d_h)
-        count = sum(j < C for j in among)
-        h = model.generator.rms_norm(H[:, :count])                              # (B, count, L', d_h)
-        return F.pad(h, (0, 0, 0, L - h.shape[2])).unbind(1)                    # count times (B, L, d_h)
+    def split(H, among):
+        """{chunk: h (B, longest, d_h)} of the segments of a pass, from H (B among, L', d_h), the input of a block."""
+        H = H.view(B, len(among), -1, d_h)                                      # (B, among, L', d_h)
+        some = [j for j in among if j in chunks]                                # they come first
+        h = model.generator.rms_norm(H[:, :len(some)])
+        h = F.pad(h, (0, 0, 0, longest - h.shape[2]))                           # (B, some, longest, d_h)
+        return dict(zip(some, h.unbind(1)))
 
     def keep(block, H):
-        h_first[block] = chunks_of(H, first)
+        h_first[block] = split(H, first)
         return {}
 
     def states(block, H):
         """S_1 .. S_C (B, C, d_r, d_r) of each target of the block."""
-        h = dict(zip(order, [*h_first.get(block, ()), *chunks_of(H, second)]))
-        h = torch.stack([h[j] for j in range(C)], 1)                            # (B, C, L, d_h)
+        h = {**h_first.get(block, {}), **split(H, second)}
+        h = torch.stack([h[j] for j in chunks], 1)                              # (B, C, longest, d_h)
+        real = None if mask is None else mask[:, chunks, :longest]              # (B, C, longest)
         S = []
         for name in model.block_targets[block]:
-            updates = model.layers[name].update(h, None if mask is None else mask[:, :C])
+            updates = model.generator.by_name[name].update(h, real)
             S_t = list(accumulate(updates.unbind(1)))           # eq. 3; the kernel of cumsum is slow on a CPU
             S.append(torch.stack(S_t, 1))                                       # (B, C, d_r, d_r)
         return S
@@ -229,54 +240,27 @@ def hidden_states(model, segments, mask, visible):
         lora = {}
         for name, S_name in zip(model.block_targets[block], S):
             # never recomputed: the pairs are small, and norm is slow
-            lora_A, lora_B = adapter(model.layers[name], S_name, tokens=C * L)           # (B, C, ..)
-            lora[name] = (rows(lora_A.to(H.dtype)), rows(lora_B.to(H.dtype)))
+            tokens = longest * len(chunks)
+            pair = []
+            for matrix in adapter(model.generator.by_name[name], S_name, tokens):           # (B, C, ..)
+                columns = matrix.to(H.dtype).unbind(1)          # unbind and stack: the backward of an index is slow
+                rows = torch.stack([columns[seen[j] - 1] for j in second], 1)
+                pair.append(rows.flatten(0, 1))                                 # (B second, ..)
+            lora[name] = pair
         return lora
 
-    def rows(matrix):
-        """Of S_1 .. S_C the one that each segment of the second pass reads under: (B, C, ..) -> (B second, ..)."""
-        columns = matrix.unbind(1)                              # unbind and stack: the backward of an index is slow
-        return torch.stack([columns[visible[j] - 1] for j in second], 1).flatten(0, 1)
-
     def forward_pass(among, function):
-        ids = segments[:, among]                                                # (B, among, L)
-        if mask is not None:
-            ids = ids[:, :, :last_column(mask[:, among])]                       # (B, among, L')
-        out = model.run(function, model.base.get_decoder(), input_ids=ids.flatten(0, 1), use_cache=False)
-        out = out.last_hidden_state                                             # (B among, L', d_h)
-        out = F.pad(out, (0, 0, 0, L - out.shape[1])).view(B, len(among), L, -1)            # (B, among, L, d_h)
-        for k, j in enumerate(among):
-            hidden[j] = out[:, k]                                               # (B, L, d_h)
+        length = max(lengths[j] for j in among)
+        ids = segments[:, among, :length].flatten(0, 1)                         # (B among, L')
+        out = model.run(function, model.base.get_decoder(), input_ids=ids, use_cache=False).last_hidden_state
+        hidden[:, among, :length] = out.view(B, len(among), length, d_h)
 
     if first:
         with torch.no_grad():
             forward_pass(first, keep if second else None)
     if second:
         forward_pass(second, adapters)
-    hidden = torch.stack(hidden, 1)                                             # (B, real N, real L, d_h)
-    if hidden.shape[:3] == shape:
-        return hidden
-    whole = hidden.new_zeros(*shape, hidden.shape[-1])                          # (B, N, L, d_h)
-    whole[:, real, :L] = hidden
-    return whole
-
-
-def cut_padding(segments, mask, visible):
-    """segments and mask (B, N, L) without the segments and columns that are padding in every row, visible (a list)
-    counted among the segments left, and the indices of those."""
-    N = segments.shape[1]
-    if mask is None or mask.all() or not mask.any():
-        return segments, None, visible, list(range(N))
-    holds_tokens = mask.any(-1).any(0).tolist()                                 # N
-    real = [j for j in range(N) if holds_tokens[j]]
-    seen = [sum(holds_tokens[:visible[j]]) for j in real]
-    L = last_column(mask)
-    return segments[:, real, :L], mask[:, real, :L], seen, real
-
-
-def last_column(mask):
-    """Number of columns of mask (B, N, L) up to the last one that is not padding in every row."""
-    return int(mask.any(0).any(0).nonzero().max()) + 1
+    return hidden
 
 
 def recompute(model, l, function, *inputs):
