@@ -1,0 +1,43 @@
+"""Other contexts: the control of every task is the adapter of a context that shares nothing with the question's own."""
+
+import random
+
+
+def other_contexts(parts, args, notes, first=None):
+    """For each context the indices of --controls others that share no part with it, drawn at random.
+
+    parts: a set for each context, of its documents, sessions or tasks. All contexts get as many others; one that shares
+    a part with every other context gets none. The first `first` contexts are drawn before the rest: they are read
+    anyway.
+    """
+    draw = random.Random(args.seed)
+    order = list(range(len(parts)))
+    others = []
+    for own in parts:
+        draw.shuffle(order)
+        near = sorted(order, key=lambda j: first is not None and j >= first)
+        apart = [j for j in near if not own & parts[j]]
+        others.append(apart[:args.controls])
+    count = min((len(some) for some in others if some), default=0)
+    if 0 < count < args.controls and "adapter-shuffled" in args.method:
+        notes.append(f"adapter-shuffled: some contexts have {count} others, so the gold is scored under {count}, not "
+                     f"under {args.controls}")
+    return [some[:count] for some in others]
+
+
+def overlapping(parts):
+    """A label for each context, equal where contexts share a part, also by way of others. parts: a set for each."""
+    clusters = []
+    for own in parts:
+        merged = set(own)
+        apart = []
+        for cluster in clusters:
+            if cluster & own:
+                merged |= cluster
+            else:
+                apart.append(cluster)
+        clusters = [*apart, merged]
+    label = {}
+    for number, cluster in enumerate(clusters):
+        label.update(dict.fromkeys(cluster, number))
+    return [label[next(iter(own))] for own in parts]
