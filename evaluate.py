@@ -231,19 +231,11 @@ def greedy_answers(model, tokenizer, prompts, new_tokens, memory=None, prefix=()
     model.base.generation_config = greedy
     out = model.generate(ids.to(device), memory, attention_mask=mask.to(device), past_key_values=cache,
                          generation_config=greedy)                                          # (B, P + L + new)
-    new = out[:, ids.shape[1]:].tolist()
+    new = out[:, ids.shape[1]:]                                                             # (B, new)
+    ended = torch.isin(new, torch.tensor(ends, device=device)).cumsum(1)                    # 0 before an answer's end
+    counts = (1 + (ended == 0).sum(1)).clamp(max=new.shape[1])                              # (B,), its end included
     texts = tokenizer.batch_decode(new, skip_special_tokens=True)
-    if not isinstance(ends, list):
-        ends = [ends]
-    counts = []
-    for row in new:
-        count = 0
-        for token in row:
-            count += 1
-            if token in ends:
-                break
-        counts.append(count)
-    return [text.split("\n")[0].strip() for text in texts], counts
+    return [text.split("\n")[0].strip() for text in texts], counts.tolist()
 
 
 @torch.no_grad()
@@ -259,12 +251,10 @@ def gold_nats(model, tokenizer, prompts, golds, memory=None, prefix=(), cache=No
         logits = model.base(input_ids=ids, past_key_values=copies(cache, len(rows))).logits
     nats = []
     for b, gold in enumerate(golds):
-        if not gold:
-            nats.append(None)
-            continue
         end = len(rows[b])
         start = end - len(gold)
-        nats.append(F.cross_entropy(logits[b, start - 1:end - 1].float(), ids[b, start:end]).item())
+        loss = F.cross_entropy(logits[b, start - 1:end - 1].float(), ids[b, start:end])
+        nats.append(loss.item() if gold else None)
     return nats
 
 
@@ -305,35 +295,25 @@ def answer(model, tokenizer, task, questions, prompts, costs, memories=(None,), 
 # methods: what each makes of contexts. part: [(contexts, question)], the contexts that the question is asked under
 
 
-def bare_question(model, tokenizer, task, template, part, args, costs):
-    """The bare question, or with an instruction, as one user turn; nothing is read."""
-    records = []
-    for start in range(0, len(part), args.batch_size):
-        questions = [question for _, question in part[start:start + args.batch_size]]
-        prompts = [user_turn(tokenizer, template.format(**question)) for question in questions]
-        records += answer(model, tokenizer, task, questions, prompts, [costs] * len(questions))
-    return records
+def bare_question(model, tokenizer, task, template, part, costs, memories=(None,)):
+    """The bare question, or with an instruction, as one user turn; of itself it reads nothing."""
+    questions = [question for _, question in part]
+    prompts = [user_turn(tokenizer, template.format(**question)) for question in questions]
+    return answer(model, tokenizer, task, questions, prompts, costs, memories)
 
 
-def adapter(model, tokenizer, task, template, part, args, memories):
+def adapter(model, tokenizer, task, template, part, memories):
     """The context in the weights: the bare question under the memory of its own context, or of K other ones."""
-    records = []
-    for start in range(0, len(part), args.batch_size):
-        batch = part[start:start + args.batch_size]
-        questions = [question for _, question in batch]
-        prompts = [user_turn(tokenizer, template.format(**question)) for question in questions]
-        under = []
-        for k in range(len(batch[0][0])):
-            read = [read_context(model, tokenizer, contexts[k], memories) for contexts, _ in batch]
-            if k == 0:
-                costs = [cost for _, cost in read]
-            side_by_side = [memory for memory, _ in read]
-            if all(memory is side_by_side[0] for memory in side_by_side):
-                under.append(side_by_side[0])               # batch 1 serves every row
-            else:
-                under.append(Memory.stack(side_by_side))
-        records += answer(model, tokenizer, task, questions, prompts, costs, under)
-    return records
+    under = []
+    for k in range(len(part[0][0])):
+        read = [read_context(model, tokenizer, contexts[k], memories) for contexts, _ in part]
+        if k == 0:
+            costs = [cost for _, cost in read]
+        side_by_side = [memory for memory, _ in read]
+        if all(memory is side_by_side[0] for memory in side_by_side):
+            side_by_side = side_by_side[:1]                 # batch 1 serves every row
+        under.append(Memory.stack(side_by_side))
+    return bare_question(model, tokenizer, task, template, part, costs, under)
 
 
 def read_context(model, tokenizer, text, memories):
@@ -355,7 +335,7 @@ def read_context(model, tokenizer, text, memories):
     return memory, costs
 
 
-def in_context(model, tokenizer, task, template, part, args):
+def in_context(model, tokenizer, task, template, part, batch_size):
     """The context in the prompt: its questions share the KV cache of what their prompts begin with."""
     base = model.base
     context = part[0][0][0]
@@ -373,7 +353,7 @@ def in_context(model, tokenizer, task, template, part, args):
              "storage_mfloats": kv_cache_floats(base, past) / 1e6, "context_tokens": past,
              "contextualisation_seconds": clock(base.device) - began, "past": past, "lost": lost}
     copied = int(KV_FLOATS / kv_cache_floats(base, len(prefix)))
-    size = max(1, min(args.batch_size, copied))
+    size = max(1, min(batch_size, copied))
     records = []
     for start in range(0, len(part), size):
         end = start + size
@@ -402,11 +382,15 @@ def fine_tuned(model, tokenizer, task, template, part, args):
     """All weights of the base fitted to the context, (training rows, validation rows); then the bare question."""
     from extras.finetune import fit_task
 
-    examples = part[0][0][0]
-    weights = [p.data for p in model.base.parameters()]
-    costs = fit_task(model.base, tokenizer, *examples, args.seed)
-    records = bare_question(model, tokenizer, task, template, part, args, costs)
-    for p, data in zip(model.base.parameters(), weights):
+    base = model.base
+    weights = [p.data for p in base.parameters()]
+    train, validation = part[0][0][0]
+    costs = fit_task(base, tokenizer, train, validation, args.seed)
+    records = []
+    for start in range(0, len(part), args.batch_size):
+        batch = part[start:start + args.batch_size]
+        records += bare_question(model, tokenizer, task, template, batch, [costs] * len(batch))
+    for p, data in zip(base.parameters(), weights):
         p.data = data
     return records
 
@@ -418,45 +402,44 @@ def fine_tuned(model, tokenizer, task, template, part, args):
 def evaluate(model, tokenizer, method, setting, groups, args, memories, done, facts):
     """Records of the questions of groups [(context, other contexts, questions)] under one method.
 
-    memories: of the contexts read so far, as in read_context. done: {key: record} of the predictions file. Groups are
-    answered side by side as far as their questions fit one batch, and such a part is done or it is not. facts: what all
-    answers of this run depend on.
+    memories: of the contexts read so far, as in read_context. done: {key: record} of the predictions file: a part,
+    of a batch or a group, is done or it is not. facts: what all answers of this run depend on.
     """
     task = TASKS[args.task]
     template = task.PROMPTS[method]
     facts = [*facts, args.task, method, setting, template]
     if method.startswith("adapter"):
         facts += [model.generator.fingerprint(), args.controls]
+    if method == "adapter-shuffled":
+        groups = [group for group in groups if group[1]]    # some contexts have no other
     digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
-    at_once = args.batch_size
-    if args.task == "ppl" or method == "fine-tuned" or "{context}" in template:
-        at_once = 1
-    parts = []
+    parts = []                                              # rows of (contexts, question): a batch, or a whole group
+    rows = []
     for context, others, questions in groups:
-        contexts = [context]
-        if method == "adapter-shuffled":
-            contexts = others
-        rows = [(contexts, question) for question in questions if contexts]
-        if parts and len(parts[-1]) + len(rows) <= at_once:
-            parts[-1] += rows
-        elif rows:
+        contexts = others if method == "adapter-shuffled" else [context]
+        for question in questions:
+            rows.append((contexts, question))
+        if args.task == "ppl" or method == "fine-tuned" or "{context}" in template:
             parts.append(rows)
+            rows = []
+    for start in range(0, len(rows), args.batch_size):      # contexts side by side
+        parts.append(rows[start:start + args.batch_size])
 
     records = []
     for part in tqdm(parts, desc=method, leave=None):
-        keys = [f"{args.task} {method} {digest} {question['cluster']} {question['number']}" for _, question in part]
+        keys = [f"{digest} {question['cluster']} {question['number']}" for _, question in part]
         if not all(key in done for key in keys):
             if args.task == "ppl":
                 new = [ppl.losses(model, method, *part[0])]
             elif "{context}" in template:
-                new = in_context(model, tokenizer, task, template, part, args)
+                new = in_context(model, tokenizer, task, template, part, args.batch_size)
             elif method == "fine-tuned":
                 new = fine_tuned(model, tokenizer, task, template, part, args)
             elif method.startswith("adapter"):
-                new = adapter(model, tokenizer, task, template, part, args, memories)
+                new = adapter(model, tokenizer, task, template, part, memories)
             else:
-                new = bare_question(model, tokenizer, task, template, part, args, cost_of_base(args.base))
+                new = bare_question(model, tokenizer, task, template, part, [cost_of_base(args.base)] * len(part))
             for key, record in zip(keys, new):
                 done[key] = {"key": key, "task": args.task, "method": method, **setting, **record}
             if args.predictions:
@@ -501,13 +484,13 @@ def row_of_another(entry, task, setting, questions):
     answers = {}
     for where, line in read_rows(path):
         field(line, "prediction", str, where)
-        answers[str(line.get("id"))] = line
+        answers[line.get("id")] = line
     records = []
     for question in questions:
-        if question["id"] not in answers:
-            raise InputError(f"--rows {entry}: the answer to {question['id']!r} is missing; the ids are those of the "
-                             "data, as --predictions writes them")
-        line = answers[question["id"]]
+        line = answers.get(question["id"])
+        if line is None:
+            raise InputError(f"--rows {entry}: no line has the id {question['id']}; the ids are those of the data, as "
+                             "--predictions writes them")
         records.append({**line, **question, **scores(line["prediction"], question["golds"], task.METRICS)})
     place = {key: line[key] for key in ("context_length", "shots") if key in line}
     return {"method": name, **setting, **place, **mean_scores(records)}
@@ -588,9 +571,8 @@ def main(argv=None):
             if lost:
                 notes.append(f"{method}: {lost} of {len(records)} prompts do not fit the base's window and lose the "
                              f"beginning of their context ({setting})")
-        if groups[0][0] is None:
-            for entry in args.rows:
-                rows.append(row_of_another(entry, task, setting, groups[0][2]))
+        if args.rows and groups[0][0] is None:              # all questions
+            rows.append(row_of_another(args.rows, task, setting, groups[0][2]))
     if args.task == "metaicl":
         rows += metaicl.averages(rows)
     if not rows:
@@ -631,8 +613,8 @@ def arguments(argv=None):
     add("--output", help="write the table and its circumstances as JSON")
     add("--predictions", help="append every prediction to this JSONL; a run that was stopped continues from it")
     add("--plot", help="draw the table: .png, .svg or .pdf")
-    add("--rows", action="append", default=[], metavar="NAME=FILE", help="another program's answers as .jsonl (id, "
-        "prediction and, if known, inference_tflops, storage_mfloats, context_length or shots), scored beside ours")
+    add("--rows", metavar="NAME=FILE", help="another program's answers as .jsonl (id, prediction and, if known, "
+        "inference_tflops, storage_mfloats, context_length or shots), scored beside ours")
     add("--context-lengths", type=int, nargs="+", help="tokens; squad, streamingqa: default 512 to 32768; ppl: 1024")
     add("--shots", type=int, nargs="+", help="metaicl: demonstrations; default 1 2 4 8 16")
     add("--demo-seeds", type=int, nargs="+", choices=metaicl.SEEDS, help="metaicl: their files; default: all five")
@@ -647,40 +629,33 @@ def arguments(argv=None):
             "squad, streamingqa and ppl": ["context_lengths"],
             "metaicl": ["shots", "demo_seeds"],
             "ask": ["context", "question", "memory", "export", "compare"],
+            "msc, squad, streamingqa and metaicl": ["rows"],
             "msc, squad, streamingqa, metaicl and ppl": ["data", "method", "limit", "output", "predictions", "plot"],
-            "msc, squad, streamingqa and metaicl": ["rows"]}.items():
+            }.items():
         for flag in flags:
             if getattr(args, flag) and args.task not in tasks:
                 raise InputError(f"--{flag.replace('_', '-')} belongs to --task {tasks}, not to --task {args.task}")
-    for flag in ("batch_size", "controls", "limit", "context_lengths", "shots"):
-        value = getattr(args, flag)
-        numbers = value if isinstance(value, list) else [value]
-        if any(number is not None and number < 1 for number in numbers):
-            raise InputError(f"--{flag.replace('_', '-')} must be at least 1")
-    if args.task != "ppl" and args.checkpoint and len(args.checkpoint) > 1:
+    counts = [args.batch_size, args.controls, args.limit, *(args.context_lengths or []), *(args.shots or [])]
+    if any(count is not None and count < 1 for count in counts):
+        raise InputError("--batch-size, --controls, --limit, --context-lengths and --shots must be at least 1")
+    if args.checkpoint and len(args.checkpoint) > 1 and args.task != "ppl":
         raise InputError("--checkpoint is given more than once: only ppl compares them")
+    if args.task in ("ppl", "streamingqa") and not args.data:
+        raise InputError(f"--task {args.task} has no data set on the hub, and the paper's cerebras/SlimPajama-627B "
+                         "cannot be read from it any more: give --data")
     if args.task == "ppl" and args.limit == 1:
         raise InputError("--limit of --task ppl must be at least 2: the control is another document")
-    if args.task == "ppl" and not args.data:
-        raise InputError("--task ppl needs long documents: --data (.parquet, .jsonl or a hub id); the paper's "
-                         "cerebras/SlimPajama-627B cannot be read from the hub any more")
-    if args.task == "streamingqa" and not args.data:
-        raise InputError("--task streamingqa has no data set on the hub: name a .csv with --data")
-
     if args.task != "ask":
-        known = TASKS[args.task].PROMPTS
-        args.method = list(dict.fromkeys(args.method or TASKS[args.task].METHODS))
-        for method in args.method:
-            if method not in known:
-                raise InputError(f"--method {method} is unknown for --task {args.task}: choose from {', '.join(known)}")
-    inputs = [args.data, *(args.context or [])]
-    for entry in args.rows:
-        name, _, path = entry.partition("=")
-        if not name or not path or name in known:
-            raise InputError(f"--rows takes NAME=FILE.jsonl, the name that of no method: not {entry}")
-        inputs.append(path)
+        task = TASKS[args.task]
+        args.method = list(dict.fromkeys(args.method or task.METHODS))
+        unknown = [method for method in args.method if method not in task.PROMPTS]
+        if unknown:
+            raise InputError(f"--method {unknown[0]} is unknown for --task {args.task}: choose from "
+                             f"{', '.join(task.PROMPTS)}")
+    if args.rows and not re.fullmatch("[^=]+=.+", args.rows):
+        raise InputError("--rows takes NAME=FILE.jsonl")
 
-    files = [os.path.realpath(path) for path in dict.fromkeys(inputs) if path]
+    files = [args.data, *(args.context or [])]
     for flag in ("output", "predictions", "plot", "memory"):
         path = getattr(args, flag)
         if not path:
@@ -688,15 +663,15 @@ def arguments(argv=None):
         if os.path.isdir(path) or not os.access(os.path.dirname(path) or ".", os.W_OK):
             raise InputError(f"--{flag} {path} cannot be written: name a file in a directory that exists and can be "
                              "written")
-        if os.path.realpath(path) in files:
-            raise InputError(f"--{flag} {path} is named twice: --data, --context, --memory, --output, --predictions, "
-                             "--plot and --rows must be different files")
-        files.append(os.path.realpath(path))
+        files.append(path)
+    files = [os.path.realpath(path) for path in files if path]
+    if len(set(files)) < len(files):
+        raise InputError("--data, --context, --memory, --output, --predictions and --plot must be different files")
     if args.plot and not args.plot.endswith((".png", ".svg", ".pdf")):
         raise InputError("--plot must be a .png, .svg or .pdf")
     if args.export and os.path.exists(args.export):
         raise InputError(f"--export {args.export} exists already: name another")
-    if "-" in (args.context or []) and not args.question:
+    if args.context and "-" in args.context and not args.question:
         raise InputError("--context - reads standard input, so questions cannot be typed in: give them with --question")
     return args
 
