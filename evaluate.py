@@ -162,7 +162,7 @@ def memory_gap(own, controls, closed_book=()):
     gains, gain_clusters = [], []
     gaps, firsts, clusters = [], [], []
     for record in own:
-        nats = record["nats"]
+        nats = record.get("nats")
         if nats is None:
             continue
         bare = without.get(record["number"])
@@ -562,10 +562,11 @@ def main(argv=None):
         for (method, name), (records, seconds) in results.items():
             row = {"method": method, **setting}
             beside = []
-            if method == "adapter":
-                beside = results.get(("adapter-shuffled", name), [[]])[0], closed_book.get(setting.get("task"), [])
             if args.task == "ppl" and method.startswith("adapter"):
                 row["checkpoint"] = name
+            elif method == "adapter":
+                controls, _ = results.get(("adapter-shuffled", name), ([], 0))
+                beside = controls, closed_book.get(setting.get("task"), [])
             rows.append({**row, **mean_scores(records, *beside), "seconds": seconds})
             lost = sum(record.get("lost", 0) > 0 for record in records)
             if lost:
