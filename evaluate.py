@@ -36,7 +36,7 @@ from tqdm import tqdm
 from generator import GeneratorConfig, Memory
 from model import AdaptedLM, load_base
 from support.bases import DEFAULT_BASE
-from support.costs import COSTS, base_flops, clock, context_flops, kv_cache_floats, released_flops, window
+from support.costs import COSTS, base_flops, clock, context_flops, kv_cache_floats, query_costs, window
 from support.files import InputError, bad_input, field, hub_reachable, read_json, read_rows, run_command, stamps
 from support.formats import checkpoint_base, locate_checkpoint
 from support.plots import write_table
@@ -276,18 +276,15 @@ def answer(model, tokenizer, task, questions, prompts, costs, memories=(None,), 
     nats = [gold_nats(model, tokenizer, prompts, golds, memory, prefix, cache) for memory in memories]
     records = []
     for b, question in enumerate(questions):
+        each = [row[b] for row in nats]
         past = costs[b].get("past", 0)                      # a KV cache is reused, as in Table 1; an adapter is merged
         tokens = len(prompts[b]) - past + new_tokens[b]
-        record = {**question, "gold": golds[b], "prediction": texts[b], **costs[b]}
+        record = {**question, "gold": golds[b], "prediction": texts[b], "nats": None, "control_nats": each}
+        if None not in each:
+            record["nats"] = statistics.fmean(each)
         record |= scores(texts[b], question["golds"], task.METRICS)
-        record["control_nats"] = [row[b] for row in nats]
-        record["nats"] = None
-        if None not in record["control_nats"]:
-            record["nats"] = statistics.fmean(record["control_nats"])
-        record["inference_tflops"] = base_flops(model.base, tokens, past) / 1e12
-        if task is msc:
-            record["released_tflops"] = released_flops(model.base, tokens, past) / 1e12
-        records.append(record)
+        record |= query_costs(model.base, tokens, past)
+        records.append(record | costs[b])
     return records
 
 
@@ -307,12 +304,12 @@ def adapter(model, tokenizer, task, template, part, memories):
     under = []
     for k in range(len(part[0][0])):
         read = [read_context(model, tokenizer, contexts[k], memories) for contexts, _ in part]
+        memory, _ = read[0]
+        if any(other is not memory for other, _ in read):
+            memory = Memory.stack([other for other, _ in read])         # side by side: row b is for question b
+        under.append(memory)
         if k == 0:
             costs = [cost for _, cost in read]
-        side_by_side = [memory for memory, _ in read]
-        if all(memory is side_by_side[0] for memory in side_by_side):
-            side_by_side = side_by_side[:1]                 # batch 1 serves every row
-        under.append(Memory.stack(side_by_side))
     return bare_question(model, tokenizer, task, template, part, costs, under)
 
 
@@ -408,18 +405,18 @@ def evaluate(model, tokenizer, method, setting, groups, args, memories, done, fa
     task = TASKS[args.task]
     template = task.PROMPTS[method]
     facts = [*facts, args.task, method, setting, template]
-    if method.startswith("adapter"):
+    if args.predictions and method.startswith("adapter"):
         facts += [model.generator.fingerprint(), args.controls]
-    if method == "adapter-shuffled":
-        groups = [group for group in groups if group[1]]    # some contexts have no other
     digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
     parts = []                                              # rows of (contexts, question): a batch, or a whole group
     rows = []
     for context, others, questions in groups:
-        contexts = others if method == "adapter-shuffled" else [context]
-        for question in questions:
-            rows.append((contexts, question))
+        contexts = [context]
+        if method == "adapter-shuffled":
+            contexts = others
+        if contexts:                                        # some have no other
+            rows += [(contexts, question) for question in questions]
         if args.task == "ppl" or method == "fine-tuned" or "{context}" in template:
             parts.append(rows)
             rows = []
@@ -530,7 +527,7 @@ def main(argv=None):
     task = TASKS[args.task]
     notes = []
     if args.task == "msc" and args.data is None and not hub_reachable():
-        args.data = msc.SAMPLE
+        args.data = os.path.relpath(msc.SAMPLE)
         notes.append("the hub is out of reach: this is the built-in sample of 24 conversations, NOT the paper's "
                      f"benchmark ({msc.HUB_ID})")
     args.data = args.data or task.HUB_ID
@@ -550,15 +547,17 @@ def main(argv=None):
     for setting, methods, groups in task.settings(data, model, tokenizer, args, notes):
         results = {}
         for method in args.method:
+            if method not in methods:
+                continue
             for name, model in models:
-                if method not in methods or name != first and not method.startswith("adapter"):
+                if name != first and not method.startswith("adapter"):
                     continue                                # what no generator touches is computed once
                 began = time.time()
                 records = evaluate(model, tokenizer, method, setting, groups, args, memories, done, facts)
-                if method in ("closed-book", "zero-shot"):
-                    closed_book[setting.get("task")] = records
                 if records:
                     results[method, name] = records, time.time() - began
+                if method in ("closed-book", "zero-shot"):
+                    closed_book[setting.get("task")] = records
         for (method, name), (records, seconds) in results.items():
             row = {"method": method, **setting}
             beside = []
@@ -568,10 +567,10 @@ def main(argv=None):
                 controls, _ = results.get(("adapter-shuffled", name), ([], 0))
                 beside = controls, closed_book.get(setting.get("task"), [])
             rows.append({**row, **mean_scores(records, *beside), "seconds": seconds})
-            lost = sum(record.get("lost", 0) > 0 for record in records)
+            lost = [record for record in records if record.get("lost")]
             if lost:
-                notes.append(f"{method}: {lost} of {len(records)} prompts do not fit the base's window and lose the "
-                             f"beginning of their context ({setting})")
+                notes.append(f"{method}: {len(lost)} of {len(records)} prompts do not fit the base's window and lose "
+                             f"the beginning of their context ({setting})")
         if args.rows and groups[0][0] is None:              # all questions
             rows.append(row_of_another(args.rows, task, setting, groups[0][2]))
     if args.task == "metaicl":
@@ -579,13 +578,11 @@ def main(argv=None):
     if not rows:
         raise InputError(f"{args.data}: no method could be evaluated on it")
 
-    notes = list(dict.fromkeys(notes))
-    checkpoints = [name for name, _ in models]
+    notes = dict.fromkeys(notes)
     write_table(args, rows, {
-        "task": args.task, "data": os.path.relpath(args.data) if os.path.exists(args.data) else args.data,
-        "note": " ".join(notes) or None, "n": max(row["n"] for row in rows), "limit": args.limit, "seed": args.seed,
-        "base": args.base, "dtype": dtype, "versions": versions,
-        "checkpoint": checkpoints[0] if len(checkpoints) == 1 else checkpoints,
+        "task": args.task, "data": args.data, "note": " ".join(notes) or None, "n": max(row["n"] for row in rows),
+        "limit": args.limit, "seed": args.seed, "base": args.base, "dtype": dtype, "versions": versions,
+        "checkpoint": [name for name, _ in models] if models[1:] else first,
         "prompts": {method: task.PROMPTS[method] for method in args.method}})
     for note in notes:
         print(f"NOTE: {note}")
@@ -626,16 +623,15 @@ def arguments(argv=None):
     add("--compare", action="store_true", help="ask: the closed-book and the in-context answer beside it")
     args = parser.parse_args(argv)
 
-    for tasks, flags in {
-            "squad, streamingqa and ppl": ["context_lengths"],
-            "metaicl": ["shots", "demo_seeds"],
-            "ask": ["context", "question", "memory", "export", "compare"],
-            "msc, squad, streamingqa and metaicl": ["rows"],
-            "msc, squad, streamingqa, metaicl and ppl": ["data", "method", "limit", "output", "predictions", "plot"],
-            }.items():
+    others = {"squad": ["context_lengths"], "streamingqa": ["context_lengths"], "ppl": ["context_lengths"],
+              "metaicl": ["shots", "demo_seeds"], "ask": ["context", "question", "memory", "export", "compare"]}
+    for task, flags in others.items():
         for flag in flags:
-            if getattr(args, flag) and args.task not in tasks:
-                raise InputError(f"--{flag.replace('_', '-')} belongs to --task {tasks}, not to --task {args.task}")
+            if getattr(args, flag) and flag not in others.get(args.task, []):
+                raise InputError(f"--{flag.replace('_', '-')} belongs to --task {task}, not to --task {args.task}")
+    for flag in ("data", "method", "limit", "output", "predictions", "plot", "rows"):
+        if getattr(args, flag) and args.task == "ask":
+            raise InputError(f"--{flag} belongs to the other tasks: --task ask answers your own questions")
     counts = [args.batch_size, args.controls, args.limit, *(args.context_lengths or []), *(args.shots or [])]
     if any(count is not None and count < 1 for count in counts):
         raise InputError("--batch-size, --controls, --limit, --context-lengths and --shots must be at least 1")

@@ -37,11 +37,13 @@ def base_flops(base, tokens, past=0, head=True):
     return 2 * weights * tokens + 4 * queries * pairs                   # 2 for q k, 2 for v
 
 
-def released_flops(base, tokens, context):
-    """Inference as the released code counts it (fastlora/eval_utils.py, estimate_flops), for the figures of Table 1:
-    one operation a multiply-add, and attention of q tokens as q (q context) d, quadratic in q."""
+def query_costs(base, tokens, past):
+    """TFLOPs of a question and its answer after `past` cached tokens: ours, and as the released code counts them
+    (fastlora/eval_utils.py, estimate_flops), for the figures of Table 1: one operation a multiply-add, and attention of
+    q tokens as q (q context) d, quadratic in q."""
     weights, lm_head, queries, _ = shape(base)
-    return tokens * (weights + lm_head) + queries * tokens * (tokens * context)
+    released = tokens * (weights + lm_head) + queries * tokens * (tokens * past)
+    return {"inference_tflops": base_flops(base, tokens, past) / 1e12, "released_tflops": released / 1e12}
 
 
 def kv_cache_floats(base, tokens):
@@ -52,20 +54,20 @@ def kv_cache_floats(base, tokens):
 def generator_flops(model, tokens, chunks):
     """FLOPs of the generator's matrix products for a context: projections and S for each token, norm and LoRA pair for
     each chunk. Of norm (svd) the four products with S and the nine of (d_r, r) with (r, r) are counted."""
-    d_r = model.config.d_r
-    r = model.config.adapter_rank
-    norm = 0
-    if model.config.norm == "svd":
-        norm = 8 * d_r * d_r * r + 18 * d_r * r * r
+    config = model.config
+    r = config.rank
     total = 0
     for layer in model.generator.layers:
         d_r, d_h = layer.A2.shape
         d_out = len(layer.A1)
         d_in = layer.B2.shape[1]
-        pair = 2 * r * d_r * (d_in + d_out)
-        if model.config.norm == "frobenius":                            # its lora_B is s A1 itself
-            pair = 2 * r * d_r * d_in
-        total += tokens * (4 * d_h * d_r + 2 * d_r * d_r) + chunks * (norm + pair)
+        total += tokens * (4 * d_h * d_r + 2 * d_r * d_r)
+        if config.norm == "frobenius":                                  # lora_A = N B2; lora_B is s A1 itself
+            total += chunks * 2 * d_r * d_r * d_in
+        else:
+            total += chunks * 2 * r * d_r * (d_in + d_out)
+        if config.norm == "svd":
+            total += chunks * (8 * d_r * d_r * r + 18 * d_r * r * r)
     return total
 
 

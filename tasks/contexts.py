@@ -23,21 +23,3 @@ def other_contexts(parts, args, notes, first=None):
         notes.append(f"adapter-shuffled: some contexts have {count} others, so the gold is scored under {count}, not "
                      f"under {args.controls}")
     return [some[:count] for some in others]
-
-
-def overlapping(parts):
-    """A label for each context, equal where contexts share a part, also by way of others. parts: a set for each."""
-    clusters = []
-    for own in parts:
-        merged = set(own)
-        apart = []
-        for cluster in clusters:
-            if cluster & own:
-                merged |= cluster
-            else:
-                apart.append(cluster)
-        clusters = [*apart, merged]
-    label = {}
-    for number, cluster in enumerate(clusters):
-        label.update(dict.fromkeys(cluster, number))
-    return [label[next(iter(own))] for own in parts]

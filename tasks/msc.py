@@ -14,7 +14,7 @@ import os
 import re
 
 from support.files import InputError, field, read_rows
-from tasks.contexts import other_contexts, overlapping
+from tasks.contexts import other_contexts
 from tasks.qa import CLOSED_BOOK_PROMPT, IN_CONTEXT_PROMPT
 
 HUB_ID = "MemGPT/MSC-Self-Instruct"
@@ -102,3 +102,21 @@ def settings(rows, model, tokenizer, args, notes):
     for span in spans:
         setting = {} if span is None else {"span": span}
         yield setting, ["full-conversation", "adapter", "adapter-shuffled"], groups[span]
+
+
+def overlapping(parts):
+    """A label for each context, equal where contexts share a part, also by way of others. parts: a set for each."""
+    clusters = []
+    for own in parts:
+        merged = set(own)
+        apart = []
+        for cluster in clusters:
+            if cluster & own:
+                merged |= cluster
+            else:
+                apart.append(cluster)
+        clusters = [*apart, merged]
+    label = {}
+    for number, cluster in enumerate(clusters):
+        label.update(dict.fromkeys(cluster, number))
+    return [label[next(iter(own))] for own in parts]
