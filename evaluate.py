@@ -30,7 +30,6 @@ import time
 import torch
 import torch.nn.functional as F
 import transformers
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from generator import GeneratorConfig, Memory
@@ -94,13 +93,11 @@ def rouge_l_recall(prediction, gold):
     above = [()] * (len(wanted) + 1)           # the longest common subsequence of the words so far, by part of the gold
     for word in predicted:
         row = [()]
-        for j in range(len(wanted)):
-            if wanted[j] == word:
+        for j, w in enumerate(wanted):
+            if w == word:
                 row.append(above[j] + (word,))
-            elif len(above[j + 1]) > len(row[j]):
-                row.append(above[j + 1])
             else:
-                row.append(row[j])
+                row.append(max(row[j], above[j + 1], key=len))
         above = row
     return len(set(above[-1])) / len(set(wanted))
 
@@ -217,9 +214,8 @@ def greedy_answers(model, tokenizer, prompts, new_tokens, memory=None, prefix=()
     cache: the base's KV cache of prefix, ids with which every prompt begins."""
     device = model.base.device
     P = len(prefix)
-    rows = [torch.tensor(prompt[P:]) for prompt in prompts]
-    ids = pad_sequence(rows, True, tokenizer.pad_token_id, "left")                          # (B, L)
-    mask = pad_sequence([torch.ones_like(row) for row in rows], True, 0, "left")            # (B, L)
+    batch = tokenizer.pad({"input_ids": [prompt[P:] for prompt in prompts]}, padding_side="left", return_tensors="pt")
+    ids, mask = batch["input_ids"], batch["attention_mask"]                                 # (B, L)
     if cache is not None:                                   # prefix, padding, rest: positions are counted by the mask
         ids = torch.cat([torch.tensor([prefix]).expand(len(ids), P), ids], 1)               # (B, P + L)
         mask = F.pad(mask, (P, 0), value=1)                                                 # (B, P + L)
@@ -243,8 +239,9 @@ def gold_nats(model, tokenizer, prompts, golds, memory=None, prefix=(), cache=No
     """Teacher-forced nats a token of each gold after its prompt, the end token left out: a list, from one forward pass.
     A gold without a token has none: None. memory, prefix, cache: as in greedy_answers."""
     golds = tokenize(tokenizer, [gold.strip() for gold in golds])
-    rows = [torch.tensor(prompt[len(prefix):] + gold) for prompt, gold in zip(prompts, golds)]
-    ids = pad_sequence(rows, True, tokenizer.pad_token_id).to(model.base.device)            # (B, L), right-padded
+    rows = [prompt[len(prefix):] + gold for prompt, gold in zip(prompts, golds)]
+    batch = tokenizer.pad({"input_ids": rows}, padding_side="right", return_tensors="pt")
+    ids = batch["input_ids"].to(model.base.device)                                          # (B, L)
     if cache is None:
         logits = model(ids, memory=memory)                                                  # (B, L, V)
     else:
@@ -497,8 +494,8 @@ def load_models(args):
     """([(name, AdaptedLM)] for each --checkpoint on one base, tokenizer). Without --base it is the base that the
     checkpoint was trained for. Without --checkpoint it is the shipped generator on the default base, on another one (as
     with --checkpoint none) an untrained one, with a note."""
-    names = args.checkpoint
-    if not names and args.base in (None, DEFAULT_BASE):
+    names = args.checkpoint or ["none"]
+    if not args.checkpoint and args.base in (None, DEFAULT_BASE):
         names = [DEFAULT_CHECKPOINT]
     for name in args.checkpoint or []:
         if name != "none":
@@ -508,7 +505,7 @@ def load_models(args):
     base, tokenizer = load_base(args.base, getattr(torch, args.dtype or "", None), args.device)
     torch.manual_seed(args.seed)
     models = []
-    for name in names or ["none"]:
+    for name in names:
         if name == "none":
             print("NOTE: the generator is untrained (A1 = 0), so the adapter rows equal closed-book; train one with "
                   "train.py and name it with --checkpoint")

@@ -114,10 +114,7 @@ def settings(tasks, model, tokenizer, args, notes):
     missing = [task for task in TASKS if task not in tasks]
     notes.append(f"{len(names)} of MetaICL's 26 test tasks averaged; not in {args.data}: "
                  f"{', '.join(missing) or 'none'}")
-    others = other_contexts([{name} for name in names], args, notes)
-    if len(names) == 1 and "adapter-shuffled" in args.method:
-        notes.append(f"adapter-shuffled is left out: it takes other tasks' demonstrations, and {names[0]} is the only "
-                     "one")
+    others = other_contexts([{name} for name in names], names, args, notes)
 
     def questions(name, seed):
         return [{**row, "cluster": seed} for row in tasks[name]["test"][:args.limit]]
@@ -152,22 +149,17 @@ def averages(rows):
             for row in rows:
                 if (row["method"], row["shots"]) == (method, shots) and row["task"] in tasks:
                     part.append(row)
-            if not part:
-                continue
             mean = {"method": method, "task": kind, "shots": shots}
-            for key in part[0]:
+            keys = [key for key in dict.fromkeys(sum(map(list, part), [])) if key not in mean]
+            for key in keys:
                 values = [row[key] for row in part if row.get(key) is not None]
-                if key in mean:
-                    continue
+                mean[key] = None
                 if key in ("n", "seconds"):
                     mean[key] = sum(values)
-                elif len(values) == 0:
-                    mean[key] = None
-                elif not key.endswith("_stderr"):
-                    mean[key] = sum(values) / len(values)
-                elif len(values) < len(part):
-                    mean[key] = None
-                else:
+                elif key.endswith("_stderr") and len(values) == len(part):
                     mean[key] = sum(error**2 for error in values) ** 0.5 / len(part)
-            means.append(mean)
+                elif values and not key.endswith("_stderr"):
+                    mean[key] = sum(values) / len(values)
+            if part:
+                means.append(mean)
     return means

@@ -81,10 +81,10 @@ def settings(rows, model, tokenizer, args, notes):
     groups = {span: [] for span in spans}
     for span, rows in spans.items():
         parts = [set(row["sessions"]) for row in rows]
-        others = other_contexts(parts, args, notes, first=args.limit)
+        names = [row["id"] for row in rows]
+        others = other_contexts(parts, names, args, notes, first=args.limit)
         clusters = overlapping(parts)
         texts = ["\n\n".join(row["sessions"]) for row in rows]
-        alone = []
         for i, row in enumerate(rows[:args.limit]):
             key = (row["id"], row["question"], row["answer"])
             number = numbers.setdefault(key, len(numbers))
@@ -92,11 +92,6 @@ def settings(rows, model, tokenizer, args, notes):
                         "golds": [row["answer"]]}
             asked.setdefault(number, question)
             groups[span].append((texts[i], [texts[j] for j in others[i]], [question]))
-            if not others[i]:
-                alone.append(row["id"])
-        if alone and "adapter-shuffled" in args.method:
-            notes.append(f"adapter-shuffled: every other conversation shares a session with {', '.join(alone)}: left "
-                         "out of the control and of the gap, not of the adapter's own row")
     setting = {} if None in spans else {"span": "none"}
     yield setting, ["closed-book", "closed-book-instructed"], [(None, [], list(asked.values()))]
     for span in spans:

@@ -76,21 +76,16 @@ def settings(documents, model, tokenizer, args, notes):
         questions += [{**question, "cluster": 0} for question in document["questions"]]
     closed_book = ["closed-book", "closed-book-instructed"]
     yield {"context_length": 0, "groups": 1}, closed_book, [(None, [], questions)]
-    single = []
     for length in args.context_lengths or CONTEXT_LENGTHS:
         count = min(math.ceil(total / length), len(documents))
         parts = np.array_split(range(len(documents)), count)
         contexts = ["\n\n".join(texts[i] for i in part) for part in parts]
-        others = other_contexts([{g} for g in range(count)], args, notes)
+        names = [f"the only group of {length} tokens"] * count
+        others = other_contexts([{g} for g in range(count)], names, args, notes)
         groups = []
         for g, part in enumerate(parts):
             questions = []
             for i in part:
                 questions += [{**question, "cluster": g} for question in documents[i]["questions"]]
             groups.append((contexts[g], [contexts[j] for j in others[g]], questions))
-        if count == 1:
-            single.append(length)
         yield {"context_length": length, "groups": count}, ["in-context", "adapter", "adapter-shuffled"], groups
-    if single and "adapter-shuffled" in args.method:
-        notes.append(f"the documents hold {total} tokens: longer contexts are all the same single group, to which "
-                     f"adapter-shuffled has no other: no such row, nor a gap, at {', '.join(map(str, single))}")

@@ -340,7 +340,7 @@ def test_memories_are_kept_up_to_a_size(tokenizer, monkeypatch):
 def test_controls_share_nothing_and_are_as_many_for_all():
     def drawn(keys, controls, first=None):
         args = types.SimpleNamespace(seed=0, controls=controls, method=["adapter-shuffled"])
-        return other_contexts(keys, args, notes, first)
+        return other_contexts(keys, ["ana"] * 9, args, notes, first)
 
     keys, notes = [{"a", "b"}, {"b", "c"}, {"d"}, {"a"}, {"e"}, {"d", "e", "a"}], []
     others = drawn(keys, 4)
@@ -350,7 +350,7 @@ def test_controls_share_nothing_and_are_as_many_for_all():
     assert all(len(set(some)) == len(some) == 4 for some in drawn([{i} for i in range(9)], 4))
     # those that are read anyway come first
     assert all({0, 1, 2} - {i} <= set(some) for i, some in enumerate(drawn([{i} for i in range(9)], 4, first=3)))
-    assert drawn([{"a"}, {"a"}], 1) == [[], []]
+    assert drawn([{"a"}, {"a"}], 1) == [[], []] and "shares a part with ana, ana: left out" in notes[-1]
     assert msc.overlapping(keys) == [0, 0, 0, 0, 0, 0] and len(set(msc.overlapping(keys[:5]))) == 3
 
 
@@ -491,7 +491,7 @@ def test_msc_scores_nats_gap_and_reading_once(tmp_path, base_directory, tokenize
         table = [[plain_nats(model, tokenizer, prompt, item["answer"], memory) for memory in (*memories, None)]
                  for prompt, item in zip(prompts, items)]
     args = types.SimpleNamespace(seed=0, controls=2, method=[])
-    others = other_contexts([{i} for i in range(24)], args, [], 4)
+    others = other_contexts([{i} for i in range(24)], ["?"] * 24, args, [], 4)
     own, other = [row[i] for i, row in enumerate(table)], [[row[j] for j in some] for row, some in zip(table, others)]
     gap = mean_and_stderr([sum(o) / 2 - n for o, n in zip(other, own)])
     assert rows["adapter"]["nats"] == pytest.approx(sum(own) / 4, rel=1e-4)
@@ -576,7 +576,7 @@ def test_a_conversation_without_another_is_named(tmp_path, base_directory, gener
     result, _ = run(tmp_path, base_directory, "msc", "--data", str(tmp_path / "c.jsonl"), "--checkpoint",
                     generator_directory)
     table = by_method(result)
-    assert "shares a session with ana: left out of the control and of the gap" in result["note"]
+    assert "shares a part with ana: left out of the control and of the gap" in result["note"]
     assert (table["adapter"]["n"], table["adapter-shuffled"]["n"], table["adapter"]["pairs"]) == (4, 3, 3)
     assert "best-of-3" in table["adapter"]
 
@@ -637,7 +637,7 @@ def test_qa_rows_groups_and_answers(tmp_path, base_directory, squad_file, genera
                                               for method in ("in-context", "adapter", "adapter-shuffled")
                                               if (method, k) != ("adapter-shuffled", 5000)]
     assert len(reads) == 5 and len(prompted) == 6             # three documents, two of them, all; the third twice
-    assert "longer contexts are all the same single group" in result["note"]
+    assert "the only group of 5000 tokens: left out" in result["note"]
     assert "Question: {question}" in result["prompts"]["in-context"]
     for row in result["rows"]:
         assert row["n"] == 6
@@ -843,7 +843,7 @@ def test_one_metaicl_task_has_no_control(tmp_path, base_directory, metaicl_direc
     one, _ = run(tmp_path, base_directory, "metaicl", "--data", str(tmp_path / "one"), "--checkpoint", "none",
                  "--limit", "1", "--shots", "1", "--demo-seeds", "100", "--method", "zero-shot", "--method",
                  "adapter-shuffled")
-    assert "quarel is the only one" in one["note"] and {row["method"] for row in one["rows"]} == {"zero-shot"}
+    assert "no other context but shares a part with quarel" in one["note"] and {row["method"] for row in one["rows"]} == {"zero-shot"}
 
 
 # ---- perplexity
