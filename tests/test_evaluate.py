@@ -22,6 +22,7 @@ import evaluate
 import train
 from conftest import ROOT, make_base, make_model
 from evaluate import exact_match, f1_score, mean_and_stderr, normalize_answer, normalize_text, recall, rouge_l_recall
+from extras.finetune import finetune
 from generator import Memory
 from model import AdaptedLM, load_base
 from processes import finish, start
@@ -187,21 +188,15 @@ def test_scores_of_a_hand_computed_case():
 
 
 def test_standard_error():
+    """Also clustered: copies of a value tell nothing new; unequal clusters against the sum of their deviations."""
     values = [0.0, 1.0, 1.0, 0.5, 0.25]
     t = torch.tensor(values, dtype=torch.float64)
     mean, error = mean_and_stderr(values)
     assert mean == pytest.approx(t.mean().item()) and error == pytest.approx(t.std().item() / math.sqrt(5))
-    assert mean_and_stderr([3.0]) == (3.0, None)
-
-
-def test_clustered_error_is_that_of_the_clusters():
-    """Copies of a value tell nothing new; unequal clusters against the sum of their deviations."""
-    once, labels = [0.5, 2.0, -1.0, 0.25], [0, 1, 2, 3]
-    thrice = [v for v in once for _ in range(3)]
-    assert mean_and_stderr(thrice, [k for k in labels for _ in range(3)]) == pytest.approx(mean_and_stderr(once))
-    mean, error = mean_and_stderr([1.0, 2.0, 6.0], ["a", "a", "b"])
-    assert (mean, error) == pytest.approx((3.0, (2 * (3.0**2 + 3.0**2)) ** 0.5 / 3))
-    assert mean_and_stderr([1.0, 2.0], ["a", "a"])[1] is None
+    assert mean_and_stderr([3.0]) == (3.0, None) and mean_and_stderr([1.0, 2.0], ["a", "a"])[1] is None
+    thrice = mean_and_stderr([v for v in values for _ in range(3)], [k for k in range(5) for _ in range(3)])
+    assert thrice == pytest.approx((mean, error))
+    assert mean_and_stderr([1.0, 2.0, 6.0], ["a", "a", "b"]) == pytest.approx((3.0, (2 * (9.0 + 9.0)) ** 0.5 / 3))
 
 
 def test_memory_gap_by_hand():
@@ -290,8 +285,8 @@ def test_fine_tuned_base_brings_its_cost(tmp_path, base_directory, squad_file):
     write_rows(tmp_path / "docs.jsonl", [{"text": "x" * 100}])
     flags = ["--stage", "finetune", "--base", base_directory, "--documents", str(tmp_path / "docs.jsonl"), "--device",
              "cpu", "--dtype", "float32"]
-    train.finetune(train.arguments([*flags, "--out", str(tmp_path / "cpt")]))
-    train.finetune(train.arguments([*flags, "--out", str(tmp_path / "again"), "--checkpointing"]))
+    finetune(train.arguments([*flags, "--out", str(tmp_path / "cpt")]))
+    finetune(train.arguments([*flags, "--out", str(tmp_path / "again"), "--checkpointing"]))
     for name, tensor in load_file(tmp_path / "cpt" / "model.safetensors").items():         # recomputing changes nothing
         torch.testing.assert_close(load_file(tmp_path / "again" / "model.safetensors")[name], tensor)
     cost = json.load(open(tmp_path / "cpt" / "finetune.json"))
@@ -442,6 +437,41 @@ def test_nats_of_golds_one_token_at_a_time(tokenizer):
 
 
 # ---- conversations
+
+
+def conversation(*sessions, answer="blue"):
+    return {"previous_dialogs": [{"dialog": [{"text": t} for t in s], "personas": [["SECRET"]]} for s in sessions],
+            "summary_speaker_1": ["SECRET"], "personas": [["SECRET"]],
+            "self_instruct": {"B": "Which?", "A": answer}, "metadata": {"initial_data_id": "x1"}}
+
+
+def test_msc_loader(tmp_path):
+    """Names before turns, where they have none; the row's own dialog as the last session; never what holds the answer."""
+    rows = [conversation(["Hi: there", "hello"], ["a", "b", "c"]), conversation(["Ann: hi", "Dr. O'Neil: hello"]),
+            {**conversation(["hi"]), "dialog": [{"text": "last"}], "span": "all"}]
+    write_rows(tmp_path / "c.jsonl", rows)
+    first, second, third = msc.load(str(tmp_path / "c.jsonl"))
+    assert first == {"id": "x1", "span": None, "question": "Which?", "answer": "blue",
+                     "sessions": ["Speaker 1: Hi: there\nSpeaker 2: hello", "Speaker 1: a\nSpeaker 2: b\nSpeaker 1: c"]}
+    assert second["sessions"] == ["Ann: hi\nDr. O'Neil: hello"]
+    assert third["sessions"] == ["Speaker 1: hi", "Speaker 1: last"] and third["span"] == "all"
+    assert "SECRET" not in json.dumps([first, second, third])
+
+
+@pytest.mark.parametrize("text, words", [
+    ("", "is empty"), ("\n\n", "is empty"), ('{"a": 1}\n{"b": \n', "line 1: field 'previous_dialogs'"),
+    ("[1]", "line 1 cannot be read: not a json object"),
+    (json.dumps(conversation(["hi"])) + "\n{broken", "line 2 cannot be read"),
+    (json.dumps({**conversation(["hi"]), "self_instruct": {"B": "Q"}}), "line 1: field 'A'"),
+    (json.dumps(conversation([])), "no turn"), (json.dumps({**conversation(["hi"]), "span": 3}), "line 1: span"),
+    (json.dumps({**conversation(["hi"]), "previous_dialogs": [["hi"]]}), "field 'dialog'"),
+    ("\x00\udcff\x00", "cannot be read")])
+def test_bad_conversations(tmp_path, text, words):
+    path = tmp_path / "bad.jsonl"
+    path.write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(InputError, match=words) as caught:
+        msc.load(str(path))
+    assert "bad.jsonl" in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_msc_untrained_adapter_is_closed_book(tmp_path, base_directory, capsys):
@@ -666,16 +696,11 @@ def test_instructed_rows(tmp_path, base_directory, squad_file, metaicl_directory
     _, predictions = run(tmp_path, base_directory, "squad", "--data", squad_file, "--method", "closed-book", "--method",
                          "closed-book-instructed", "--checkpoint", "none")
     base, _ = load_base(base_directory, torch.float32, "cpu")
-    prompt = ("Instruction: Answer the question. Respond with a short phrase only. "
-              "Keep the answer short and concise, without any explanation or additional words"
-              "\n\nQuestion: Which river?\n\nAnswer:")
+    prompt = ("Instruction: Answer the question. Respond with a short phrase only. Keep the answer short and concise, "
+              "without any explanation or additional words\n\nQuestion: Which river?\n\nAnswer:")
     (got,) = [p for p in predictions if p["method"] == "closed-book-instructed" and p["question"] == "Which river?"]
     assert got["prediction"] == greedy(base, tokenizer, prompt) and len(predictions) == 12
-    os.remove(tmp_path / "out.jsonl")
-    result, _ = run(tmp_path, base_directory, "metaicl", "--data", str(metaicl_directory), "--method",
-                    "zero-shot-instructed", "--checkpoint", "none", "--limit", "1")
-    assert [row["shots"] for row in result["rows"]] == [0] * 6
-    assert result["prompts"]["zero-shot-instructed"].startswith("Instruction: Provide a short")
+    assert metaicl.PROMPTS["zero-shot-instructed"] == ZERO_SHOT_PROMPT
 
 
 def test_long_groups_are_cut_from_the_left_and_say_so(tmp_path, base_directory):
@@ -849,14 +874,16 @@ def test_one_metaicl_task_has_no_control(tmp_path, base_directory, metaicl_direc
 # ---- perplexity
 
 
-def test_ppl_against_plain_cross_entropy(tmp_path, base_directory):
+@pytest.mark.parametrize("L, chunk, flags", [(1024, 1024, []), (40, 16, ["--context-lengths", "40"])])
+def test_ppl_against_plain_cross_entropy(tmp_path, base_directory, L, chunk, flags):
+    """Documents of 2 L tokens or more; the adapter's context is streamed in the chunks of its config, evenly split."""
     base, tokenizer = load_base(base_directory, torch.float32, "cpu")
-    model = make_model(base=base)
+    model = make_model(base=base, chunk=chunk)
     model.save_pretrained(tmp_path / "generator")
-    texts = [("%d " % i) * 1100 for i in range(3)] + ["short text " * 60]                    # the last is too short
-    write_rows(tmp_path / "d.jsonl", [{"text": text} for text in texts])
-    result, _ = run(tmp_path, base_directory, "ppl", "--data", str(tmp_path / "d.jsonl"), "--checkpoint",
-                    str(tmp_path / "generator"))
+    texts = [("%d rivers " % i) * 240 for i in range(3)]
+    write_rows(tmp_path / "d.jsonl", [{"text": text} for text in ("too short", *texts)])
+    flags = ["--data", str(tmp_path / "d.jsonl"), "--checkpoint", str(tmp_path / "generator"), *flags]
+    result, _ = run(tmp_path, base_directory, "ppl", *flags)
     rows = by_method(result)
 
     def nats(logits, target):
@@ -864,10 +891,10 @@ def test_ppl_against_plain_cross_entropy(tmp_path, base_directory):
 
     want = {m: ([], []) for m in ("closed-book", "in-context", "adapter")}
     with torch.no_grad():
-        for text in texts[:3]:
+        for text in texts:
             ids = ids_of(tokenizer, text)
-            context, target = ids[:, :1024], ids[:, 1024:2048]
-            memory = model.contextualize(context)
+            context, target = ids[:, :L], ids[:, L:2 * L]
+            memory = streamed(model, tokenizer, text[:L - 1], chunk)                        # <s> and L - 1 bytes
             for k, piece in enumerate((context, target)):
                 want["closed-book"][k].append(nats(base(piece).logits, piece))
                 want["in-context"][k].append(nats(base(torch.cat([context, piece], 1)).logits, piece))
@@ -876,37 +903,24 @@ def test_ppl_against_plain_cross_entropy(tmp_path, base_directory):
         assert len(reconstruction) == len(completion) == rows[method]["n"] == 3
         for key, values in (("ppl_reconstruction", reconstruction), ("ppl_completion", completion)):
             mean, error = mean_and_stderr(values)
-            assert rows[method][key] == pytest.approx(math.exp(mean), rel=1e-3)
+            assert rows[method][key] == pytest.approx(math.exp(mean), rel=1e-4)
             assert rows[method][key + "_stderr"] == pytest.approx(math.exp(mean) * error, rel=1e-2)
     assert rows["adapter-shuffled"]["ppl_reconstruction"] != pytest.approx(rows["adapter"]["ppl_reconstruction"],
                                                                            rel=1e-3)
-
-
-def test_ppl_of_other_lengths_in_the_generators_chunks(tmp_path, base_directory):
-    """--context-lengths: the adapter's context of 40 tokens is streamed in the 16-token chunks of its config, evenly
-    split; the completion is the next 40."""
-    base, tokenizer = load_base(base_directory, torch.float32, "cpu")
-    model = make_model(base=base, chunk=16)
-    model.save_pretrained(tmp_path / "generator")
-    texts = [("%d rivers " % i) * 60 for i in range(3)]
-    write_rows(tmp_path / "d.jsonl", [{"text": text} for text in ["too short for 100 " * 6, *texts]])
-    flags = ["--data", str(tmp_path / "d.jsonl"), "--checkpoint", str(tmp_path / "generator"), "--method",
-             "closed-book", "--method", "adapter"]
-    run(tmp_path, base_directory, "ppl", *flags, "--context-lengths", "40")          # of other documents: not reused
-    result, _ = run(tmp_path, base_directory, "ppl", *flags, "--context-lengths", "40", "100", "--plot",
-                    str(tmp_path / "p.svg"))
-    rows = {(row["method"], row["context_length"]): row for row in result["rows"]}
-    assert list(rows) == [("closed-book", 40), ("adapter", 40), ("closed-book", 100), ("adapter", 100)]
-    want = ([], [])
-    for text in texts:
-        ids, memory = ids_of(tokenizer, text), streamed(model, tokenizer, text[:39], 16)             # <s> and 39 bytes
-        for values, target in zip(want, (ids[:, :40], ids[:, 40:80])):
-            values.append(F.cross_entropy(model(target, memory=memory)[0, :-1], target[0, 1:]).item())
-    row = rows["adapter", 40]
-    assert row["ppl_reconstruction"] == pytest.approx(math.exp(sum(want[0]) / 3), rel=1e-4)
-    assert row["ppl_completion"] == pytest.approx(math.exp(sum(want[1]) / 3), rel=1e-4)
     with pytest.raises(InputError, match="--context-lengths 9000"):
-        evaluate.main(["--task", "ppl", "--base", base_directory, *flags, "--context-lengths", "9000"])
+        evaluate.main(["--task", "ppl", "--base", base_directory, *flags[:4], "--context-lengths", "9000"])
+
+
+def test_ppl_of_several_lengths(tmp_path, base_directory, generator_directory):
+    """The longest decides which documents count, so that answers of another choice are not reused."""
+    write_rows(tmp_path / "d.jsonl", [{"text": text * 60} for text in ("short ", "%d rivers ", "a stone ", "a lamp ")])
+    flags = ["--data", str(tmp_path / "d.jsonl"), "--checkpoint", generator_directory, "--method", "closed-book",
+             "--method", "adapter", "--context-lengths", "40"]
+    once, _ = run(tmp_path, base_directory, "ppl", *flags)
+    result, _ = run(tmp_path, base_directory, "ppl", *flags, "200", "--plot", str(tmp_path / "p.svg"))
+    assert [(row["method"], row["context_length"], row["n"]) for row in result["rows"]] == [
+        ("closed-book", 40, 3), ("adapter", 40, 3), ("closed-book", 200, 3), ("adapter", 200, 3)]
+    assert once["n"] == 4 and once["rows"][0]["ppl_completion"] != result["rows"][0]["ppl_completion"]
 
 
 def test_ppl_compares_checkpoints(tmp_path, base_directory, generator_directory):

@@ -20,11 +20,11 @@ import data
 from conftest import ROOT, make_base, make_model, make_tokenizer
 from generator import Memory, config_from_dict
 from model import AdaptedLM, load_base
-from support.benchmarks import load_msc
 from support.files import InputError, read_json, read_safetensors, without_surrogates
 from support.formats import checkpoint_base
 from support.instructions import load_instructions, load_texts
 from support.text import context_ids, user_turn
+from tasks import msc
 
 CHATML = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
           "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}{# <|turn|> #}")
@@ -122,7 +122,7 @@ def read_everything(source, tokenizer, path):
         os.remove(out)
         os.remove(out + ".json")
 
-    return [run(path, action) for action in (instruct, pack, lambda: load_msc(source), lambda: load_texts([source]))]
+    return [run(path, action) for action in (instruct, pack, lambda: msc.load(source), lambda: load_texts([source]))]
 
 
 def test_fuzz_rows(tmp_path):
@@ -319,8 +319,9 @@ def test_nothing_from_a_file_is_executed(tmp_path, base_directory):
     """By reading the source: no pickle, no remote code, no eval. And a base that brings code of its own, or pickled
     weights, is refused."""
     names = ["generator.py", "model.py", "data.py", "train.py", "evaluate.py"]
-    names += sorted(os.path.join("support", name)
-                    for name in os.listdir(os.path.join(ROOT, "support")) if name.endswith(".py"))
+    for folder in ("tasks", "support", "extras"):
+        names += sorted(os.path.join(folder, name)
+                        for name in os.listdir(os.path.join(ROOT, folder)) if name.endswith(".py"))
     for name in names:
         for node in ast.walk(ast.parse(open(os.path.join(ROOT, name)).read())):
             if isinstance(node, ast.keyword):
