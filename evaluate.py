@@ -286,28 +286,32 @@ def answer(model, tokenizer, task, questions, prompts, costs, memories=(None,), 
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# methods: what each makes of contexts. part: [(contexts, question)], the contexts that the question is asked under
+# methods: what each makes of contexts
 
 
-def bare_question(model, tokenizer, task, template, part, costs, memories=(None,)):
+def bare_question(model, tokenizer, task, template, questions, costs, memories=(None,)):
     """The bare question, or with an instruction, as one user turn; of itself it reads nothing."""
-    questions = [question for _, question in part]
     prompts = [user_turn(tokenizer, template.format(**question)) for question in questions]
     return answer(model, tokenizer, task, questions, prompts, costs, memories)
 
 
-def adapter(model, tokenizer, task, template, part, memories):
-    """The context in the weights: the bare question under the memory of its own context, or of K other ones."""
+def adapter(model, tokenizer, task, template, contexts, questions, memories):
+    """The context in the weights. contexts: for each question its own one, or K other ones: the answers are under the
+    first, the nats are the mean over all."""
     under = []
-    for k in range(len(part[0][0])):
-        read = [read_context(model, tokenizer, contexts[k], memories) for contexts, _ in part]
-        memory, _ = read[0]
-        if any(other is not memory for other, _ in read):
-            memory = Memory.stack([other for other, _ in read])         # side by side: row b is for question b
+    for k in range(len(contexts[0])):
+        batch = []
+        costs = []
+        for some in contexts:
+            memory, cost = read_context(model, tokenizer, some[k], memories)
+            batch.append(memory)
+            costs.append(cost)
+        if any(other is not memory for other in batch):
+            memory = Memory.stack(batch)                    # side by side: row b is for question b
         under.append(memory)
         if k == 0:
-            costs = [cost for _, cost in read]
-    return bare_question(model, tokenizer, task, template, part, costs, under)
+            own_costs = costs
+    return bare_question(model, tokenizer, task, template, questions, own_costs, under)
 
 
 def read_context(model, tokenizer, text, memories):
@@ -324,16 +328,15 @@ def read_context(model, tokenizer, text, memories):
     costs = {"contextualisation_tflops": context_flops(model, len(ids)) / 1e12, "storage_mfloats": floats / 1e6,
              "context_tokens": len(ids), "contextualisation_seconds": seconds}
     memories[text] = memory, costs
-    if len(memories) * floats > MEMORY_FLOATS:
+    size = sum(S.numel() for S in memory.states.values())
+    if len(memories) * size > MEMORY_FLOATS:
         memories.pop(next(iter(memories)))
     return memory, costs
 
 
-def in_context(model, tokenizer, task, template, part, batch_size):
+def in_context(model, tokenizer, task, template, context, questions, batch_size):
     """The context in the prompt: its questions share the KV cache of what their prompts begin with."""
     base = model.base
-    context = part[0][0][0]
-    questions = [question for _, question in part]
     golds = tokenize(tokenizer, [min(question["golds"], key=len) for question in questions])
     most = window(base) - max(task.NEW_TOKENS, *map(len, golds))
     prompts, lost = in_context_prompts(tokenizer, template, context, questions, most)
@@ -349,7 +352,7 @@ def in_context(model, tokenizer, task, template, part, batch_size):
     copied = int(KV_FLOATS / kv_cache_floats(base, len(prefix)))
     size = max(1, min(batch_size, copied))
     records = []
-    for start in range(0, len(part), size):
+    for start in range(0, len(questions), size):
         end = start + size
         records += answer(model, tokenizer, task, questions[start:end], prompts[start:end], [costs] * size,
                           prefix=prefix, cache=cache)
@@ -372,17 +375,17 @@ def in_context_prompts(tokenizer, template, context, questions, most):
         lost += min(excess, len(ids))
 
 
-def fine_tuned(model, tokenizer, task, template, part, args):
-    """All weights of the base fitted to the context, (training rows, validation rows); then the bare question."""
+def fine_tuned(model, tokenizer, task, template, examples, questions, args):
+    """All weights of the base fitted to examples, (training rows, validation rows); then the bare question."""
     from extras.finetune import fit_task
 
     base = model.base
     weights = [p.data for p in base.parameters()]
-    train, validation = part[0][0][0]
+    train, validation = examples
     costs = fit_task(base, tokenizer, train, validation, args.seed)
     records = []
-    for start in range(0, len(part), args.batch_size):
-        batch = part[start:start + args.batch_size]
+    for start in range(0, len(questions), args.batch_size):
+        batch = questions[start:start + args.batch_size]
         records += bare_question(model, tokenizer, task, template, batch, [costs] * len(batch))
     for p, data in zip(base.parameters(), weights):
         p.data = data
@@ -406,34 +409,40 @@ def evaluate(model, tokenizer, method, setting, groups, args, memories, done, fa
         facts += [model.generator.fingerprint(), args.controls]
     digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
-    parts = []                                              # rows of (contexts, question): a batch, or a whole group
-    rows = []
-    for context, others, questions in groups:
-        contexts = [context]
+    parts = []                                              # a batch of questions and their contexts, or a whole group
+    contexts = []
+    questions = []
+    for context, others, some in groups:
+        under = [context]
         if method == "adapter-shuffled":
-            contexts = others
-        if contexts:                                        # some have no other
-            rows += [(contexts, question) for question in questions]
+            under = others
+        if under:                                           # some have no other
+            contexts += [under] * len(some)
+            questions += some
         if args.task == "ppl" or method == "fine-tuned" or "{context}" in template:
-            parts.append(rows)
-            rows = []
-    for start in range(0, len(rows), args.batch_size):      # contexts side by side
-        parts.append(rows[start:start + args.batch_size])
+            parts.append((contexts, questions))
+            contexts = []
+            questions = []
+    for start in range(0, len(questions), args.batch_size):
+        end = start + args.batch_size
+        parts.append((contexts[start:end], questions[start:end]))
 
     records = []
-    for part in tqdm(parts, desc=method, leave=None):
-        keys = [f"{digest} {question['cluster']} {question['number']}" for _, question in part]
+    for contexts, questions in tqdm(parts, desc=method, leave=None):
+        keys = [f"{digest} {question['cluster']} {question['number']}" for question in questions]
         if not all(key in done for key in keys):
+            first = contexts[0][0]
             if args.task == "ppl":
-                new = [ppl.losses(model, method, *part[0])]
+                new = [ppl.losses(model, method, first, questions[0])]
             elif "{context}" in template:
-                new = in_context(model, tokenizer, task, template, part, args.batch_size)
+                new = in_context(model, tokenizer, task, template, first, questions, args.batch_size)
             elif method == "fine-tuned":
-                new = fine_tuned(model, tokenizer, task, template, part, args)
+                new = fine_tuned(model, tokenizer, task, template, first, questions, args)
             elif method.startswith("adapter"):
-                new = adapter(model, tokenizer, task, template, part, memories)
+                new = adapter(model, tokenizer, task, template, contexts, questions, memories)
             else:
-                new = bare_question(model, tokenizer, task, template, part, [cost_of_base(args.base)] * len(part))
+                costs = [cost_of_base(args.base)] * len(questions)
+                new = bare_question(model, tokenizer, task, template, questions, costs)
             for key, record in zip(keys, new):
                 done[key] = {"key": key, "task": args.task, "method": method, **setting, **record}
             if args.predictions:
@@ -478,7 +487,10 @@ def row_of_another(entry, task, setting, questions):
     answers = {}
     for where, line in read_rows(path):
         field(line, "prediction", str, where)
-        answers[line.get("id")] = line
+        for key in (*COSTS, "context_length", "shots"):
+            if not isinstance(line.get(key, 0), (int, float)):
+                raise InputError(f"{where}: {key} must be a number")
+        answers[str(line.get("id"))] = line
     records = []
     for question in questions:
         line = answers.get(question["id"])

@@ -63,9 +63,8 @@ def settings(rows, model, tokenizer, args, notes):
 
 
 @torch.no_grad()
-def losses(model, method, contexts, document):
-    """The record of a document: token-mean nats of its two targets after the first of the contexts."""
-    context = contexts[0]
+def losses(model, method, context, document):
+    """The record of a document: token-mean nats of its two targets, the context (ids) read or not."""
     memory = None
     if method.startswith("adapter"):
         memory = model.read(context)

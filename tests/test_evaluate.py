@@ -320,8 +320,8 @@ def test_memories_are_kept_up_to_a_size(tokenizer, monkeypatch):
     model, reads, memories = make_model(), [], {}
     read = model.read
     model.read = lambda ids: reads.append(ids) or read(ids)
-    _, cost = evaluate.read_context(model, tokenizer, "one", memories)
-    monkeypatch.setattr(evaluate, "MEMORY_FLOATS", 2 * cost["storage_mfloats"] * 1e6)
+    evaluate.read_context(model, tokenizer, "one", memories)
+    monkeypatch.setattr(evaluate, "MEMORY_FLOATS", 2 * 3 * 24 * 24)      # two of three layers of d_r 24
     for text in ("two", "one", "three", "two", "one"):
         memory, _ = evaluate.read_context(model, tokenizer, text, memories)
         want = model.contextualize(ids_of(tokenizer, text))
@@ -392,7 +392,7 @@ def test_cached_prefix_answers_like_whole_prompts(tokenizer, kind, monkeypatch):
     model, context = make_model(base=make_base(kind)), "A cold river, seven green stones."
     model.base.generation_config.pad_token_id = 259
     questions = {"Who sings?": "Ana Maria", "Why does it rain so much in the north?": "x", "Ö": " in Nîmes ", "Who?": "y"}
-    part = [([context], {"question": question, "golds": [gold]}) for question, gold in questions.items()]
+    items = [{"question": question, "golds": [gold]} for question, gold in questions.items()]
     prompts = [ids_of(tokenizer, IN_CONTEXT_PROMPT.format(context=context, question=q))[0].tolist() for q in questions]
     new = [model.base.generate(torch.tensor([p]), max_new_tokens=20, do_sample=False)[0, len(p):] for p in prompts]
     with torch.no_grad():
@@ -403,7 +403,7 @@ def test_cached_prefix_answers_like_whole_prompts(tokenizer, kind, monkeypatch):
     for most, sizes in ((evaluate.KV_FLOATS, [4, 4]), (2.5 * costs.kv_cache_floats(model.base, shared), [2] * 4)):
         monkeypatch.setattr(evaluate, "KV_FLOATS", most)                # of the copies at once
         caches.clear()
-        records = evaluate.in_context(model, tokenizer, qa, IN_CONTEXT_PROMPT, part, 4)
+        records = evaluate.in_context(model, tokenizer, qa, IN_CONTEXT_PROMPT, context, items, 4)
         assert [rows for _, rows in caches] == sizes
         for cache, _ in caches:                                         # not used up by a batch
             assert cache is caches[0][0] and cache.get_seq_length() == shared
@@ -414,10 +414,10 @@ def test_cached_prefix_answers_like_whole_prompts(tokenizer, kind, monkeypatch):
             assert record["past"] == past and record["storage_mfloats"] == costs.kv_cache_floats(model.base, past) / 1e6
             assert record["inference_tflops"] * 1e12 == pytest.approx(
                 costs.base_flops(model.base, len(prompt) - past + len(out), past))
-    part[0][1]["golds"] = ["y" * 90, "x" * 60]                          # the window has room for what is scored
+    items[0]["golds"] = ["y" * 90, "x" * 60]                          # the window has room for what is scored
     seen = []
     monkeypatch.setattr(evaluate, "answer", lambda *args, **kwargs: seen.append(args) or [])
-    evaluate.in_context(model, tokenizer, qa, IN_CONTEXT_PROMPT, [(["A cold river. " * 40], part[0][1])], 4)
+    evaluate.in_context(model, tokenizer, qa, IN_CONTEXT_PROMPT, "A cold river. " * 40, items[:1], 4)
     ((_, _, _, _, (prompt,), (cost, *_)),) = seen
     assert len(prompt) == 512 - 60 and cost["lost"]
 
@@ -958,7 +958,8 @@ def test_rows_of_other_systems(tmp_path, base_directory, squad_file):
     assert row["em_max"] == pytest.approx(500 / 6) and "nats" not in row
     assert [row[key] for key in ("inference_tflops", "storage_mfloats", "n", "context_length")] == [2, 4, 6, 300]
     assert "UltraGist (64)" in drawn_texts(tmp_path / "p.svg")
-    for change, words in ((answers[:-1], "no line has the id 2-2"), ([{"id": "0-0"}], "field 'prediction'")):
+    for change, words in ((answers[:-1], "no line has the id 2-2"), ([{"id": "0-0"}], "field 'prediction'"),
+                          ([{**answers[0], "storage_mfloats": "x"}], "line 1: storage_mfloats must be a number")):
         write_rows(path, change)
         with pytest.raises(InputError, match=words):
             evaluate.main(["--task", "squad", "--base", base_directory, *flags])
