@@ -23,7 +23,6 @@ def ask(args):
         memory = Memory.load(args.memory)
     if not texts and memory is None:
         raise InputError("--task ask has nothing to read: give a text with --context, or a --memory that exists")
-    began = time.time()
     models, tokenizer = evaluate.load_models(args)
     model = models[0][1]
     before = 0
@@ -32,9 +31,10 @@ def ask(args):
         if len(memory.tokens) != 1:
             raise InputError(f"--memory {args.memory} holds {len(memory.tokens)} contexts side by side: ask takes one")
         before = int(memory.tokens)
-    loaded = time.time()
+    began = time.time()
     for text in texts:
         memory = model.read(context_ids(tokenizer, text), memory)
+    seconds = time.time() - began
     if args.memory and texts:
         memory.save(args.memory)
     if args.export:
@@ -43,32 +43,30 @@ def ask(args):
     tokens = int(memory.tokens)
     S = sum(state.numel() for state in memory.states.values()) / 1e6
     lora = sum(A.numel() + B.numel() for A, B in model.lora(memory).values()) / 1e6
-    print(f"{tokens - before} tokens read in {time.time() - loaded:.1f} s (model loaded in {loaded - began:.1f} s), "
-          f"{tokens} remembered in {S:.2f} M floats of S or {lora:.2f} M of LoRA; their KV "
-          f"cache is {kv_cache_floats(model.base, tokens) / 1e6:.2f} M")
-
-    def answer(name, prompt, memory=None):
-        began = time.time()
-        (words,), (new,) = evaluate.greedy_answers(model, tokenizer, [prompt], NEW_TOKENS, memory)
-        if args.compare:
-            words = f"{name}: {words}   [{len(prompt)} prompt tokens, {new} new, {time.time() - began:.1f} s]"
-        print(words)
+    cache = kv_cache_floats(model.base, tokens) / 1e6
+    print(f"{tokens - before} tokens read in {seconds:.1f} s, {tokens} remembered in {S:.2f} M floats of S or {lora:.2f} "
+          f"M of LoRA; their KV cache is {cache:.2f} M")
 
     for question in args.question or typed_questions():
         prompt = user_turn(tokenizer, question)
-        answer("adapter", prompt, memory)
-        if not args.compare:
-            continue
-        answer("closed-book", prompt)
-        if texts:
+        asked = [("adapter", prompt, memory)]
+        if args.compare:
+            asked.append(("closed-book", prompt, None))
+        if args.compare and texts:
             most = window(model.base) - NEW_TOKENS
             (prompt,), lost = evaluate.in_context_prompts(tokenizer, IN_CONTEXT_PROMPT, "\n\n".join(texts),
                                                           [{"question": question}], most)
             name = "in-context"
             if lost:
                 name += f" (the first {lost} tokens of the context do not fit)"
-            answer(name, prompt)
-        if before:
+            asked.append((name, prompt, None))
+        for name, prompt, under in asked:
+            began = time.time()
+            (words,), (new,) = evaluate.greedy_answers(model, tokenizer, [prompt], NEW_TOKENS, under)
+            if args.compare:
+                words = f"{name}: {words}   [{len(prompt)} prompt tokens, {new} new, {time.time() - began:.1f} s]"
+            print(words)
+        if args.compare and before:
             print(f"in-context does not see the {before} tokens that {args.memory} remembers from before")
 
 

@@ -61,7 +61,12 @@ def load(source, args):
     with_dev = "fine-tuned" in args.method
     directory = source
     if not os.path.exists(source):
-        directory = download(source, seeds)
+        with bad_input(f"{source}: no such directory, and not to be had from the hub"):
+            validate_repo_id(source)                        # a path is refused before the hub is asked
+            directory = huggingface_hub.snapshot_download(
+                source, repo_type="dataset", local_files_only=not hub_reachable(),
+                allow_patterns=[f"data/{task}/{task}_16_*.jsonl" for task in TASKS])
+            directory = os.path.join(directory, "data")
     tasks = {}
     for task in TASKS:
         if not os.path.isdir(os.path.join(directory, task)):
@@ -80,21 +85,6 @@ def load(source, args):
         raise InputError(f"{source}: none of MetaICL's 26 test tasks is there; give a directory with "
                          "<task>/<task>_16_<seed>_train.jsonl, .._dev.jsonl and .._test.jsonl")
     return tasks
-
-
-def download(source, seeds):
-    """The directory of a data set on the hub, of which only the files of the test tasks are fetched."""
-    patterns = []
-    for task in TASKS:
-        patterns.append(f"data/{task}/{task}_16_100_test.jsonl")
-        for seed in seeds:
-            patterns.append(f"data/{task}/{task}_16_{seed}_train.jsonl")
-            patterns.append(f"data/{task}/{task}_16_{seed}_dev.jsonl")
-    with bad_input(f"{source}: no such directory, and not to be had from the hub"):
-        validate_repo_id(source)                            # a path is refused before the hub is asked
-        path = huggingface_hub.snapshot_download(
-            source, repo_type="dataset", local_files_only=not hub_reachable(), allow_patterns=patterns)
-    return os.path.join(path, "data")
 
 
 def read_examples(path, task):

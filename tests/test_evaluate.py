@@ -798,8 +798,7 @@ def test_metaicl_from_the_hub(tmp_path, metaicl_directory, monkeypatch):
     assert tasks == load_metaicl(metaicl_directory, [100, 13])
     (name, options), = asked
     assert name == "allenai/metaicl-data" and options["repo_type"] == "dataset"
-    assert len(options["allow_patterns"]) == 26 * 5
-    assert "data/quarel/quarel_16_13_dev.jsonl" in options["allow_patterns"]
+    assert len(options["allow_patterns"]) == 26 and "data/quarel/quarel_16_*.jsonl" in options["allow_patterns"]
     monkeypatch.setattr(metaicl.huggingface_hub, "snapshot_download", lambda *a, **k: 1 / 0)
     with pytest.raises(InputError, match="no/where: no such directory, and not to be had"):
         load_metaicl("no/where", [100], 1)
