@@ -301,32 +301,25 @@ def test_fine_tuned_base_brings_its_cost(tmp_path, base_directory, squad_file):
     assert cost["contextualisation_seconds"] > 0
 
 
-def test_seconds_wait_for_the_device_and_include_the_last_norm(tokenizer, monkeypatch):
+def test_a_context_is_read_once_and_its_seconds_include_the_last_norm(tokenizer, monkeypatch):
+    """Beyond MEMORY_FLOATS the oldest memory is dropped. The clock waits for the device."""
     waited = []
     monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
     gpu = types.SimpleNamespace(type="cuda")
     assert costs.clock(gpu) > 0 and waited == [gpu] and costs.clock(torch.device("cpu")) > 0 and len(waited) == 1
-    model, calls = make_model(chunk=10), []
-    lora = model.lora
+    model, calls, reads, memories = make_model(chunk=10), [], [], {}
+    lora, read = model.lora, model.read
     model.lora = lambda memory: calls.append(memory) or lora(memory)
-    monkeypatch.setattr(evaluate, "clock", lambda device: len(calls))
-    # 30 tokens: an adapter for chunks 2 and 3, and the last one
-    memory, cost = evaluate.read_context(model, tokenizer, "x" * 29, {})
-    assert cost["contextualisation_seconds"] == 3 and cost["context_tokens"] == 30 and memory is calls[-1]
-
-
-def test_memories_are_kept_up_to_a_size(tokenizer, monkeypatch):
-    """A context is read once; beyond the size the oldest is dropped."""
-    model, reads, memories = make_model(), [], {}
-    read = model.read
     model.read = lambda ids: reads.append(ids) or read(ids)
-    evaluate.read_context(model, tokenizer, "one", memories)
-    monkeypatch.setattr(evaluate, "MEMORY_FLOATS", 2 * 3 * 24 * 24)      # two of three layers of d_r 24
-    for text in ("two", "one", "three", "two", "one"):
-        memory, _ = evaluate.read_context(model, tokenizer, text, memories)
-        want = model.contextualize(ids_of(tokenizer, text))
+    monkeypatch.setattr(evaluate, "clock", lambda device: len(calls))
+    monkeypatch.setattr(evaluate, "MEMORY_FLOATS", 2 * 3 * 24 * 24)     # two contexts, three layers of d_r 24
+    for text in ("one" * 9, "two", "one" * 9, "three", "two", "one" * 9):
+        memory, cost = evaluate.read_context(model, tokenizer, text, memories)
+        want = streamed(model, tokenizer, text, 10)
         assert all(torch.equal(memory.states[name], S) for name, S in want.states.items())
-    assert [tokenizer.decode(ids[1:]) for ids in reads] == ["one", "two", "three", "one"] and len(memories) == 2
+    assert [tokenizer.decode(ids[1:]) for ids in reads] == ["one" * 9, "two", "three", "one" * 9] and len(memories) == 2
+    # 28 tokens: an adapter for chunks 2 and 3, and the last one
+    assert cost["contextualisation_seconds"] == 3 and cost["context_tokens"] == 28
 
 
 # ---- contexts and prompts, answers and nats
@@ -362,6 +355,11 @@ def test_prompts_of_figure_7():
     assert ZERO_SHOT_PROMPT.format(question="Input: e\nOutput:") == (
         "Instruction: Provide a short and concise answer, without any explanation or additional words."
         "\n\nInput: e\nOutput:")
+    assert qa.PROMPTS["closed-book-instructed"].format(question="Which river?") == (
+        "Instruction: Answer the question. Respond with a short phrase only. Keep the answer short and concise, "
+        "without any explanation or additional words\n\nQuestion: Which river?\n\nAnswer:")
+    assert msc.PROMPTS["closed-book-instructed"] == qa.PROMPTS["closed-book-instructed"]
+    assert metaicl.PROMPTS["zero-shot-instructed"] == ZERO_SHOT_PROMPT
     assert metaicl.PROMPTS["few-shot-bare"].format(context=demonstrations, question="Input: e\nOutput:") == (
         "Input: a\nOutput: b\n\nInput: c\nOutput: d\n\nInput: e\nOutput:")
 
@@ -691,18 +689,6 @@ def test_qa_rows_groups_and_answers(tmp_path, base_directory, squad_file, genera
     assert (tmp_path / "p.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_instructed_rows(tmp_path, base_directory, squad_file, metaicl_directory, tokenizer):
-    """Appendix C's instruction without a context, beside the bare question."""
-    _, predictions = run(tmp_path, base_directory, "squad", "--data", squad_file, "--method", "closed-book", "--method",
-                         "closed-book-instructed", "--checkpoint", "none")
-    base, _ = load_base(base_directory, torch.float32, "cpu")
-    prompt = ("Instruction: Answer the question. Respond with a short phrase only. Keep the answer short and concise, "
-              "without any explanation or additional words\n\nQuestion: Which river?\n\nAnswer:")
-    (got,) = [p for p in predictions if p["method"] == "closed-book-instructed" and p["question"] == "Which river?"]
-    assert got["prediction"] == greedy(base, tokenizer, prompt) and len(predictions) == 12
-    assert metaicl.PROMPTS["zero-shot-instructed"] == ZERO_SHOT_PROMPT
-
-
 def test_long_groups_are_cut_from_the_left_and_say_so(tmp_path, base_directory):
     rows = [{"context": f"fact {i} " * 700, "question": "Which?", "answers": {"text": ["fact"]}} for i in range(2)]
     write_rows(tmp_path / "long.jsonl", rows)
@@ -964,15 +950,6 @@ def test_rows_of_other_systems(tmp_path, base_directory, squad_file):
             evaluate.main(["--task", "squad", "--base", base_directory, *flags])
     with pytest.raises(InputError, match="--rows takes NAME=FILE"):
         evaluate.main(["--task", "squad", *flags[:-1], "x.jsonl"])
-
-
-def test_rows_of_other_systems_in_metaicl(tmp_path, base_directory, metaicl_directory):
-    """Ids are task and number; their means over tasks beside ours."""
-    write_rows(tmp_path / "a.jsonl", [{"id": f"{task} {i}", "shots": 4, "prediction": "Output: YES"} for i in range(2)
-                                      for task in ("poem_sentiment", "quarel", "superglue-copa")])
-    result, _ = run(tmp_path, base_directory, "metaicl", "--data", str(metaicl_directory), "--checkpoint", "none",
-                    "--limit", "2", "--method", "zero-shot", "--rows", f"always yes={tmp_path / 'a.jsonl'}")
-    assert [(row["shots"], row["accuracy"]) for row in result["rows"] if row["method"] == "always yes"] == [(4, 50)] * 6
 
 
 def test_lines_are_keyed_by_checkpoint_and_panels_by_task(tmp_path):
