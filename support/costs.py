@@ -53,7 +53,8 @@ def kv_cache_floats(base, tokens):
 
 def generator_flops(model, tokens, chunks):
     """FLOPs of the generator's matrix products for a context: projections and S for each token, norm and LoRA pair for
-    each chunk. Of norm (svd) the four products with S and the nine of (d_r, r) with (r, r) are counted."""
+    each chunk. Of norm (svd) the four products with S, the eight of (d_r, r) with (r, r) and the 36 of (r, r), those of
+    a damping of 1e-2, are counted."""
     config = model.config
     r = config.rank
     total = 0
@@ -67,7 +68,7 @@ def generator_flops(model, tokens, chunks):
         else:
             total += chunks * 2 * r * d_r * (d_in + d_out)
         if config.norm == "svd":
-            total += chunks * (8 * d_r * d_r * r + 18 * d_r * r * r)
+            total += chunks * (8 * d_r * d_r * r + 16 * d_r * r * r + 72 * r**3)
     return total
 
 

@@ -237,9 +237,9 @@ def test_generator_flops_against_the_counter(norm):
     model = make_model(targets=["o_proj", "down_proj"], norm=norm)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         for layer in model.generator.layers:
-            layer.adapter(sum(layer.update(torch.randn(20, 64)) for _ in range(3)))
-            layer.adapter(torch.randn(24, 24))
-            layer.adapter(torch.randn(24, 24))
+            sum(layer.update(torch.randn(20, 64)) for _ in range(3))
+        for _ in range(3):
+            model.lora(Memory({name: torch.randn(1, 24, 24) for name in model.generator.index}, torch.tensor([20])))
     assert counter.get_total_flops() == costs.generator_flops(model, 60, 3)
 
 
@@ -637,7 +637,7 @@ def test_long_articles_in_a_csv(tmp_path):
 
 
 @pytest.mark.parametrize("name, text, words", [
-    ("no.csv", None, "no.csv cannot be read: .*No such file"),
+    ("no.csv", None, "no.csv.*[nN]o such file"),
     ("head.csv", "text,question,answers\n", "head.csv is empty"),
     ("short.csv", "text,question,answers\na,b\n", "row 2: field 'answers'"),
     ("none.csv", "text,question,answers\na,b,\\\n", "row 2: answers holds no text"),
