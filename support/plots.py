@@ -21,13 +21,21 @@ AXES = {"context_length": "context length, tokens", "context_tokens": "context, 
 
 
 def write_table(args, rows, result):
-    """Print scores and costs; write them with their circumstances to --output; draw --plot."""
-    costs = [*COSTS, "seconds"]
+    """Print scores, then costs, as Markdown tables; write them with their circumstances to --output; draw --plot."""
     keys = {}                                               # the row of the adapter, the longest, orders them
     for row in sorted(rows, key=len, reverse=True):
         keys |= dict.fromkeys(key for key in row if not key.endswith("_stderr") and key not in keys)
-    print("\n" + markdown(rows, [key for key in keys if key not in costs]))
-    print("\n" + markdown(rows, [key for key in keys if key in NAMES or key in costs]))
+    costs = [*COSTS, "seconds"]
+    scores = [key for key in keys if key not in costs]
+    costs = [key for key in keys if key in NAMES or key in costs]
+    for keys in (scores, costs):
+        table = [keys, ["---"] * len(keys)]
+        for row in rows:
+            table.append([cell(row, key) for key in keys])
+        widths = [max(map(len, column)) for column in zip(*table)]
+        print()
+        for line in table:
+            print("|", " | ".join(text.ljust(width) for text, width in zip(line, widths)), "|")
     if args.output:
         with open(args.output + ".part", "w", encoding="utf-8") as file:
             json.dump({**result, "rows": rows}, file, indent=1, ensure_ascii=False)
@@ -36,29 +44,18 @@ def write_table(args, rows, result):
         plot(args.plot, rows)
 
 
-def markdown(rows, keys):
-    """A Markdown table of these keys of rows, each with its standard error."""
-    lines = [list(keys), ["---"] * len(keys)]
-    for row in rows:
-        line = []
-        for key in keys:
-            value = row.get(key)
-            error = row.get(key + "_stderr")
-            if value is None:
-                line.append("")
-            elif error:
-                digits = max(0, 1 - math.floor(math.log10(error)))                          # two of the error
-                line.append(f"{value:.{digits}f} ± {error:.{digits}f}")
-            elif isinstance(value, float):
-                line.append(f"{value:.4g}")
-            else:
-                line.append(str(value))
-        lines.append(line)
-    for k in range(len(keys)):
-        width = max(len(line[k]) for line in lines)
-        for line in lines:
-            line[k] = line[k].ljust(width)
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+def cell(row, key):
+    """The text of a number, with its standard error where it has one."""
+    value = row.get(key)
+    error = row.get(key + "_stderr")
+    if value is None:
+        return ""
+    if error:
+        digits = max(0, 1 - math.floor(math.log10(error)))  # two of the error
+        return f"{value:.{digits}f} ± {error:.{digits}f}"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return str(value)
 
 
 def plot(path, rows):
@@ -70,10 +67,12 @@ def plot(path, rows):
 
     keys = {key for row in rows for key in row}
     x = None
-    if "context_length" in keys or "shots" in keys:
-        x = "shots" if "shots" in keys else "context_length"
-    elif "span" in keys:
+    if "span" in keys:
         x = "context_tokens"
+    if "context_length" in keys:
+        x = "context_length"
+    if "shots" in keys:
+        x = "shots"
     panels = []                                             # (title, key, rows)
     if x == "shots":
         for task in dict.fromkeys(row["task"] for row in reversed(rows) if row["task"] != "all"):     # averages first
@@ -81,7 +80,14 @@ def plot(path, rows):
     for key in PANELS:
         if key in keys and x != "shots":
             panels.append((PANELS[key], key, [row for row in rows if key in row]))
-    names = list(dict.fromkeys(name_of(row) for row in rows))
+    checkpoints = {row["checkpoint"] for row in rows if "checkpoint" in row}
+
+    def name_of(row):
+        if len(checkpoints) > 1 and "checkpoint" in row:
+            return f"{row['method']} {row['checkpoint']}"
+        return row["method"]
+
+    names = list(dict.fromkeys(map(name_of, rows)))
     across = math.ceil(len(panels) ** 0.5)
     down = math.ceil(len(panels) / across)
     figure = Figure(figsize=(4.5 * across, 3.2 * down + 0.4), layout="constrained")
@@ -115,12 +121,8 @@ def plot(path, rows):
         if min(row[key] for row in drawn) >= 0:
             axes.set_ylim(bottom=0)
     if lines:
-        figure.legend(lines.values(), lines, loc="outside lower center", ncols=min(5, len(lines)), frameon=False)
+        columns = 5
+        if len(checkpoints) > 1:                            # their paths are long
+            columns = 1
+        figure.legend(lines.values(), lines, loc="outside lower center", ncols=columns, frameon=False)
     figure.savefig(path, dpi=110)
-
-
-def name_of(row):
-    """What a line of the figure is called: a method, and the checkpoint of its generator in --task ppl."""
-    if "checkpoint" in row:
-        return f"{row['method']} {row['checkpoint']}"
-    return row["method"]
