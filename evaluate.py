@@ -1,4 +1,4 @@
-"""The paper's evaluation (§4, §5): one table, one JSON, one plot, each method beside its controls.
+"""The paper's evaluation (§4, §5): each method beside its baselines and its control, in one table.
 
     python evaluate.py --task msc                                # Table 1: conversations; default base, built-in sample
     python evaluate.py --task squad --limit 20 --context-lengths 512 1024 2048 --plot squad.png     # Fig. 2, 3, Table 5
@@ -7,52 +7,55 @@
     python evaluate.py --task ppl --data validation.parquet --checkpoint out/run/step-000100           # Table 2
     python evaluate.py --task ask --context notes.txt --question "Who owns the boat?" --compare    # your own text
 
+What is read, what is asked and how it is scored stands in tasks/, a file for each task.
+
 Methods: closed-book (bare question), full-conversation / in-context / few-shot (context in the prompt), adapter (bare
 question, context in the weights) and adapter-shuffled, the control: the adapters of OTHER contexts. What a generator
 remembers is the gap between the last two, in answer nats: one that has only learnt an answer style has none.
 """
 
+import argparse
 import collections
-import functools
-import itertools
+import copy
+import hashlib
+import json
+import math
 import os
 import platform
-import random
 import re
 import statistics
 import string
 import time
-import types
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
 from tqdm import tqdm
 
-from support.answers import average, encode, fingerprint, load_models, NEW_TOKENS, predict
-from support.ask import ask
-from support.benchmarks import (context_clusters, control_contexts, controls_of, first_ids, given_records, IN_CONTEXT,
-                                in_context_prompts, load_answers, load_data, METAICL_KINDS, prompt_template, SPANS)
-from support.costs import COSTS, adapter_floats, base_flops, clock, context_flops, kv_cache_floats, window
-from support.files import InputError, open_predictions, run_command, stamps
-from extras.finetune import cost_of_base, fit_task, lacking_memory
-from support.flags import arguments
-from support.plots import mean_row, merge, write_table
+from generator import GeneratorConfig, Memory
+from model import AdaptedLM, load_base
+from support.bases import DEFAULT_BASE
+from support.costs import COSTS, base_flops, clock, context_flops, kv_cache_floats, query_costs, window
+from support.files import InputError, bad_input, field, hub_reachable, read_json, read_rows, run_command, stamps
+from support.formats import checkpoint_base, locate_checkpoint
+from support.plots import write_table
 from support.text import context_ids, tokenize, user_turn
+from tasks import metaicl, msc, ppl, qa
 
-QA_LENGTHS = [512, 1024, 2048, 4096, 8192, 16384, 32768]
-PAIR_FLOATS = 1e9         # of the LoRA pairs of contexts that are kept for later questions
-METRICS = ("f1", "em", "f1_max", "em_max", "recall", "rougeL_recall", "accuracy")
+TASKS = {"msc": msc, "squad": qa, "streamingqa": qa, "metaicl": metaicl, "ppl": ppl}
+DEFAULT_CHECKPOINT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "smollm2-135m")
+MEMORY_FLOATS = 1e9       # of the memories of contexts that are kept for later questions
+KV_FLOATS = 4e9           # of the copies of a KV cache that stand in memory at once
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# metrics, 0 to 1; and nats
+# metrics, 0 to 1
 
 
 def normalize_text(text):
     """Lower case, no ASCII punctuation, single spaces."""
-    return " ".join("".join(c for c in text.lower() if c not in string.punctuation).split())
+    without = text.lower().translate(str.maketrans("", "", string.punctuation))
+    return " ".join(without.split())
 
 
 def normalize_answer(text):
@@ -62,9 +65,12 @@ def normalize_answer(text):
 
 def f1_score(prediction, gold):
     """SQuAD F1 over normalised words; 0 where they share none, also when both are empty."""
-    predicted, wanted = normalize_answer(prediction).split(), normalize_answer(gold).split()
-    same = sum((collections.Counter(predicted) & collections.Counter(wanted)).values())
-    return 2 * same / (len(predicted) + len(wanted)) if same else 0.0
+    predicted = normalize_answer(prediction).split()
+    wanted = normalize_answer(gold).split()
+    shared = collections.Counter(predicted) & collections.Counter(wanted)
+    if not shared:
+        return 0.0
+    return 2 * shared.total() / (len(predicted) + len(wanted))
 
 
 def exact_match(prediction, gold):
@@ -73,357 +79,607 @@ def exact_match(prediction, gold):
 
 def recall(prediction, gold):
     """Does the answer contain the gold, word for word after SQuAD's normalisation? More guesses, more hits."""
-    words = f" {normalize_answer(gold)} "
-    return float(bool(words.strip()) and words in f" {normalize_answer(prediction)} ")
+    words = normalize_answer(gold)
+    return float(words != "" and f" {words} " in f" {normalize_answer(prediction)} ")
 
 
 def rouge_l_recall(prediction, gold):
     """Distinct words of the longest common subsequence over those of the gold, as the package the authors used counts;
     0 if a side is empty."""
-    predicted, wanted = normalize_text(prediction).split(), normalize_text(gold).split()
+    predicted = normalize_text(prediction).split()
+    wanted = normalize_text(gold).split()
     if not predicted or not wanted:
         return 0.0
     above = [()] * (len(wanted) + 1)           # the longest common subsequence of the words so far, by part of the gold
     for word in predicted:
         row = [()]
         for j, w in enumerate(wanted):
-            longer = above[j + 1] if len(above[j + 1]) > len(row[j]) else row[j]
-            row.append(above[j] + (w,) if w == word else longer)
+            if w == word:
+                row.append(above[j] + (word,))
+            else:
+                row.append(max(row[j], above[j + 1], key=len))
         above = row
     return len(set(above[-1])) / len(set(wanted))
 
 
-def qa_scores(prediction, golds):
-    """Against the shortest gold, as the authors score (f1, em, rougeL_recall); the best over the golds, as SQuAD does
-    (_max); recall of any."""
-    gold = min(golds, key=len)
-    best = {name: max(metric(prediction, each) for each in golds)
-            for name, metric in (("f1_max", f1_score), ("em_max", exact_match), ("recall", recall))}
-    return {"f1": f1_score(prediction, gold), "em": exact_match(prediction, gold), **best,
-            "rougeL_recall": rouge_l_recall(prediction, gold)}
-
-
-def icl_scores(prediction, golds):
+def accuracy(prediction, gold):
     """Exact match but for case, of a prediction without the "Output:" it may repeat, as the authors count."""
-    return {"accuracy": float(prediction.replace("Output:", "").strip().lower() == golds[0].strip().lower())}
+    return float(prediction.replace("Output:", "").strip().lower() == gold.strip().lower())
+
+
+METRICS = {"f1": f1_score, "em": exact_match, "f1_max": f1_score, "em_max": exact_match, "recall": recall,
+           "rougeL_recall": rouge_l_recall, "accuracy": accuracy}
+
+
+def scores(prediction, golds, names):
+    """{name: score} against the shortest gold, as the authors score; recall and those of name .._max: the best over the
+    golds, as SQuAD does."""
+    row = {}
+    for name in names:
+        against = [min(golds, key=len)]
+        if name == "recall" or name.endswith("_max"):
+            against = golds
+        row[name] = max(METRICS[name](prediction, gold) for gold in against)
+    return row
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# means, standard errors and the gap
 
 
 def mean_and_stderr(values, clusters=None):
     """(mean, standard error) of a list, cluster-robust where clusters labels its values; of one cluster None."""
-    mean, sums = statistics.fmean(values), collections.defaultdict(float)
+    mean = statistics.fmean(values)
+    sums = collections.defaultdict(float)
     for value, label in zip(values, clusters or range(len(values))):
         sums[label] += value - mean
     G = len(sums)
-    return mean, (G / (G - 1) * sum(s * s for s in sums.values())) ** 0.5 / len(values) if G > 1 else None
+    if G == 1:
+        return mean, None
+    variance = G / (G - 1) * sum(s**2 for s in sums.values())
+    return mean, variance**0.5 / len(values)
 
 
-def memory_gap(own, controls, bare=()):
+def add_mean(row, name, values, clusters=None):
+    """Put the mean of values and its standard error into a row of the table, nothing where there are none."""
+    if values:
+        row[name], row[name + "_stderr"] = mean_and_stderr(values, clusters)
+
+
+def memory_gap(own, controls, closed_book=()):
     """What an adapter knows of ITS context, from the records of adapter, adapter-shuffled and closed-book, paired by
-    question, standard errors clustered by context. gain: nats of the gold closed-book minus under its own; gap: under
-    the others (their mean) minus under its own; best-of-K+1: share of questions whose own memory gives the fewest nats
-    (ties are shared); chance: 100 / (K+1)."""
-    bare, row = {record["number"]: record["nats"] for record in bare}, {}
-    if gains := [(bare[record["number"]] - record["nats"], record["cluster"]) for record in own
-                 if bare.get(record["number"]) is not None and record["nats"] is not None]:
-        row["gain"], row["gain_stderr"] = mean_and_stderr(*zip(*gains))
-    mine = {(record["cluster"], record["number"]): record["nats"] for record in own}
-    pairs = [(mine[key], record["control_nats"], record["cluster"]) for record in controls
-             if mine.get(key := (record["cluster"], record["number"])) is not None]
-    if not pairs:
-        return row
-    K, labels = len(pairs[0][1]), [label for _, _, label in pairs]
-    gap, error = mean_and_stderr([statistics.fmean(others) - nats for nats, others, _ in pairs], labels)
-    first = [100 * (nats <= min(others)) / (1 + others.count(nats)) for nats, others, _ in pairs]
-    best, best_error = mean_and_stderr(first, labels)
-    name = f"best-of-{K + 1}"
-    return {**row, "gap": gap, "gap_stderr": error, name: best, name + "_stderr": best_error, "chance": 100 / (K + 1),
-            **({"pairs": len(pairs)} if len(pairs) < len(own) else {})}
+    question, standard errors clustered by context.
+
+    gain: nats of the gold closed-book minus under its own; gap: under the others (their mean) minus under its own;
+    best-of-K+1: share of questions whose own memory gives the fewest nats (ties are shared); chance: 100 / (K+1).
+    """
+    without = {record["number"]: record["nats"] for record in closed_book}
+    others = {(record["cluster"], record["number"]): record["control_nats"] for record in controls}
+    row = {}
+    gains, gain_clusters = [], []
+    gaps, firsts, clusters = [], [], []
+    for record in own:
+        nats = record.get("nats")
+        if nats is None:
+            continue
+        bare = without.get(record["number"])
+        if bare is not None:
+            gains.append(bare - nats)
+            gain_clusters.append(record["cluster"])
+        other = others.get((record["cluster"], record["number"]))
+        if other is not None:
+            K = len(other)
+            gaps.append(statistics.fmean(other) - nats)
+            firsts.append(100 * (nats <= min(other)) / (1 + other.count(nats)))
+            clusters.append(record["cluster"])
+    add_mean(row, "gain", gains, gain_clusters)
+    add_mean(row, "gap", gaps, clusters)
+    if gaps:
+        add_mean(row, f"best-of-{K + 1}", firsts, clusters)
+        row["chance"] = 100 / (K + 1)
+    if 0 < len(gaps) < len(own):
+        row["pairs"] = len(gaps)
+    return row
+
+
+def mean_scores(records, controls=(), closed_book=()):
+    """A row of the table: n questions, nats, memory_gap where there are records of controls or of closed-book, metrics
+    from 0 to 100, perplexities, costs. A question asked under several demonstration seeds counts once."""
+    numbers = [record["number"] for record in records]
+    row = {"n": len(set(numbers))}
+    scored = [record for record in records if record.get("nats") is not None]
+    add_mean(row, "nats", [record["nats"] for record in scored], [record["number"] for record in scored])
+    row |= memory_gap(records, controls, closed_book)
+    for key in METRICS:
+        if key in records[0]:
+            add_mean(row, key, [100 * record[key] for record in records], numbers)
+    for key in ppl.TARGETS:
+        if key in records[0]:
+            mean, error = mean_and_stderr([record[key] for record in records])
+            row["ppl_" + key] = math.exp(mean)
+            row[f"ppl_{key}_stderr"] = math.exp(mean) * error                               # delta method
+    for key in COSTS:
+        values = [record[key] for record in records if record.get(key) is not None]
+        if values:
+            row[key] = statistics.fmean(values)
+    return row
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# methods: what each makes of contexts before questions (items) are asked -> (prompts, keyword arguments of
-# support.answers.solve, costs of each context). contexts: one for all items or, for adapters, one each
+# prompts in, answers and nats out
 
 
-def closed_book(run, template, contexts, items):
-    """The bare question, or with an instruction; nothing is read. A base that was fine-tuned brings what that cost."""
-    return [user_turn(run.tokenizer, template.format(question=item["question"])) for item in items], {}, [run.free]
-
-
-def in_context(run, template, contexts, items):
-    """The context in the prompt: its questions share the KV cache of what their prompts begin with."""
-    tokenizer, base, questions = run.tokenizer, run.model.base, [item["question"] for item in items]
-    golds = tokenize(tokenizer, [min(item["golds"], key=len) for item in items])
-    room = window(base) - max(NEW_TOKENS, *map(len, golds))
-    prompts, lost = in_context_prompts(tokenizer, template, contexts[0], questions, room)
-    past, began = len(prompts[0]) - len(user_turn(tokenizer, questions[0])), clock(base.device)
-    prefix = os.path.commonprefix([prompt[:-1] for prompt in prompts])
-    with torch.no_grad():
-        ids = torch.tensor([prefix], device=base.device)                                           # (1, P)
-        cache = base.get_decoder()(input_ids=ids, use_cache=True).past_key_values
-    return prompts, {"prefix": prefix, "cache": cache}, [{
-        "contextualisation_tflops": base_flops(base, past, head=False) / 1e12, "past": past, "lost": lost,
-        "storage_mfloats": kv_cache_floats(base, past) / 1e6, "context_tokens": past,
-        "contextualisation_seconds": clock(base.device) - began}]
-
-
-def fine_tuned(run, template, contexts, items):
-    """All weights of the base fitted to the context: (training rows, validation rows)."""
-    costs = fit_task(run.model.base, run.tokenizer, *contexts[0], run.args.seed)
-    return closed_book(run, template, contexts, items)[0], {}, [costs]
-
-
-def adapter(run, template, contexts, items):
-    """The context in the weights. A control's is a tuple of texts: answers are under the first, nats under all."""
-    read = [[run.read(text) for text in ((context,) if isinstance(context, str) else context)] for context in contexts]
-    columns = [[pairs for pairs, _ in column] for column in zip(*read)]             # the k-th text of each context
-    batch = [{name: tuple(map(torch.cat, zip(*(p[name] for p in column)))) for name in column[0]} for column in columns]
-    kept = {"memory": batch[0], "controls": batch[1:]}
-    return closed_book(run, template, contexts, items)[0], kept, [row[0][1] for row in read]
-
-
-def read_adapter(model, tokenizer, text):
-    """(LoRA pairs of a context in the base's dtype, its costs), the last norm included."""
-    ids, began, dtype = context_ids(tokenizer, text), clock(model.base.device), model.base.dtype
-    pairs = {name: tuple(m.detach().to(dtype) for m in pair) for name, pair in model.lora(encode(model, ids)).items()}
-    return pairs, {"contextualisation_tflops": context_flops(model, len(ids)) / 1e12,
-                   "storage_mfloats": adapter_floats(model) / 1e6, "context_tokens": len(ids),
-                   "contextualisation_seconds": clock(model.base.device) - began}
-
-
-# the methods that read a context; all others are closed-book
-WITH_CONTEXT = {**dict.fromkeys(IN_CONTEXT, in_context), "fine-tuned": fine_tuned,
-                **dict.fromkeys(("adapter", "adapter-shuffled", "adapter-permuted"), adapter)}
-
-
-def read_contexts(run, method, contexts, items):
-    """(prompts, arguments of solve, costs of each item's context) of any method."""
-    template = prompt_template(run.args.task, method)
-    prompts, kept, costs = WITH_CONTEXT.get(method, closed_book)(run, template, contexts, items)
-    return prompts, kept, costs * (len(items) // len(costs))
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# tasks: what is asked under which context
-
-
-def msc(run, rows):
-    """Table 1. Adapter, control and closed-book see one prompt, the bare question; full-conversation alone reads the
-    text. --evidence: questions whose gold a turn says, at four lengths, from that turn to the whole conversation."""
-    rows = [row for row in rows if row.get("spans", True)]
-    args, keys = run.args, [set(row["sessions"]) for row in rows]
-    others, labels = controls_of(run, keys, args.limit), context_clusters(keys)
-    items = [{"number": i, "id": row["id"], "cluster": labels[i], "question": row["question"], "golds": [row["answer"]]}
-             for i, row in enumerate(rows[:args.limit])]
-    if (lost := [item["id"] for item in items if not others[item["number"]]]) and "adapter-shuffled" in args.method:
-        run.note(f"adapter-shuffled: every other conversation shares a session with {', '.join(lost)}: left out of the "
-                 "control and of the gap, not of the adapter's own row")
-
-    def conditions(method):
-        asked = [item for item in items if method != "adapter-shuffled" or others[item["number"]]]
-        size = 1 if method in IN_CONTEXT else args.batch_size      # adapters of different contexts work side by side
-        for span in SPANS if args.evidence and method in WITH_CONTEXT else SPANS[-1:]:
-            texts = [row["spans"][span] if args.evidence else "\n\n".join(row["sessions"]) for row in rows]
-            if method == "adapter-shuffled":
-                texts = [tuple(texts[j] for j in some) for some in others]
-            groups = [([texts[item["number"]] for item in asked[at:at + size]] if method in WITH_CONTEXT else [None],
-                       asked[at:at + size]) for at in range(0, len(asked), size)]
-            where = {"context": span if method in WITH_CONTEXT else "none"} if args.evidence else {}
-            if groups:
-                yield method, where, where, groups
-
-    for row in table(run, itertools.chain(*map(conditions, (*args.method, *run.rows)))):
-        yield {key: value for key, value in row.items() if "_max" not in key}              # a question has one gold
-
-
-def qa(run, documents):
-    """Fig. 2, Fig. 3, Table 5: documents in the order of the data, split evenly into ceil(tokens / length) groups of
-    whole documents; a group is the context of all its questions. Closed-book has no context: one row, of length 0.
-    Lengths that make the same groups share their answers. --groups: the first so many of a length; closed-book then
-    answers those of the longest."""
-    args, lengths, documents = run.args, run.args.context_lengths or QA_LENGTHS, documents[:run.args.limit]
-    total = sum(map(len, tokenize(run.tokenizer, [document["text"] for document in documents])))
-    if (alike := [n for n in lengths if len(documents) == 1 or n >= total]) and "adapter-shuffled" in args.method:
-        run.note(f"the documents hold {total} tokens: longer contexts are all the same single group, to which "
-                 f"adapter-shuffled has no other: no such row, nor a gap, at {', '.join(map(str, alike))}")
-
-    def conditions(method):
-        for length in lengths if method in WITH_CONTEXT else run.rows.get(method, [0]):
-            count = min(-(-total // (length or max(lengths))), len(documents))
-            parts = np.array_split(range(len(documents)), count)
-            texts = ["\n\n".join(documents[i]["text"] for i in part) for part in parts]
-            others = controls_of(run, [{g} for g in range(count)], args.groups)
-            if method == "adapter-shuffled":
-                texts = [tuple(texts[j] for j in some) for some in others]
-            groups = [([text], [{**item, "cluster": g} for i in part for item in documents[i]["questions"]])
-                      for g, (text, part) in enumerate(zip(texts, parts))][:args.groups]
-            if method not in WITH_CONTEXT:
-                groups = [([None], [item for _, items in groups for item in items])]
-            if method != "adapter-shuffled" or others[0]:
-                what, where = {"context_length": length, "groups": len(groups)}, {"parts": count if length else 1}
-                yield method, what, where, groups
-
-    return table(run, itertools.chain(*map(conditions, (*args.method, *run.rows))))
-
-
-def metaicl(run, tasks):
-    """Fig. 4 to 6: a row for each method, number of shots and task, then their means over tasks. A question's scores
-    are its means over the demonstration seeds. adapter-permuted reads the task's own demonstrations, each with the
-    output of another."""
-    args, names = run.args, list(tasks)
-    others = dict(zip(names, controls_of(run, [{name} for name in names])))
-    methods = [method for method in (*args.method, *run.rows) if method != "adapter-shuffled" or len(names) > 1]
-    if methods != [*args.method, *run.rows]:
-        run.note(f"adapter-shuffled is left out: it takes other tasks' demonstrations, and {names[0]} is the only one")
-
-    def shown(name, seed, shots, shift=0):                                   # fewer shots are a part of more
-        drawn = random.Random(args.seed).sample(tasks[name][seed][0], len(tasks[name][seed][0]))
-        pairs = zip(drawn[:shots], drawn[shift:] + drawn[:shift])
-        return "\n\n".join(f"{row['question']} {other['golds'][0]}" for row, other in pairs)
-
-    def context(method, name, seed, shots):
-        if method == "fine-tuned":
-            return tasks[name][seed]
-        if method == "adapter-shuffled":
-            return tuple(shown(names[j], seed, shots) for j in others[name])
-        return shown(name, seed, shots, int(method == "adapter-permuted")) if method in WITH_CONTEXT else None
-
-    def conditions(method):
-        learns = method in WITH_CONTEXT and method != "fine-tuned"
-        for shots, name in itertools.product(args.shots if learns else run.rows.get(method, [0]), names):
-            groups = [([context(method, name, seed, shots)],
-                       [{**item, "cluster": seed} for item in tasks[name]["test"][:args.limit]])
-                      for seed in (args.demo_seeds if method in WITH_CONTEXT else [None])]
-            yield method, {"task": name, "shots": shots}, {"name": name, "shots": shots}, groups
-
-    rows = list(table(run, itertools.chain(*map(conditions, methods))))
-    kinds = {**METAICL_KINDS, "all": names}
-    for (method, shots), kind in itertools.product(dict.fromkeys((row["method"], row["shots"]) for row in rows), kinds):
-        part = [row for row in rows if (row["method"], row["shots"]) == (method, shots) and row["task"] in kinds[kind]]
-        rows += [mean_row(part, method=method, task=kind, shots=shots)] if part else []
-    return rows
+def greedy_answers(model, tokenizer, prompts, new_tokens, memory=None, prefix=(), cache=None):
+    """Greedy answers to prompts (lists of ids), cut at the first newline, and the number of tokens generated for each.
+    cache: the base's KV cache of prefix, ids with which every prompt begins."""
+    device = model.base.device
+    P = len(prefix)
+    batch = tokenizer.pad({"input_ids": [prompt[P:] for prompt in prompts]}, padding_side="left", return_tensors="pt")
+    ids, mask = batch["input_ids"], batch["attention_mask"]                                 # (B, L)
+    if cache is not None:                                   # prefix, padding, rest: positions are counted by the mask
+        ids = torch.cat([torch.tensor([prefix]).expand(len(ids), P), ids], 1)               # (B, P + L)
+        mask = F.pad(mask, (P, 0), value=1)                                                 # (B, P + L)
+        cache = copies(cache, len(ids))
+    ends = model.base.generation_config.eos_token_id
+    greedy = transformers.GenerationConfig(do_sample=False, use_cache=True, max_new_tokens=new_tokens,
+                                           eos_token_id=ends, pad_token_id=tokenizer.pad_token_id)
+    # what a config leaves open generate takes from the base's own: Qwen2.5's has a repetition penalty
+    model.base.generation_config = greedy
+    out = model.generate(ids.to(device), memory, attention_mask=mask.to(device), past_key_values=cache,
+                         generation_config=greedy)                                          # (B, P + L + new)
+    new = out[:, ids.shape[1]:]                                                             # (B, new)
+    ended = torch.isin(new, torch.tensor(ends, device=device)).cumsum(1)                    # 0 before an answer's end
+    counts = (1 + (ended == 0).sum(1)).clamp(max=new.shape[1])                              # (B,), its end included
+    texts = tokenizer.batch_decode(new, skip_special_tokens=True)
+    return [text.split("\n")[0].strip() for text in texts], counts.tolist()
 
 
 @torch.no_grad()
-def ppl(run, texts):
-    """Table 2: perplexity of a document's first 1,024 tokens (reconstruction) and of the next 1,024 (completion), exp
-    of the mean over documents of the token-mean nats; other lengths by --context-lengths. Documents too short for the
-    longest are left out; the first token of a target is no target. What no generator touches is computed once."""
-    args, device, lengths = run.args, run.model.base.device, run.args.context_lengths or [1024]
-    if 2 * max(lengths) > window(run.model.base):
-        raise InputError(f"--context-lengths {max(lengths)}: context and completion must fit the base's window of "
-                         f"{window(run.model.base)} tokens together")
-    documents = first_ids(texts, run.tokenizer, 2 * max(lengths), args.limit or 100)
-    if len(documents) < 2:
-        raise InputError(f"{args.data}: ppl needs 2 documents of {2 * max(lengths)} tokens, found {len(documents)}")
-    others = control_contexts([{i} for i in range(len(documents))], args.seed, 1)
+def gold_nats(model, tokenizer, prompts, golds, memory=None, prefix=(), cache=None):
+    """Teacher-forced nats a token of each gold after its prompt, the end token left out: a list, from one forward pass.
+    A gold without a token has none: None. memory, prefix, cache: as in greedy_answers."""
+    golds = tokenize(tokenizer, [gold.strip() for gold in golds])
+    rows = [prompt[len(prefix):] + gold for prompt, gold in zip(prompts, golds)]
+    batch = tokenizer.pad({"input_ids": rows}, padding_side="right", return_tensors="pt")
+    ids = batch["input_ids"].to(model.base.device)                                          # (B, L)
+    if cache is None:
+        logits = model(ids, memory=memory)                                                  # (B, L, V)
+    else:
+        logits = model.base(input_ids=ids, past_key_values=copies(cache, len(rows))).logits
+    nats = []
+    for b, gold in enumerate(golds):
+        end = len(rows[b])
+        start = end - len(gold)
+        loss = F.cross_entropy(logits[b, start - 1:end - 1].float(), ids[b, start:end])
+        nats.append(loss.item() if gold else None)
+    return nats
 
-    def nats(model, method, i, L):
-        """Token-mean nats of both targets of document i."""
-        context, memory, values = documents[i][:L], None, {}
-        if method.startswith("adapter"):
-            memory = encode(model, documents[others[i][0]][:L] if method == "adapter-shuffled" else context)
-        for key, target in (("reconstruction_nats", context), ("completion_nats", documents[i][L:2 * L])):
-            ids = torch.tensor([context + target if method == "in-context" else target], device=device)  # (1, L or 2 L)
-            values[key] = F.cross_entropy(model(ids, memory=memory)[0, -L:-1].float(), ids[0, 1 - L:]).item()
-        return values
 
-    for L, method in itertools.product(lengths, args.method):
-        for name, model in run.models if method.startswith("adapter") else run.models[:1]:
-            run.model, records, began = model, [], time.time()
-            for i in tqdm(range(len(documents)), desc=f"{method} {L}", unit="document"):
-                key = f"ppl {method} {L} of {max(lengths)} {i} {fingerprint(run, method)}"
-                if key not in run.done:
-                    run.write({"key": key, "task": "ppl", "method": method, "context_length": L, "document": i,
-                               **nats(model, method, i, L)})
-                records.append(run.done[key])
-            row = {"method": method, **({"checkpoint": name} if method.startswith("adapter") else {}),
-                   **({"context_length": L} if args.context_lengths else {}), "n": len(records)}
-            for key in ("reconstruction", "completion"):
-                mean, error = mean_and_stderr([record[key + "_nats"] for record in records])
-                row[f"ppl_{key}"] = np.exp(mean).item()
-                row[f"ppl_{key}_stderr"] = None if error is None else row[f"ppl_{key}"] * error      # delta method
-            yield {**row, "seconds": time.time() - began}
+def copies(cache, rows):
+    """A KV cache of one row as one of many, the original unchanged."""
+    cache = copy.deepcopy(cache)
+    cache.batch_repeat_interleave(rows)
+    return cache
+
+
+def answer(model, tokenizer, task, questions, prompts, costs, memories=(None,), prefix=(), cache=None):
+    """Records of a batch of questions: greedy answers, their scores, nats of the shortest gold, costs.
+
+    costs: of reading the context, a dict for each question. memories: the answers are under the first, the nats are
+    the mean over all. prefix, cache: as in greedy_answers.
+    """
+    golds = [min(question["golds"], key=len) for question in questions]
+    texts, new_tokens = greedy_answers(model, tokenizer, prompts, task.NEW_TOKENS, memories[0], prefix, cache)
+    nats = [gold_nats(model, tokenizer, prompts, golds, memory, prefix, cache) for memory in memories]
+    records = []
+    for b, question in enumerate(questions):
+        each = [row[b] for row in nats]
+        past = costs[b].get("past", 0)                      # a KV cache is reused, as in Table 1; an adapter is merged
+        tokens = len(prompts[b]) - past + new_tokens[b]
+        record = {**question, "gold": golds[b], "prediction": texts[b], "nats": None, "control_nats": each}
+        if None not in each:
+            record["nats"] = statistics.fmean(each)
+        record |= scores(texts[b], question["golds"], task.METRICS)
+        record |= query_costs(model.base, tokens, past)
+        records.append(record | costs[b])
+    return records
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# the table
+# methods: what each makes of contexts
 
 
-def table_row(records, seconds, bare=(), controls=(), **what):
-    """what, then n questions, nats, memory_gap of what has records of closed-book or of controls, mean and standard
-    error of every metric, 0 to 100, and mean costs: a query's, and its context's. A question asked under several
-    demonstration seeds counts once."""
-    numbers = [record["number"] for record in records]
-    row = {**what, "n": len(set(numbers))}
-    if scored := [(record["nats"], record["number"]) for record in records if record.get("nats") is not None]:
-        row["nats"], row["nats_stderr"] = mean_and_stderr(*zip(*scored))
-    row |= memory_gap(records, controls, bare) if bare or controls else {}
-    for key in METRICS:
-        if key in records[0]:
-            mean, error = mean_and_stderr([record[key] for record in records], numbers)
-            row[key], row[key + "_stderr"] = 100 * mean, None if error is None else 100 * error
-    costs = {key: average(record.get(key) for record in records)
-             for key in (COSTS[0], "released_tflops", *COSTS[1:]) if any(key in record for record in records)}
-    return {**row, **costs, "seconds": seconds}
+def bare_question(model, tokenizer, task, template, questions, costs, memories=(None,)):
+    """The bare question, or with an instruction, as one user turn; of itself it reads nothing."""
+    prompts = [user_turn(tokenizer, template.format(**question)) for question in questions]
+    return answer(model, tokenizer, task, questions, prompts, costs, memories)
 
 
-def table(run, conditions):
-    """The rows of a task. conditions: (method, what names its row, what else keys its records, groups)."""
-    conditions, results, bare = list(conditions), {}, {}
-    given = {(method, str(what)): given_records(run, method, what, groups) for method, what, _, groups in conditions
-             if method in run.rows}                                          # another program answered
-    for method, what, where, groups in tqdm(conditions, desc=run.args.task, unit="row"):
-        began, key = time.time(), (method, str(what))
-        records = given[key] if key in given else predict(run, read_contexts, method, groups, **where)
-        results[key] = records, time.time() - began, what
-        if method in ("closed-book", "zero-shot"):
-            bare[what.get("task")] = records
-    for (method, place), (records, seconds, what) in results.items():
-        beside = {"bare": bare.get(what.get("task"), ()),
-                  "controls": results.get(("adapter-shuffled", place), [()])[0]} if method == "adapter" else {}
-        if run.args.evidence and method in WITH_CONTEXT:
-            what = {**what, "context_tokens": round(average(record["context_tokens"] for record in records))}
-        yield table_row(records, seconds, **beside, method=method, **what)
+def adapter(model, tokenizer, task, template, contexts, questions, memories):
+    """The context in the weights. contexts: for each question its own one, or K other ones: the answers are under the
+    first, the nats are the mean over all."""
+    under = []
+    for k in range(len(contexts[0])):
+        batch = []
+        costs = []
+        for some in contexts:
+            memory, cost = read_context(model, tokenizer, some[k], memories)
+            batch.append(memory)
+            costs.append(cost)
+        if any(other is not memory for other in batch):
+            memory = Memory.stack(batch)                    # side by side: row b is for question b
+        under.append(memory)
+        if k == 0:
+            own_costs = costs
+    return bare_question(model, tokenizer, task, template, questions, own_costs, under)
+
+
+def read_context(model, tokenizer, text, memories):
+    """(Memory, costs) of a context. memories: {text: the same} of those read before, of which the oldest are dropped:
+    a context is read once for all its questions and for those whose control it is."""
+    if text in memories:
+        return memories[text]
+    ids = context_ids(tokenizer, text)
+    began = clock(model.base.device)
+    memory = model.read(ids)
+    lora = model.lora(memory)                               # its last norm is a part of what reading costs
+    seconds = clock(model.base.device) - began
+    floats = sum(A.numel() + B.numel() for A, B in lora.values())
+    costs = {"contextualisation_tflops": context_flops(model, len(ids)) / 1e12, "storage_mfloats": floats / 1e6,
+             "context_tokens": len(ids), "contextualisation_seconds": seconds}
+    memories[text] = memory, costs
+    size = sum(S.numel() for S in memory.states.values())
+    if len(memories) * size > MEMORY_FLOATS:
+        memories.pop(next(iter(memories)))
+    return memory, costs
+
+
+def in_context(model, tokenizer, task, template, context, questions, batch_size):
+    """The context in the prompt: its questions share the KV cache of what their prompts begin with."""
+    base = model.base
+    golds = tokenize(tokenizer, [min(question["golds"], key=len) for question in questions])
+    most = window(base) - max(task.NEW_TOKENS, *map(len, golds))
+    prompts, lost = in_context_prompts(tokenizer, template, context, questions, most)
+    past = len(prompts[0]) - len(user_turn(tokenizer, questions[0]["question"]))
+    began = clock(base.device)
+    prefix = os.path.commonprefix([prompt[:-1] for prompt in prompts])
+    with torch.no_grad():
+        ids = torch.tensor([prefix], device=base.device)                                    # (1, P)
+        cache = base.get_decoder()(input_ids=ids, use_cache=True).past_key_values
+    costs = {"contextualisation_tflops": base_flops(base, past, head=False) / 1e12,
+             "storage_mfloats": kv_cache_floats(base, past) / 1e6, "context_tokens": past,
+             "contextualisation_seconds": clock(base.device) - began, "past": past, "lost": lost}
+    copied = int(KV_FLOATS / kv_cache_floats(base, len(prefix)))
+    size = max(1, min(batch_size, copied))
+    records = []
+    for start in range(0, len(questions), size):
+        end = start + size
+        records += answer(model, tokenizer, task, questions[start:end], prompts[start:end], [costs] * size,
+                          prefix=prefix, cache=cache)
+    return records
+
+
+def in_context_prompts(tokenizer, template, context, questions, most):
+    """(ids of a prompt for each question, tokens lost): where the longest prompt is more than `most` tokens, the context
+    loses its beginning, as in the paper, and for all questions alike, so that they share it."""
+    lost = 0
+    while True:
+        prompts = [user_turn(tokenizer, template.format(context=context, **question)) for question in questions]
+        excess = max(map(len, prompts)) - most
+        if excess <= 0:
+            return prompts, lost
+        ids = tokenize(tokenizer, [context])[0]
+        if not ids:
+            raise InputError(f"a question alone is longer than the {most} tokens that the base's window leaves for it")
+        context = tokenizer.decode(ids[excess:]).lstrip("\ufffd")                           # no half a character
+        lost += min(excess, len(ids))
+
+
+def fine_tuned(model, tokenizer, task, template, examples, questions, args):
+    """All weights of the base fitted to examples, (training rows, validation rows); then the bare question."""
+    from extras.finetune import fit_task
+
+    base = model.base
+    weights = [p.data for p in base.parameters()]
+    train, validation = examples
+    costs = fit_task(base, tokenizer, train, validation, args.seed)
+    records = []
+    for start in range(0, len(questions), args.batch_size):
+        batch = questions[start:start + args.batch_size]
+        records += bare_question(model, tokenizer, task, template, batch, [costs] * len(batch))
+    for p, data in zip(base.parameters(), weights):
+        p.data = data
+    return records
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# one loop: every method on groups of questions
+
+
+def evaluate(model, tokenizer, method, setting, groups, args, memories, done, facts):
+    """Records of the questions of groups [(context, other contexts, questions)] under one method.
+
+    memories: of the contexts read so far, as in read_context. done: {key: record} of the predictions file: a part,
+    of a batch or a group, is done or it is not. facts: what all answers of this run depend on.
+    """
+    task = TASKS[args.task]
+    template = task.PROMPTS[method]
+    facts = [*facts, args.task, method, setting, template]
+    if args.predictions and method.startswith("adapter"):
+        facts += [model.generator.fingerprint(), args.controls]
+    digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+    parts = []                                              # a batch of questions and their contexts, or a whole group
+    contexts = []
+    questions = []
+    for context, others, some in groups:
+        under = [context]
+        if method == "adapter-shuffled":
+            under = others
+        if under:                                           # some have no other
+            contexts += [under] * len(some)
+            questions += some
+        if args.task == "ppl" or method == "fine-tuned" or "{context}" in template:
+            parts.append((contexts, questions))
+            contexts = []
+            questions = []
+    for start in range(0, len(questions), args.batch_size):
+        end = start + args.batch_size
+        parts.append((contexts[start:end], questions[start:end]))
+
+    records = []
+    for contexts, questions in tqdm(parts, desc=method, leave=None):
+        keys = [f"{digest} {question['cluster']} {question['number']}" for question in questions]
+        if not all(key in done for key in keys):
+            first = contexts[0][0]
+            if args.task == "ppl":
+                new = [ppl.losses(model, method, first, questions[0])]
+            elif "{context}" in template:
+                new = in_context(model, tokenizer, task, template, first, questions, args.batch_size)
+            elif method == "fine-tuned":
+                new = fine_tuned(model, tokenizer, task, template, first, questions, args)
+            elif method.startswith("adapter"):
+                new = adapter(model, tokenizer, task, template, contexts, questions, memories)
+            else:
+                costs = [cost_of_base(args.base)] * len(questions)
+                new = bare_question(model, tokenizer, task, template, questions, costs)
+            for key, record in zip(keys, new):
+                done[key] = {"key": key, "task": args.task, "method": method, **setting, **record}
+            if args.predictions:
+                with open(args.predictions, "a", encoding="utf-8") as file:
+                    for key in keys:
+                        print(json.dumps(done[key], ensure_ascii=False), file=file)
+        records += [done[key] for key in keys]
+    return records
+
+
+def cost_of_base(path):
+    """What a base has cost that train.py --stage finetune wrote; zeros for another one."""
+    path = os.path.join(path, "finetune.json")
+    costs = read_json(path) if os.path.isfile(path) else {}
+    keys = ("contextualisation_tflops", "contextualisation_seconds", "storage_mfloats")
+    return {key: costs.get(key, 0.0) for key in keys}
+
+
+def read_predictions(path):
+    """{key: record} of the predictions file of earlier runs; a half-written last line is dropped. A file that holds
+    anything else is left as it is."""
+    done = {}
+    if not path or not os.path.exists(path):
+        return done
+    with open(path, "rb") as file:
+        *lines, half = file.read().split(b"\n")
+    if half[:8] != b'{"key": '[:len(half)]:
+        lines.append(half)                                  # not the beginning of a line of ours
+    for number, line in enumerate(lines, 1):
+        with bad_input(f"{path} line {number} is not a prediction of this script, so nothing was written: name another "
+                       "file with --predictions"):
+            record = json.loads(line)
+            done[record["key"]] = record
+    os.truncate(path, os.path.getsize(path) - len(half))
+    return done
+
+
+def row_of_another(entry, task, setting, questions):
+    """The row of another program's answers, NAME=FILE.jsonl: lines of id, prediction and what it knows of its costs, its
+    context_length or shots."""
+    name, _, path = entry.partition("=")
+    answers = {}
+    for where, line in read_rows(path):
+        field(line, "prediction", str, where)
+        for key in (*COSTS, "context_length", "shots"):
+            if not isinstance(line.get(key, 0), (int, float)):
+                raise InputError(f"{where}: {key} must be a number")
+        answers[str(line.get("id"))] = line
+    records = []
+    for question in questions:
+        line = answers.get(question["id"])
+        if line is None:
+            raise InputError(f"--rows {entry}: no line has the id {question['id']}; the ids are those of the data, as "
+                             "--predictions writes them")
+        records.append({**line, **question, **scores(line["prediction"], question["golds"], task.METRICS)})
+    place = {key: line[key] for key in ("context_length", "shots") if key in line}
+    return {"method": name, **setting, **place, **mean_scores(records)}
+
+
+def load_models(args):
+    """([(name, AdaptedLM)] for each --checkpoint on one base, tokenizer). Without --base it is the base that the
+    checkpoint was trained for. Without --checkpoint it is the shipped generator on the default base, on another one (as
+    with --checkpoint none) an untrained one, with a note."""
+    names = args.checkpoint or ["none"]
+    if not args.checkpoint and args.base in (None, DEFAULT_BASE):
+        names = [DEFAULT_CHECKPOINT]
+    for name in args.checkpoint or []:
+        if name != "none":
+            directory = locate_checkpoint(name)             # refused before the base is loaded
+            args.base = args.base or checkpoint_base(directory)
+    args.base = args.base or DEFAULT_BASE
+    base, tokenizer = load_base(args.base, getattr(torch, args.dtype or "", None), args.device)
+    torch.manual_seed(args.seed)
+    models = []
+    for name in names:
+        if name == "none":
+            print("NOTE: the generator is untrained (A1 = 0), so the adapter rows equal closed-book; train one with "
+                  "train.py and name it with --checkpoint")
+            models.append((name, AdaptedLM(base, GeneratorConfig())))
+        else:
+            models.append((name, AdaptedLM.from_pretrained(base, name)))
+    return models, tokenizer
 
 
 def main(argv=None):
-    args, notes = arguments(argv, __doc__), []
-    if args.merge:
-        return write_table(args, *merge(args.merge))
+    args = arguments(argv)
     if args.task == "ask":
+        from extras.ask import ask
+
         return ask(args)
-
-    def note(text):
-        notes.append(text)
-        tqdm.write(f"NOTE: {text}")
-
-    data = load_data(args, note)
-    given = {name: load_answers(path, args.task, data) for name, path in args.rows.items()}
-    done, write = open_predictions(args.predictions)
+    task = TASKS[args.task]
+    notes = []
+    if args.task == "msc" and args.data is None and not hub_reachable():
+        args.data = os.path.relpath(msc.SAMPLE)
+        notes.append("the hub is out of reach: this is the built-in sample of 24 conversations, NOT the paper's "
+                     f"benchmark ({msc.HUB_ID})")
+    args.data = args.data or task.HUB_ID
+    data = task.load(args.data, args)                       # before the model: a bad file should not wait for that
+    done = read_predictions(args.predictions)
     models, tokenizer = load_models(args)
-    model, base, dtype = models[0][1], models[0][1].base, str(models[0][1].base.dtype).split(".")[-1]
-    if "fine-tuned" in args.method and not args.named and (lack := lacking_memory(base)):
-        args.method.remove("fine-tuned")
-        note(f"fine-tuned is left out: {lack}; --method fine-tuned tries")
-    versions = {"python": platform.python_version(), **{m.__name__: m.__version__ for m in (torch, transformers)}}
+    first, model = models[0]
+    dtype = str(model.base.dtype).removeprefix("torch.")
+    versions = {"python": platform.python_version(), "torch": torch.__version__,
+                "transformers": transformers.__version__}
     facts = [args.base, stamps(args.base), args.data, stamps(args.data), args.limit, args.seed, args.demo_seeds,
-             args.batch_size, dtype, base.device.type, versions]
-    kept = max(args.controls + 1, int(PAIR_FLOATS / adapter_floats(model)))              # contexts; more are read again
-    run = types.SimpleNamespace(
-        args=args, models=models, model=model, tokenizer=tokenizer, facts=facts, done=done, write=write, note=note,
-        rows=given, free=cost_of_base(args.base), score=icl_scores if args.task == "metaicl" else qa_scores,
-        read=functools.lru_cache(kept)(functools.partial(read_adapter, model, tokenizer)))
-    rows = list({"msc": msc, "squad": qa, "streamingqa": qa, "metaicl": metaicl, "ppl": ppl}[args.task](run, data))
+             args.batch_size, dtype, model.base.device.type, versions]
+
+    rows = []
+    memories = {}
+    closed_book = {}                                        # records of each task of MetaICL, else of None
+    for setting, methods, groups in task.settings(data, model, tokenizer, args, notes):
+        results = {}
+        for method in args.method:
+            if method not in methods:
+                continue
+            for name, model in models:
+                if name != first and not method.startswith("adapter"):
+                    continue                                # what no generator touches is computed once
+                began = time.time()
+                records = evaluate(model, tokenizer, method, setting, groups, args, memories, done, facts)
+                if records:
+                    results[method, name] = records, time.time() - began
+                if method in ("closed-book", "zero-shot"):
+                    closed_book[setting.get("task")] = records
+        for (method, name), (records, seconds) in results.items():
+            row = {"method": method, **setting}
+            beside = []
+            if args.task == "ppl" and method.startswith("adapter"):
+                row["checkpoint"] = name
+            elif method == "adapter":
+                controls, _ = results.get(("adapter-shuffled", name), ([], 0))
+                beside = controls, closed_book.get(setting.get("task"), [])
+            rows.append({**row, **mean_scores(records, *beside), "seconds": seconds})
+            lost = [record for record in records if record.get("lost")]
+            if lost:
+                notes.append(f"{method}: {len(lost)} of {len(records)} prompts do not fit the base's window and lose "
+                             f"the beginning of their context ({setting})")
+        if args.rows and groups[0][0] is None:              # all questions
+            rows.append(row_of_another(args.rows, task, setting, groups[0][2]))
+    if args.task == "metaicl":
+        rows += metaicl.averages(rows)
     if not rows:
         raise InputError(f"{args.data}: no method could be evaluated on it")
+
+    notes = dict.fromkeys(notes)
     write_table(args, rows, {
-        "task": args.task, "data": os.path.relpath(args.data) if os.path.exists(args.data) else args.data,
-        "note": " ".join(dict.fromkeys(notes)) or None, "n": max(row["n"] for row in rows), "limit": args.limit,
-        "seed": args.seed, "base": args.base, "dtype": dtype, "versions": versions,
-        "checkpoint": models[0][0] if len(models) == 1 else [name for name, _ in models],
-        "prompts": {method: prompt_template(args.task, method) for method in args.method if args.task != "ppl"}})
-    print("".join(f"NOTE: {text}\n" for text in dict.fromkeys(notes)), end="")
+        "task": args.task, "data": args.data, "note": " ".join(notes) or None, "n": max(row["n"] for row in rows),
+        "limit": args.limit, "seed": args.seed, "base": args.base, "dtype": dtype, "versions": versions,
+        "checkpoint": [name for name, _ in models] if models[1:] else first,
+        "prompts": {method: task.PROMPTS[method] for method in args.method}})
+    for note in notes:
+        print(f"NOTE: {note}")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# the command line
+
+
+def arguments(argv=None):
+    """The flags, checked before anything is loaded. Raises InputError naming the flag."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--task", choices=["ask", *TASKS], required=True)
+    add("--base", help=f"hub id, directory or .gguf file of the base; default: the checkpoint's, or {DEFAULT_BASE}")
+    add("--checkpoint", action="append", help="generator directory or hub id, or none, an untrained one; default: "
+        "the shipped one, on another base none; ppl: repeatable")
+    add("--data", help="hub id, .parquet or .jsonl; streamingqa: .csv; metaicl: hub id or directory")
+    add("--method", action="append", help="repeatable; default: all of the task but -instructed and fine-tuned")
+    add("--controls", type=int, default=4, help="other contexts under which the gold is scored; F1 takes the first")
+    add("--limit", type=int, help="conversations, documents (ppl: default 100) or, metaicl, test items a task")
+    add("--seed", type=int, default=0, help="of the control and of the demonstrations drawn")
+    add("--batch-size", type=int, default=4)
+    add("--device", help="default: CUDA where there is one")
+    add("--dtype", choices=["float32", "bfloat16"], help="of the base; default: bfloat16 where the hardware has it")
+    add("--output", help="write the table and its circumstances as JSON")
+    add("--predictions", help="append every prediction to this JSONL; a run that was stopped continues from it")
+    add("--plot", help="draw the table: .png, .svg or .pdf")
+    add("--rows", metavar="NAME=FILE", help="another program's answers as .jsonl (id, prediction and, if known, "
+        "inference_tflops, storage_mfloats, context_length or shots), scored beside ours")
+    add("--context-lengths", type=int, nargs="+", help="tokens; squad, streamingqa: default 512 to 32768; ppl: 1024")
+    add("--shots", type=int, nargs="+", help="metaicl: demonstrations; default 1 2 4 8 16")
+    add("--demo-seeds", type=int, nargs="+", choices=metaicl.SEEDS, help="metaicl: their files; default: all five")
+    add("--context", action="append", help="ask: text file to read, - for standard input; repeatable")
+    add("--question", action="append", help="ask: repeatable; without one, questions are typed in until an empty line")
+    add("--memory", help="ask: .safetensors file of what was read; loaded if it exists, streamed on, saved")
+    add("--export", help="ask: write the adapter of the context as a PEFT LoRA directory")
+    add("--compare", action="store_true", help="ask: the closed-book and the in-context answer beside it")
+    args = parser.parse_args(argv)
+
+    others = {"squad": ["context_lengths"], "streamingqa": ["context_lengths"], "ppl": ["context_lengths"],
+              "metaicl": ["shots", "demo_seeds"], "ask": ["context", "question", "memory", "export", "compare"]}
+    for task, flags in others.items():
+        for flag in flags:
+            if getattr(args, flag) and flag not in others.get(args.task, []):
+                raise InputError(f"--{flag.replace('_', '-')} belongs to --task {task}, not to --task {args.task}")
+    for flag in ("data", "method", "limit", "output", "predictions", "plot", "rows"):
+        if getattr(args, flag) and args.task == "ask":
+            raise InputError(f"--{flag} belongs to the other tasks: --task ask answers your own questions")
+    counts = [args.batch_size, args.controls, args.limit, *(args.context_lengths or []), *(args.shots or [])]
+    if any(count is not None and count < 1 for count in counts):
+        raise InputError("--batch-size, --controls, --limit, --context-lengths and --shots must be at least 1")
+    if args.checkpoint and len(args.checkpoint) > 1 and args.task != "ppl":
+        raise InputError("--checkpoint is given more than once: only ppl compares them")
+    if args.task in ("ppl", "streamingqa") and not args.data:
+        raise InputError(f"--task {args.task} has no data set on the hub, and the paper's cerebras/SlimPajama-627B "
+                         "cannot be read from it any more: give --data")
+    if args.task == "ppl" and args.limit == 1:
+        raise InputError("--limit of --task ppl must be at least 2: the control is another document")
+    if args.task != "ask":
+        task = TASKS[args.task]
+        args.method = list(dict.fromkeys(args.method or task.METHODS))
+        unknown = [method for method in args.method if method not in task.PROMPTS]
+        if unknown:
+            raise InputError(f"--method {unknown[0]} is unknown for --task {args.task}: choose from "
+                             f"{', '.join(task.PROMPTS)}")
+    if args.rows and not re.fullmatch("[^=]+=.+", args.rows):
+        raise InputError("--rows takes NAME=FILE.jsonl")
+
+    files = [args.data, *(args.context or [])]
+    for flag in ("output", "predictions", "plot", "memory"):
+        path = getattr(args, flag)
+        if not path:
+            continue
+        if os.path.isdir(path) or not os.access(os.path.dirname(path) or ".", os.W_OK):
+            raise InputError(f"--{flag} {path} cannot be written: name a file in a directory that exists and can be "
+                             "written")
+        files.append(path)
+    files = [os.path.realpath(path) for path in files if path]
+    if len(set(files)) < len(files):
+        raise InputError("--data, --context, --memory, --output, --predictions and --plot must be different files")
+    if args.plot and not args.plot.endswith((".png", ".svg", ".pdf")):
+        raise InputError("--plot must be a .png, .svg or .pdf")
+    if args.export and os.path.exists(args.export):
+        raise InputError(f"--export {args.export} exists already: name another")
+    if args.context and "-" in args.context and not args.question:
+        raise InputError("--context - reads standard input, so questions cannot be typed in: give them with --question")
+    return args
 
 
 if __name__ == "__main__":

@@ -5,18 +5,21 @@ import time
 
 import torch
 
-from model import find_blocks
+COSTS = ("inference_tflops", "released_tflops", "contextualisation_tflops", "storage_mfloats",
+         "contextualisation_seconds", "context_tokens")
 
-COSTS = ("inference_tflops", "contextualisation_tflops", "storage_mfloats", "contextualisation_seconds")
 
-
-def widths(base):
+def shape(base):
     """(weights of the blocks' linear layers, of lm_head, width of a token's queries in all blocks, of its keys)."""
-    c = base.config.get_text_config()
-    width = c.num_hidden_layers * (getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads)
-    weights = sum(m.weight.numel() for m in find_blocks(base)[1].modules() if isinstance(m, torch.nn.Linear))
+    config = base.config.get_text_config()
+    weights = 0
+    for module in base.get_decoder().modules():
+        if isinstance(module, torch.nn.Linear):
+            weights += module.weight.numel()
     lm_head = base.get_output_embeddings().weight.numel()
-    return weights, lm_head, width * c.num_attention_heads, width * c.num_key_value_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    width = config.num_hidden_layers * head_dim
+    return weights, lm_head, width * config.num_attention_heads, width * config.num_key_value_heads
 
 
 def window(base):
@@ -27,44 +30,56 @@ def window(base):
 def base_flops(base, tokens, past=0, head=True):
     """FLOPs of the base for that many tokens after `past` cached ones. head=False: without lm_head, as a context is
     read."""
-    weights, lm_head, queries, _ = widths(base)
-    pairs = tokens * past + tokens * (tokens + 1) / 2                  # of a query and a key
-    return 2 * (weights + head * lm_head) * tokens + 4 * queries * pairs               # 2 for q k, 2 for v
+    weights, lm_head, queries, _ = shape(base)
+    if head:
+        weights += lm_head
+    pairs = tokens * past + tokens * (tokens + 1) / 2                   # of a query and a key
+    return 2 * weights * tokens + 4 * queries * pairs                   # 2 for q k, 2 for v
 
 
-def released_flops(base, tokens, context):
-    """Inference as the released code counts it (fastlora/eval_utils.py, estimate_flops), for the figures of Table 1:
-    one operation a multiply-add, and attention of q tokens as q (q context) d, quadratic in q."""
-    weights, lm_head, queries, _ = widths(base)
-    return tokens * (weights + lm_head) + queries * tokens * (tokens * context)
+def query_costs(base, tokens, past):
+    """TFLOPs of a question and its answer after `past` cached tokens: ours, and as the released code counts them
+    (fastlora/eval_utils.py, estimate_flops), for the figures of Table 1: one operation a multiply-add, and attention of
+    q tokens as q (q context) d, quadratic in q."""
+    weights, lm_head, queries, _ = shape(base)
+    released = tokens * (weights + lm_head) + queries * tokens * (tokens * past)
+    return {"inference_tflops": base_flops(base, tokens, past) / 1e12, "released_tflops": released / 1e12}
 
 
 def kv_cache_floats(base, tokens):
-    return 2 * widths(base)[3] * tokens
+    _, _, _, keys = shape(base)
+    return 2 * keys * tokens
 
 
 def generator_flops(model, tokens, chunks):
     """FLOPs of the generator's matrix products for a context: projections and S for each token, norm and LoRA pair for
-    each chunk. Of norm (svd) the four products with S and the nine of (d_r, r) with (r, r) are counted."""
-    d_r, r, total = model.config.d_r, model.config.adapter_rank, 0
-    norm = 8 * d_r * d_r * r + 18 * d_r * r * r if model.config.norm == "svd" else 0
-    with_A1 = model.config.norm != "frobenius"                              # whose lora_B is s A1 itself
+    each chunk. Of norm (svd) the four products with S, the eight of (d_r, r) with (r, r) and the 36 of (r, r), those of
+    a damping of 1e-2, are counted."""
+    config = model.config
+    r = config.rank
+    total = 0
     for layer in model.generator.layers:
-        d_out, d_in, d_h = len(layer.A1), layer.B2.shape[1], len(layer.g)
-        total += tokens * (4 * d_h * d_r + 2 * d_r * d_r) + chunks * (norm + 2 * r * d_r * (d_in + d_out * with_A1))
+        d_r, d_h = layer.A2.shape
+        d_out = len(layer.A1)
+        d_in = layer.B2.shape[1]
+        total += tokens * (4 * d_h * d_r + 2 * d_r * d_r)
+        if config.norm == "frobenius":                                  # lora_A = N B2; lora_B is s A1 itself
+            total += chunks * 2 * d_r * d_r * d_in
+        else:
+            total += chunks * 2 * r * d_r * (d_in + d_out)
+        if config.norm == "svd":
+            total += chunks * (8 * d_r * d_r * r + 16 * d_r * r * r + 72 * r**3)
     return total
 
 
 def context_flops(model, tokens):
-    """FLOPs of contextualising: the base without lm_head, chunk by chunk, and the generator."""
+    """FLOPs of reading a context: the base without lm_head, chunk by chunk, and the generator."""
     chunks = -(-tokens // model.config.chunk)
-    sizes = [tokens // chunks + (i < tokens % chunks) for i in range(chunks)]
-    return sum(base_flops(model.base, n, head=False) for n in sizes) + generator_flops(model, tokens, chunks)
-
-
-def adapter_floats(model):
-    """Floats of one LoRA adapter, r (d_in + d_out) a target layer: what is kept of a context to answer about it."""
-    return sum(model.config.adapter_rank * (layer.B2.shape[1] + len(layer.A1)) for layer in model.generator.layers)
+    longest = -(-tokens // chunks)
+    total = generator_flops(model, tokens, chunks)
+    for start in range(0, tokens, longest):
+        total += base_flops(model.base, min(longest, tokens - start), head=False)
+    return total
 
 
 def clock(device):

@@ -211,32 +211,3 @@ def count_rows(source):
     except (OSError, pyarrow.ArrowException):                # read_rows will say what is wrong
         pass
     return None
-
-
-# ---- predictions, a line of json each: a killed evaluation continues where it was
-
-
-def open_predictions(path):
-    """({key: record} of earlier runs, function that appends a record); a half-written last line is dropped. A file that
-    holds anything but predictions is left as it is."""
-    done = {}
-    if path and os.path.exists(path):
-        *lines, half = Path(path).read_bytes().split(b"\n")
-        if half[:8] != b'{"key": '[:len(half)]:
-            lines.append(half)                               # not the beginning of a line of ours
-        for number, line in enumerate(lines, 1):
-            with bad_input(f"{path} line {number} is not a prediction of this script, so nothing was written: name "
-                           "another file with --predictions"):
-                record = json.loads(line)
-                done[record["key"]] = record
-        os.truncate(path, os.path.getsize(path) - len(half))
-    log = open(path, "a", encoding="utf-8") if path else None
-
-    def write(record):
-        if record["key"] not in done:
-            line = json.dumps(record, ensure_ascii=False)
-            done[record["key"]] = json.loads(line)
-            if log:
-                print(line, file=log, flush=True)
-
-    return done, write

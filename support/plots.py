@@ -1,53 +1,41 @@
-"""The table of an evaluation, its JSON and its figures, of one run or of several. evaluate.py needs it."""
+"""The table of an evaluation, its JSON and its figure. evaluate.py needs it."""
 
 import json
 import math
 import os
 
-from support.answers import average
 from support.costs import COSTS
-from support.files import InputError, read_json
 
-PANELS = {"nats": "answer, nats a token", "gap": "gap to other contexts, nats a token", "f1": "F1",
-          "contextualisation_tflops": "contextualisation, TFLOPs", "inference_tflops": "inference, TFLOPs a query",
-          "storage_mfloats": "storage, M floats", "ppl_reconstruction": "reconstruction perplexity",
-          "ppl_completion": "completion perplexity"}
-NAMES = ("run", "method", "checkpoint", "task", "context", "context_length", "shots")       # what tells rows apart
+PANELS = {
+    "nats": "answer, nats a token",
+    "gap": "gap to other contexts, nats a token",
+    "f1": "F1",
+    "contextualisation_tflops": "contextualisation, TFLOPs",
+    "inference_tflops": "inference, TFLOPs a query",
+    "storage_mfloats": "storage, M floats",
+    "ppl_reconstruction": "reconstruction perplexity",
+    "ppl_completion": "completion perplexity",
+}
+NAMES = ("method", "checkpoint", "task", "span", "context_length", "shots")                 # what tells rows apart
 AXES = {"context_length": "context length, tokens", "context_tokens": "context, tokens", "shots": "demonstrations"}
 
 
-def mean_row(rows, **what):
-    """Mean over the rows of several tasks; a standard error follows from theirs, n and seconds are sums."""
-    row = dict(what)
-    for key in (key for key in rows[0] if key not in what):
-        values = [each.get(key) for each in rows]
-        if key.endswith("_stderr"):
-            row[key] = None if None in values else sum(e * e for e in values) ** 0.5 / len(rows)
-        else:
-            row[key] = sum(values) if key in ("n", "seconds") else average(values)
-    return row
-
-
-def markdown(rows, costs):
-    """The scores of the rows as a Markdown table or, with costs, their costs; a metric has its standard error."""
-    def cell(row, key):
-        value, error = row.get(key), row.get(key + "_stderr")
-        if error:
-            digits = max(0, 1 - math.floor(math.log10(error)))               # two of the error
-            return f"{value:.{digits}f} ± {error:.{digits}f}"
-        return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
-
-    longest_first = sorted(rows, key=len, reverse=True)                      # the row of the adapter orders the columns
-    keys = dict.fromkeys(key for row in longest_first for key in row if not key.endswith("_stderr"))
-    keys = [key for key in keys if key in NAMES or key.endswith(("_tflops", "_mfloats", "seconds")) == costs]
-    columns = [[key, "---", *(cell(row, key) for row in rows)] for key in keys]
-    columns = [[text.ljust(max(map(len, column))) for text in column] for column in columns]
-    return "\n".join("| " + " | ".join(line) + " |" for line in zip(*columns))
-
-
 def write_table(args, rows, result):
-    """Print scores and costs; write them with their circumstances to --output; draw --plot."""
-    print(f"\n{markdown(rows, False)}\n\n{markdown(rows, True)}")
+    """Print scores, then costs, as Markdown tables; write them with their circumstances to --output; draw --plot."""
+    keys = {}                                               # the row of the adapter, the longest, orders them
+    for row in sorted(rows, key=len, reverse=True):
+        keys |= dict.fromkeys(key for key in row if not key.endswith("_stderr") and key not in keys)
+    costs = [*COSTS, "seconds"]
+    scores = [key for key in keys if key not in costs]
+    costs = [key for key in keys if key in NAMES or key in costs]
+    for keys in (scores, costs):
+        table = [keys, ["---"] * len(keys)]
+        for row in rows:
+            table.append([cell(row, key) for key in keys])
+        widths = [max(map(len, column)) for column in zip(*table)]
+        print()
+        for line in table:
+            print("|", " | ".join(text.ljust(width) for text, width in zip(line, widths)), "|")
     if args.output:
         with open(args.output + ".part", "w", encoding="utf-8") as file:
             json.dump({**result, "rows": rows}, file, indent=1, ensure_ascii=False)
@@ -56,74 +44,85 @@ def write_table(args, rows, result):
         plot(args.plot, rows)
 
 
-def short_names(paths):
-    """{path: its last part}, or the whole path where two end alike."""
-    names = {path: os.path.basename(os.path.normpath(path)) for path in paths}
-    return {path: name if list(names.values()).count(name) == 1 else path for path, name in names.items()}
-
-
-def merge(paths):
-    """(rows, circumstances) of the --output files of several runs of one task, each row with its run's name. Runs on
-    other data, or on another part of it, are named."""
-    results, rows = {path: read_json(path) for path in paths}, []
-    names, tasks = short_names(results), {result.get("task") for result in results.values()}
-    for path, result in results.items():
-        table = result.get("rows")
-        if not isinstance(table, list) or not all(isinstance(row, dict) and "method" in row for row in table):
-            raise InputError(f"--merge {path} is not a table that --output wrote")
-        rows += [{"run": os.path.splitext(names[path])[0], **row} for row in table]
-    if len(tasks) > 1 or not rows:
-        raise InputError(f"--merge takes rows of one task: these files hold {len(rows)} of {len(tasks)} tasks")
-    for key in ("data", "limit", "seed"):
-        if len(values := {json.dumps(result.get(key)) for result in results.values()}) > 1:
-            print(f"NOTE: these runs differ in {key}: {', '.join(sorted(values))}")
-    return rows, {"task": tasks.pop(), "merged": {path: {**result, "rows": None} for path, result in results.items()}}
+def cell(row, key):
+    """The text of a number, with its standard error where it has one."""
+    value = row.get(key)
+    error = row.get(key + "_stderr")
+    if value is None:
+        return ""
+    if error:
+        digits = max(0, 1 - math.floor(math.log10(error)))  # two of the error
+        return f"{value:.{digits}f} ± {error:.{digits}f}"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return str(value)
 
 
 def plot(path, rows):
     """Fig. 2 and 3 (F1, nats and costs against context length), Fig. 4 to 6 (accuracy against shots, a panel for the
     averages and each task) or, where nothing varies, bars; with standard errors. A line is a method, of one checkpoint
-    and run where there are several; one that no context reaches is dashed."""
+    where there are several; one that no context reaches is dashed."""
     from matplotlib.figure import Figure                    # slow to import
+    from matplotlib.ticker import LogLocator
 
-    checkpoints = short_names({row["checkpoint"] for row in rows if "checkpoint" in row})
-    names = [" ".join([row["method"], *([checkpoints[row["checkpoint"]]] if "checkpoint" in row else []),
-                       *([f"({row['run']})"] if "run" in row else [])]) for row in rows]
-    rows = [{**row, "name": name} for row, name in zip(rows, names)]
-    x = next((key for key in AXES if any(key in row for row in rows)), None)
-    panels = [(title, key, [row for row in rows if row.get(key) is not None
-                            and (key not in COSTS or row["method"] != "adapter-shuffled")])
-              for key, title in PANELS.items()
-              if any(key in row for row in rows) and not (key in COSTS and x == "context_tokens")]      # --evidence
+    keys = {key for row in rows for key in row}
+    x = None
+    if "span" in keys:
+        x = "context_tokens"
+    if "context_length" in keys:
+        x = "context_length"
+    if "shots" in keys:
+        x = "shots"
+    panels = []                                             # (title, key, rows)
     if x == "shots":
-        first = ("classification", "non-classification")
-        kinds = sorted({row["task"] for row in rows} - {"all"}, key=lambda task: (task not in first, task))
-        panels = [(f"{kind}: accuracy", "accuracy", [row for row in rows if row["task"] == kind]) for kind in kinds]
-    across, lines = len(panels) if len(panels) < 4 else math.ceil(len(panels) ** 0.5), {}
+        for task in dict.fromkeys(row["task"] for row in reversed(rows) if row["task"] != "all"):     # averages first
+            panels.append((f"{task}: accuracy", "accuracy", [row for row in rows if row["task"] == task]))
+    for key in PANELS:
+        if key in keys and x != "shots":
+            panels.append((PANELS[key], key, [row for row in rows if key in row]))
+    checkpoints = {row["checkpoint"] for row in rows if "checkpoint" in row}
+
+    def name_of(row):
+        if len(checkpoints) > 1 and "checkpoint" in row:
+            return f"{row['method']} {row['checkpoint']}"
+        return row["method"]
+
+    names = list(dict.fromkeys(map(name_of, rows)))
+    across = math.ceil(len(panels) ** 0.5)
     down = math.ceil(len(panels) / across)
     figure = Figure(figsize=(4.5 * across, 3.2 * down + 0.4), layout="constrained")
+    lines = {}
     for place, (title, key, drawn) in enumerate(panels, 1):
         axes = figure.add_subplot(down, across, place, title=title, axisbelow=True)
         axes.grid(alpha=0.3)
-        for n, name in enumerate(dict.fromkeys(names)):
-            points = sorted((row for row in drawn if row["name"] == name), key=lambda row: row.get(x, 0))
-            values, errors = [row[key] for row in points], [row.get(key + "_stderr") or 0 for row in points]
+        for n, name in enumerate(names):
+            points = [row for row in drawn if name_of(row) == name]
+            if not points or "shuffled" in name and key in COSTS:                           # those of the adapter
+                continue
+            points.sort(key=lambda row: row.get(x, 0))
+            values = [row[key] for row in points]
+            errors = [row.get(key + "_stderr") or 0 for row in points]
+            places = [row.get(x) for row in points]
+            style = {"color": f"C{n % 10}"}
             if x is None:
-                axes.barh([name] * len(points), values, xerr=errors, color=f"C{n % 10}")
-            elif points and not points[0].get(x):
-                lines[name] = axes.axhline(values[0], linestyle="--", color=f"C{n % 10}")
-            elif points:
-                style = {"marker": "osD^vP*X<>"[n % 10], "linestyle": ":" if "shuffled" in name else "-", "capsize": 3}
-                lines[name] = axes.errorbar([row[x] for row in points], values, errors, color=f"C{n % 10}", **style)
-        floor = 0 if all(row[key] >= 0 for row in drawn) else None
-        if x:
-            ticks = sorted({row[x] for row in drawn if row.get(x)})
-            ticks = [tick for tick, before in zip(ticks, [0, *ticks]) if tick > 1.3 * before]      # no two in one place
-            axes.set_xscale("log", base=2)
-            axes.set_xticks(ticks, [f"{tick // 1024}K" if tick % 1024 == 0 else tick for tick in ticks])
-            axes.set(ylim=(floor, None), xlabel=AXES[x])
-        else:
-            axes.set(xlim=(floor, None), ylim=axes.get_ylim()[::-1])
-    if x:
-        figure.legend(lines.values(), lines, loc="outside lower center", ncols=min(5, len(lines)), frameon=False)
+                axes.barh([name] * len(points), values, xerr=errors, **style)
+            elif not places[0]:
+                lines[name] = axes.axhline(values[0], linestyle="--", **style)
+            else:
+                style |= {"marker": "osD^vP*X<>"[n % 10], "linestyle": ":" if "shuffled" in name else "-"}
+                lines[name] = axes.errorbar(places, values, errors, capsize=3, **style)
+        if x is None:
+            axes.invert_yaxis()
+            continue
+        axes.set(xscale="log", xlabel=AXES[x])
+        axes.xaxis.set_major_locator(LogLocator(base=2))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.minorticks_off()
+        if min(row[key] for row in drawn) >= 0:
+            axes.set_ylim(bottom=0)
+    if lines:
+        columns = 5
+        if len(checkpoints) > 1:                            # their paths are long
+            columns = 1
+        figure.legend(lines.values(), lines, loc="outside lower center", ncols=columns, frameon=False)
     figure.savefig(path, dpi=110)

@@ -101,8 +101,3 @@ def user_turn(tokenizer, text):
     if tokenizer.chat_template is None:
         return context_ids(tokenizer, text)
     return apply_template(tokenizer, [{"role": "user", "content": text}], add_generation_prompt=True)
-
-
-def whole_words(words):
-    """Pattern that finds these words as whole words, whatever the case; no words are found nowhere."""
-    return re.compile(rf"(?<!\w){re.escape(words) or '(?!)'}(?!\w)", re.IGNORECASE)

@@ -22,15 +22,16 @@ import evaluate
 import train
 from conftest import ROOT, make_base, make_model
 from evaluate import exact_match, f1_score, mean_and_stderr, normalize_answer, normalize_text, recall, rouge_l_recall
+from extras.finetune import finetune
 from generator import Memory
 from model import AdaptedLM, load_base
 from processes import finish, start
-from support import answers as solver, benchmarks, costs, plots
-from support.benchmarks import (IN_CONTEXT_PROMPT, METAICL_KINDS, METAICL_PROMPT, METAICL_SEEDS, MSC_SAMPLE, SPANS,
-                                control_contexts, in_context_prompts, load_metaicl, load_msc, load_qa)
+from support import costs, plots
 from support.files import InputError
-from data import demonstration
-from extras.finetune import finetune
+from tasks import metaicl, msc, qa
+from tasks.contexts import other_contexts
+from tasks.metaicl import FEW_SHOT_PROMPT, SEEDS, ZERO_SHOT_PROMPT
+from tasks.qa import IN_CONTEXT_PROMPT
 
 GOLDEN = json.load(open(os.path.join(os.path.dirname(__file__), "golden", "text_golden.json"), encoding="utf-8"))
 METRICS = ("f1", "em", "recall", "rougeL_recall")
@@ -94,6 +95,14 @@ def streamed(model, tokenizer, text, chunk):
     return memory
 
 
+def load_qa(path, task="squad"):
+    return qa.load(path, types.SimpleNamespace(task=task))
+
+
+def load_metaicl(path, seeds=SEEDS, shots=16, method="fine-tuned"):
+    return metaicl.load(str(path), types.SimpleNamespace(demo_seeds=seeds, shots=[shots], method=[method]))
+
+
 def drawn_texts(path):
     """The words of an .svg figure, which matplotlib leaves in comments."""
     return " | ".join(re.findall(r"<!-- (.*?) -->", open(path, encoding="utf-8").read()))
@@ -103,6 +112,15 @@ def drawn_texts(path):
 def generator_directory(tmp_path_factory, base_directory):
     path = tmp_path_factory.mktemp("generator")
     make_model(base=load_base(base_directory, torch.float32, "cpu")[0]).save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def whole_conversations(tmp_path_factory):
+    """The built-in sample without its oracle spans, and without naming a span."""
+    path = tmp_path_factory.mktemp("msc") / "msc.jsonl"
+    rows = [json.loads(line) for line in open(msc.SAMPLE, encoding="utf-8")]
+    write_rows(path, [{**row, "span": None} for row in rows if row["span"] == "conversation"])
     return str(path)
 
 
@@ -122,7 +140,7 @@ def metaicl_directory(tmp_path_factory):
     (path / "not_a_task").mkdir()
     for task in ("poem_sentiment", "quarel", "superglue-copa"):
         (path / task).mkdir()
-        for seed in METAICL_SEEDS:
+        for seed in SEEDS:
             for split, count in (("train", 16), ("dev", 16), ("test", 3)):
                 rows = [{"task": task, "input": f"{task} {split} {seed} {i} é", "output": "yes" if i % 2 else "no",
                          "options": ["yes", "no"]} for i in range(count)]
@@ -143,13 +161,13 @@ def test_metrics_equal_the_authors(case):
         assert exact_match(prediction, gold) == case["em"]
     assert f1_score(prediction, gold) == pytest.approx(case["f1"])
     assert rouge_l_recall(prediction, gold) == pytest.approx(case["rougeL_recall"])
-    assert evaluate.icl_scores(prediction, [gold])["accuracy"] == case["icl_acc"]
+    assert evaluate.accuracy(prediction, gold) == case["icl_acc"]
 
 
 @pytest.mark.parametrize("metric, cases", [
     (recall, (("It was the Blue Boat, I think", "a blue boat", 1), ("bluebird", "blue", 0), ("", "x", 0),
               ("red or blue", "blue", 1), ("blue big boat", "blue boat", 0), ("the", "a", 0), ("in 1999.", "1999", 1))),
-    (lambda prediction, gold: evaluate.icl_scores(prediction, [gold])["accuracy"],
+    (evaluate.accuracy,
      (("Positive", "positive", 1), ("Output: no", "No", 1), ("no.", "no", 0), ("", "no", 0), ("É", "é", 1)))])
 def test_recall_and_accuracy(metric, cases):
     for prediction, gold, want in cases:
@@ -158,33 +176,27 @@ def test_recall_and_accuracy(metric, cases):
 
 def test_scores_of_a_hand_computed_case():
     """Two golds; the shortest is one word of the two predicted, the other is the prediction."""
-    scores = evaluate.qa_scores("the Paris, France", ["Paris France", "Paris"])
+    scores = evaluate.scores("the Paris, France", ["Paris France", "Paris"], qa.METRICS)
     assert scores == {"f1": pytest.approx(2 / 3), "em": 0, "f1_max": 1, "em_max": 1, "recall": 1, "rougeL_recall": 1}
-    nothing = evaluate.qa_scores("", ["Ünïcode"])
-    assert set(nothing.values()) == {0} and evaluate.qa_scores("ÜNÏCODE!", ["Ünïcode"])["em"] == 1
-    row = evaluate.table_row([{**scores, "number": 0, "inference_tflops": 2.0},
-                              {**nothing, "number": 1, "inference_tflops": 4.0}], 0, method="adapter")
+    nothing = evaluate.scores("", ["Ünïcode"], qa.METRICS)
+    assert set(nothing.values()) == {0} and evaluate.scores("ÜNÏCODE!", ["Ünïcode"], ["em"]) == {"em": 1}
+    row = evaluate.mean_scores([{**scores, "number": 0, "inference_tflops": 2.0, "storage_mfloats": 3.0},
+                                {**nothing, "number": 1, "inference_tflops": 4.0}])
     assert row["f1"] == pytest.approx(100 / 3) and row["f1_stderr"] == pytest.approx(100 / 3)
     assert row["em_max"] == row["em_max_stderr"] == 50
-    assert (row["method"], row["n"], row["inference_tflops"]) == ("adapter", 2, 3)
+    assert (row["n"], row["inference_tflops"], row["storage_mfloats"]) == (2, 3, 3)       # the mean of what is known
 
 
 def test_standard_error():
+    """Also clustered: copies of a value tell nothing new; unequal clusters against the sum of their deviations."""
     values = [0.0, 1.0, 1.0, 0.5, 0.25]
     t = torch.tensor(values, dtype=torch.float64)
     mean, error = mean_and_stderr(values)
     assert mean == pytest.approx(t.mean().item()) and error == pytest.approx(t.std().item() / math.sqrt(5))
-    assert mean_and_stderr([3.0]) == (3.0, None)
-
-
-def test_clustered_error_is_that_of_the_clusters():
-    """Copies of a value tell nothing new; unequal clusters against the sum of their deviations."""
-    once, labels = [0.5, 2.0, -1.0, 0.25], [0, 1, 2, 3]
-    thrice = [v for v in once for _ in range(3)]
-    assert mean_and_stderr(thrice, [k for k in labels for _ in range(3)]) == pytest.approx(mean_and_stderr(once))
-    mean, error = mean_and_stderr([1.0, 2.0, 6.0], ["a", "a", "b"])
-    assert (mean, error) == pytest.approx((3.0, (2 * (3.0**2 + 3.0**2)) ** 0.5 / 3))
-    assert mean_and_stderr([1.0, 2.0], ["a", "a"])[1] is None
+    assert mean_and_stderr([3.0]) == (3.0, None) and mean_and_stderr([1.0, 2.0], ["a", "a"])[1] is None
+    thrice = mean_and_stderr([v for v in values for _ in range(3)], [k for k in range(5) for _ in range(3)])
+    assert thrice == pytest.approx((mean, error))
+    assert mean_and_stderr([1.0, 2.0, 6.0], ["a", "a", "b"]) == pytest.approx((3.0, (2 * (9.0 + 9.0)) ** 0.5 / 3))
 
 
 def test_memory_gap_by_hand():
@@ -225,9 +237,9 @@ def test_generator_flops_against_the_counter(norm):
     model = make_model(targets=["o_proj", "down_proj"], norm=norm)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         for layer in model.generator.layers:
-            layer.adapter(sum(layer.update(torch.randn(20, 64)) for _ in range(3)))
-            layer.adapter(torch.randn(24, 24))
-            layer.adapter(torch.randn(24, 24))
+            sum(layer.update(torch.randn(20, 64)) for _ in range(3))
+        for _ in range(3):
+            model.lora(Memory({name: torch.randn(1, 24, 24) for name in model.generator.index}, torch.tensor([20])))
     assert counter.get_total_flops() == costs.generator_flops(model, 60, 3)
 
 
@@ -248,10 +260,11 @@ def test_contextualisation_flops_against_the_counter():
     assert abs(counter.get_total_flops() - want - acausal - applied) <= 2 * 2 * L * 8
 
 
-def test_storage():
+def test_storage(tokenizer):
     model = make_model(targets=["o_proj", "down_proj"])
     pairs = model.lora(model.contextualize(torch.randint(0, 256, (1, 9))))
-    assert costs.adapter_floats(model) == sum(A.numel() + B.numel() for A, B in pairs.values())
+    _, cost = evaluate.read_context(model, tokenizer, "a river", {})
+    assert cost["storage_mfloats"] * 1e6 == sum(A.numel() + B.numel() for A, B in pairs.values())
     cache = model.base(torch.randint(0, 256, (1, 9)), use_cache=True).past_key_values
     assert costs.kv_cache_floats(model.base, 9) == sum(layer.keys.numel() + layer.values.numel()
                                                        for layer in cache.layers)
@@ -264,7 +277,7 @@ def test_the_released_count_gives_table_1():
         base = transformers.MistralForCausalLM(transformers.MistralConfig())
     for tokens, kept, tflops in ((67, 64, 0.514), (67, 128, 0.552), (67, 256, 0.627), (71, 0, 0.505),
                                  (71, 2352, 2.059)):
-        assert costs.released_flops(base, tokens, kept) / 1e12 == pytest.approx(tflops, abs=5e-4)
+        assert costs.query_costs(base, tokens, kept)["released_tflops"] == pytest.approx(tflops, abs=5e-4)
 
 
 def test_fine_tuned_base_brings_its_cost(tmp_path, base_directory, squad_file):
@@ -283,44 +296,50 @@ def test_fine_tuned_base_brings_its_cost(tmp_path, base_directory, squad_file):
     assert cost["storage_mfloats"] * 1e6 == pytest.approx(sum(p.numel() for p in base.parameters()))
     result, _ = run(tmp_path, str(tmp_path / "cpt"), "squad", "--data", squad_file, "--checkpoint", "none", "--method",
                     "closed-book")
-    assert all(result["rows"][0][key] == pytest.approx(cost[key]) for key in evaluate.COSTS[1:])
+    assert all(result["rows"][0][key] == pytest.approx(cost[key]) for key in (
+        "contextualisation_tflops", "contextualisation_seconds", "storage_mfloats"))
     assert cost["contextualisation_seconds"] > 0
 
 
-def test_seconds_wait_for_the_device_and_include_the_last_norm(tokenizer, monkeypatch):
+def test_a_context_is_read_once_and_its_seconds_include_the_last_norm(tokenizer, monkeypatch):
+    """Beyond MEMORY_FLOATS the oldest memory is dropped. The clock waits for the device."""
     waited = []
     monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
     gpu = types.SimpleNamespace(type="cuda")
     assert costs.clock(gpu) > 0 and waited == [gpu] and costs.clock(torch.device("cpu")) > 0 and len(waited) == 1
-    model, calls = make_model(chunk=10), []
-    lora = model.lora
+    model, calls, reads, memories = make_model(chunk=10), [], [], {}
+    lora, read = model.lora, model.read
     model.lora = lambda memory: calls.append(memory) or lora(memory)
+    model.read = lambda ids: reads.append(ids) or read(ids)
     monkeypatch.setattr(evaluate, "clock", lambda device: len(calls))
-    # 30 tokens: an adapter for chunks 2 and 3, and the last one
-    pairs, cost = evaluate.read_adapter(model, tokenizer, "x" * 29)
-    assert cost["contextualisation_seconds"] == 3 and cost["context_tokens"] == 30
-    assert pairs.keys() == lora(calls[-1]).keys() and not any(m.requires_grad for pair in pairs.values() for m in pair)
+    monkeypatch.setattr(evaluate, "MEMORY_FLOATS", 2 * 3 * 24 * 24)     # two contexts, three layers of d_r 24
+    for text in ("one" * 9, "two", "one" * 9, "three", "two", "one" * 9):
+        memory, cost = evaluate.read_context(model, tokenizer, text, memories)
+        want = streamed(model, tokenizer, text, 10)
+        assert all(torch.equal(memory.states[name], S) for name, S in want.states.items())
+    assert [tokenizer.decode(ids[1:]) for ids in reads] == ["one" * 9, "two", "three", "one" * 9] and len(memories) == 2
+    # 28 tokens: an adapter for chunks 2 and 3, and the last one
+    assert cost["contextualisation_seconds"] == 3 and cost["context_tokens"] == 28
 
 
 # ---- contexts and prompts, answers and nats
 
 
 def test_controls_share_nothing_and_are_as_many_for_all():
-    keys = [{"a", "b"}, {"b", "c"}, {"d"}, {"a"}, {"e"}, {"d", "e", "a"}]
-    drawn = control_contexts(keys, 0, 4)
-    assert all(not keys[i] & keys[j] for i, some in enumerate(drawn) for j in some)
-    assert {len(some) for some in drawn} == {1} and drawn == control_contexts(keys, 0, 4)
-    assert all(len(set(some)) == len(some) == 4 for some in control_contexts([{i} for i in range(9)], 0, 4))
-    near = control_contexts([{i} for i in range(9)], 0, 4, first=3)
+    def drawn(keys, controls, first=None):
+        args = types.SimpleNamespace(seed=0, controls=controls, method=["adapter-shuffled"])
+        return other_contexts(keys, ["ana"] * 9, args, notes, first)
+
+    keys, notes = [{"a", "b"}, {"b", "c"}, {"d"}, {"a"}, {"e"}, {"d", "e", "a"}], []
+    others = drawn(keys, 4)
+    assert all(not keys[i] & keys[j] for i, some in enumerate(others) for j in some)
+    assert {len(some) for some in others} == {1} and others == drawn(keys, 4) == drawn(keys, 1)
+    assert len(notes) == 2 and all("under 1, not under 4" in note for note in notes)
+    assert all(len(set(some)) == len(some) == 4 for some in drawn([{i} for i in range(9)], 4))
     # those that are read anyway come first
-    assert all({0, 1, 2} - {i} <= set(some) for i, some in enumerate(near))
-    assert drawn == control_contexts(keys, 0, 1) and control_contexts([{"a"}, {"a"}], 0, 1) == [[], []]
-    notes = []
-    args = types.SimpleNamespace(seed=0, controls=4, method=["adapter-shuffled"])
-    assert benchmarks.controls_of(types.SimpleNamespace(args=args, note=notes.append), keys) == drawn
-    assert len(notes) == 1 and "under 1, not under 4" in notes[0]
-    clusters = benchmarks.context_clusters
-    assert clusters(keys) == [0, 0, 0, 0, 0, 0] and len(set(clusters(keys[:5]))) == 3
+    assert all({0, 1, 2} - {i} <= set(some) for i, some in enumerate(drawn([{i} for i in range(9)], 4, first=3)))
+    assert drawn([{"a"}, {"a"}], 1) == [[], []] and "shares a part with ana, ana: left out" in notes[-1]
+    assert msc.overlapping(keys) == [0, 0, 0, 0, 0, 0] and len(set(msc.overlapping(keys[:5]))) == 3
 
 
 def test_prompts_of_figure_7():
@@ -329,110 +348,136 @@ def test_prompts_of_figure_7():
         "Keep the answer short and concise, without any "
         "explanation or additional words\n\nQuestion: Who?\n\nAnswer:")
     demonstrations = "Input: a\nOutput: b\n\nInput: c\nOutput: d"
-    assert METAICL_PROMPT.format(context=demonstrations, question=demonstration("e", "")) == (
+    assert FEW_SHOT_PROMPT.format(context=demonstrations, question="Input: e\nOutput:") == (
         "Input: a\nOutput: b\n\nInput: c\nOutput: d\n\nInstruction: Based on the demonstration above, "
         "provide a short and concise answer, without any explanation or "
         "additional words.\n\nInput: e\nOutput:")
-    assert benchmarks.ZERO_SHOT_PROMPT.format(question=demonstration("e", "")) == (
+    assert ZERO_SHOT_PROMPT.format(question="Input: e\nOutput:") == (
         "Instruction: Provide a short and concise answer, without any explanation or additional words."
         "\n\nInput: e\nOutput:")
+    assert qa.PROMPTS["closed-book-instructed"].format(question="Which river?") == (
+        "Instruction: Answer the question. Respond with a short phrase only. Keep the answer short and concise, "
+        "without any explanation or additional words\n\nQuestion: Which river?\n\nAnswer:")
+    assert msc.PROMPTS["closed-book-instructed"] == qa.PROMPTS["closed-book-instructed"]
+    assert metaicl.PROMPTS["zero-shot-instructed"] == ZERO_SHOT_PROMPT
+    assert metaicl.PROMPTS["few-shot-bare"].format(context=demonstrations, question="Input: e\nOutput:") == (
+        "Input: a\nOutput: b\n\nInput: c\nOutput: d\n\nInput: e\nOutput:")
 
 
 def test_long_context_loses_its_beginning(tokenizer):
+    def cut(context, questions, most):
+        questions = [{"question": question} for question in questions]
+        return evaluate.in_context_prompts(tokenizer, IN_CONTEXT_PROMPT, context, questions, most)
+
     context, window = "alpha " * 200 + "omega", 400
-    (ids, longer), lost = in_context_prompts(tokenizer, IN_CONTEXT_PROMPT, context, ["Which?", "Which one?"], window)
+    (ids, longer), lost = cut(context, ["Which?", "Which one?"], window)
     prompt = tokenizer.decode(ids)
     assert len(ids) < len(longer) == window
     whole = ids_of(tokenizer, IN_CONTEXT_PROMPT.format(context=context, question="Which one?"))
     assert lost == whole.shape[1] - window
     assert "omega\n\nInstruction: Answer" in prompt and prompt.endswith("Question: Which?\n\nAnswer:")
     with pytest.raises(InputError, match="window"):
-        in_context_prompts(tokenizer, IN_CONTEXT_PROMPT, "x", ["q" * 500], window)
-    # a cut through a character must not grow it again
-    for text in ("日本語の文章" * 40, "😀" * 60):
-        (ids,), lost = in_context_prompts(tokenizer, IN_CONTEXT_PROMPT, text, ["q"], 221)
+        cut("x", ["q" * 500], window)
+    for text in ("日本語の文章" * 40, "😀" * 60):         # a cut through a character must not grow it again
+        (ids,), lost = cut(text, ["q"], 221)
         assert len(ids) <= 221 and lost
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])
-def test_cached_prefix_answers_like_whole_prompts(tokenizer, kind):
-    """Questions of different lengths on one context, in one batch, against transformers' generate on each prompt."""
-    model = make_model(base=make_base(kind))
+def test_cached_prefix_answers_like_whole_prompts(tokenizer, kind, monkeypatch):
+    """Questions of different lengths on one context, in one batch and in parts, against transformers' generate on each
+    prompt and nats one token at a time; the base's own idea of generation has no part in it."""
+    model, context = make_model(base=make_base(kind)), "A cold river, seven green stones."
     model.base.generation_config.pad_token_id = 259
-    run = types.SimpleNamespace(model=model, tokenizer=tokenizer, args=types.SimpleNamespace(seed=0, task="squad"))
-    questions = ("Who sings?", "Why does it rain so much in the north?", "Ö", "Who?")
-    items = [{"question": question, "golds": ["x"]} for question in questions]
-    prompts, kept, costs = evaluate.read_contexts(run, "in-context", ["A cold river, seven green stones."], items)
-    assert tokenizer.decode(kept["prefix"]).endswith("Question: ")
-    before = kept["cache"].layers[0].keys.clone()
-    want = [model.base.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False)[0] for prompt in prompts]
+    questions = {"Who sings?": "Ana Maria", "Why does it rain so much in the north?": "x", "Ö": " in Nîmes ", "Who?": "y"}
+    items = [{"question": question, "golds": [gold]} for question, gold in questions.items()]
+    prompts = [ids_of(tokenizer, IN_CONTEXT_PROMPT.format(context=context, question=q))[0].tolist() for q in questions]
+    new = [model.base.generate(torch.tensor([p]), max_new_tokens=20, do_sample=False)[0, len(p):] for p in prompts]
+    with torch.no_grad():
+        nats = [plain_nats(model, tokenizer, p, gold.strip()) for p, gold in zip(prompts, questions.values())]
     model.base.generation_config.repetition_penalty = 1.5               # as Qwen2.5 ships it: not greedy
-    for _ in range(2):                                                  # the cache is not used up by a batch
-        answers, counts = solver.answer(model, tokenizer, prompts, **kept)
-        for item, prompt, full, text, count in zip(items, prompts, want, answers, counts):
-            new = full[len(prompt):]
-            whole = IN_CONTEXT_PROMPT.format(context="A cold river, seven green stones.", question=item["question"])
-            assert prompt == ids_of(tokenizer, whole)[0].tolist()
-            assert text == tokenizer.decode(new, skip_special_tokens=True).split("\n")[0].strip() and count == len(new)
-    assert torch.equal(before, kept["cache"].layers[0].keys)
-    assert all(cost["past"] == len(prompts[0]) - len(items[0]["question"].encode()) - 1 for cost in costs)
+    shared, caches, copies = len(os.path.commonprefix(prompts)), [], evaluate.copies
+    monkeypatch.setattr(evaluate, "copies", lambda cache, rows: caches.append((cache, rows)) or copies(cache, rows))
+    for most, sizes in ((evaluate.KV_FLOATS, [4, 4]), (2.5 * costs.kv_cache_floats(model.base, shared), [2] * 4)):
+        monkeypatch.setattr(evaluate, "KV_FLOATS", most)                # of the copies at once
+        caches.clear()
+        records = evaluate.in_context(model, tokenizer, qa, IN_CONTEXT_PROMPT, context, items, 4)
+        assert [rows for _, rows in caches] == sizes
+        for cache, _ in caches:                                         # not used up by a batch
+            assert cache is caches[0][0] and cache.get_seq_length() == shared
+        for record, prompt, out, want in zip(records, prompts, new, nats):
+            assert record["prediction"] == tokenizer.decode(out, skip_special_tokens=True).split("\n")[0].strip()
+            assert record["nats"] == pytest.approx(want, rel=1e-4)
+            past = len(prompts[0]) - len("Who sings?") - 1
+            assert record["past"] == past and record["storage_mfloats"] == costs.kv_cache_floats(model.base, past) / 1e6
+            assert record["inference_tflops"] * 1e12 == pytest.approx(
+                costs.base_flops(model.base, len(prompt) - past + len(out), past))
+    items[0]["golds"] = ["y" * 90, "x" * 60]                          # the window has room for what is scored
+    seen = []
+    monkeypatch.setattr(evaluate, "answer", lambda *args, **kwargs: seen.append(args) or [])
+    evaluate.in_context(model, tokenizer, qa, IN_CONTEXT_PROMPT, "A cold river. " * 40, items[:1], 4)
+    ((_, _, _, _, (prompt,), (cost, *_)),) = seen
+    assert len(prompt) == 512 - 60 and cost["lost"]
 
 
 @torch.no_grad()
-def test_answer_nats_one_token_at_a_time(tokenizer):
-    """A batch of prompts and golds of different lengths: bare, under LoRA pairs a row, and after a cached prefix."""
+def test_nats_of_golds_one_token_at_a_time(tokenizer):
+    """A batch of prompts and golds of different lengths: without a memory, under one a row and under one for all."""
     model = make_model()
-    model.base.generation_config.pad_token_id = 259
     questions, golds = ["Who?", "Where does it stand, and why?", "Ö"], ["Ana Maria", "x", " in Nîmes "]
     prompts = [ids_of(tokenizer, q)[0].tolist() for q in questions]
-    memory = model.contextualize(torch.randint(0, 256, (3, 20)))
-    rows = [Memory({name: S[i:i + 1] for name, S in memory.states.items()}, memory.tokens[i:i + 1]) for i in range(3)]
-    for given, each in ((None, [None] * 3), (model.lora(memory), rows)):
-        got = solver.answer_nats(model, tokenizer, prompts, golds, given)
+    rows = [model.contextualize(torch.randint(0, 256, (1, 20))) for _ in range(3)]
+    for given, each in ((None, [None] * 3), (Memory.stack(rows), rows), (rows[0], rows[:1] * 3)):
+        got = evaluate.gold_nats(model, tokenizer, prompts, golds, given)
         want = [plain_nats(model, tokenizer, p, g.strip(), m) for p, g, m in zip(prompts, golds, each)]
         assert got == pytest.approx(want, rel=1e-4)
-    run = types.SimpleNamespace(model=model, tokenizer=tokenizer)
-    items = [{"question": question, "golds": ["x"]} for question in questions]
-    prompts, kept, _ = evaluate.in_context(run, IN_CONTEXT_PROMPT, ["A cold river."], items)
-    before = kept["cache"].layers[0].keys.clone()
-    for golds in (golds, golds[::-1]):
-        want = [plain_nats(model, tokenizer, p, g.strip()) for p, g in zip(prompts, golds)]
-        assert solver.answer_nats(model, tokenizer, prompts, golds, **kept) == pytest.approx(want, rel=1e-4)
-    assert torch.equal(before, kept["cache"].layers[0].keys)
-    assert solver.answer_nats(model, tokenizer, prompts[:2], ["x", " "])[1] is None
-    items[0]["golds"] = ["y" * 90, "x" * 60]                            # the window has room for what is scored
-    prompts, _, (cost,) = evaluate.in_context(run, IN_CONTEXT_PROMPT, ["A cold river. " * 40], items)
-    assert max(map(len, prompts)) == 512 - 60 and cost["lost"]
-
-
-def test_cache_copies_that_do_not_fit_are_made_in_parts(tokenizer, monkeypatch):
-    """A KV cache is copied for as many questions of a batch as there is room for, with the same answers."""
-    model = make_model()
-    model.base.generation_config.pad_token_id = 259
-    items = [{"question": q, "golds": [g]} for q, g in (("Who?", "Ana"), ("Where does it stand?", "in Nîmes"),
-                                                        ("Ö", "x"))]
-    run = types.SimpleNamespace(model=model, tokenizer=tokenizer, args=types.SimpleNamespace(task="squad"),
-                                score=evaluate.qa_scores)
-    prompts, kept, cost = evaluate.in_context(run, IN_CONTEXT_PROMPT, ["A cold river."], items)
-    given = (run, "in-context", items, prompts, cost * 3)
-    whole, copies = solver.solve(*given, **kept), []
-    monkeypatch.setattr(solver, "KV_FLOATS", 2.5 * costs.kv_cache_floats(model.base, len(kept["prefix"])))
-    monkeypatch.setattr(solver, "copies", lambda cache, rows, copy=solver.copies: copies.append(rows)
-                        or copy(cache, rows))
-    parts = solver.solve(*given, **kept)
-    assert copies == [2, 2, 1, 1] and [r["prediction"] for r in parts] == [r["prediction"] for r in whole]
-    assert [r["nats"] for r in parts] == pytest.approx([r["nats"] for r in whole], rel=1e-4)
-    assert [r["question"] for r in parts] == [i["question"] for i in items]
+    assert evaluate.gold_nats(model, tokenizer, prompts[:2], ["x", " "])[1] is None
 
 
 # ---- conversations
 
 
+def conversation(*sessions, answer="blue"):
+    return {"previous_dialogs": [{"dialog": [{"text": t} for t in s], "personas": [["SECRET"]]} for s in sessions],
+            "summary_speaker_1": ["SECRET"], "personas": [["SECRET"]],
+            "self_instruct": {"B": "Which?", "A": answer}, "metadata": {"initial_data_id": "x1"}}
+
+
+def test_msc_loader(tmp_path):
+    """Names before turns, where they have none; the row's own dialog as the last session; never what holds the answer."""
+    rows = [conversation(["Hi: there", "hello"], ["a", "b", "c"]), conversation(["Ann: hi", "Dr. O'Neil: hello"]),
+            {**conversation(["hi"]), "dialog": [{"text": "last"}], "span": "all"}]
+    write_rows(tmp_path / "c.jsonl", rows)
+    first, second, third = msc.load(str(tmp_path / "c.jsonl"))
+    assert first == {"id": "x1", "span": None, "question": "Which?", "answer": "blue",
+                     "sessions": ["Speaker 1: Hi: there\nSpeaker 2: hello", "Speaker 1: a\nSpeaker 2: b\nSpeaker 1: c"]}
+    assert second["sessions"] == ["Ann: hi\nDr. O'Neil: hello"]
+    assert third["sessions"] == ["Speaker 1: hi", "Speaker 1: last"] and third["span"] == "all"
+    assert "SECRET" not in json.dumps([first, second, third])
+
+
+@pytest.mark.parametrize("text, words", [
+    ("", "is empty"), ("\n\n", "is empty"), ('{"a": 1}\n{"b": \n', "line 1: field 'previous_dialogs'"),
+    ("[1]", "line 1 cannot be read: not a json object"),
+    (json.dumps(conversation(["hi"])) + "\n{broken", "line 2 cannot be read"),
+    (json.dumps({**conversation(["hi"]), "self_instruct": {"B": "Q"}}), "line 1: field 'A'"),
+    (json.dumps(conversation([])), "no turn"), (json.dumps({**conversation(["hi"]), "span": 3}), "line 1: span"),
+    (json.dumps({**conversation(["hi"]), "previous_dialogs": [["hi"]]}), "field 'dialog'"),
+    ("\x00\udcff\x00", "cannot be read")])
+def test_bad_conversations(tmp_path, text, words):
+    path = tmp_path / "bad.jsonl"
+    path.write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(InputError, match=words) as caught:
+        msc.load(str(path))
+    assert "bad.jsonl" in str(caught.value) and "\n" not in str(caught.value)
+
+
 def test_msc_untrained_adapter_is_closed_book(tmp_path, base_directory, capsys):
     result, predictions = run(tmp_path, base_directory, "msc", "--checkpoint", "none", "--limit", "3", "--batch-size",
                               "2")
-    rows = by_method(result)
-    assert "NOT the paper's benchmark" in result["note"]
+    assert "NOT the paper's benchmark" in result["note"] and len(result["rows"]) == 1 + 4 * 3
+    rows = by_method(result)                                            # the last span, the whole conversation
+    predictions = [p for p in predictions if p["span"] in ("none", "conversation")]
     assert list(rows) == ["closed-book", "full-conversation", "adapter", "adapter-shuffled"]
     answers = {m: [p["prediction"] for p in predictions if p["method"] == m] for m in rows}
     assert answers["adapter"] == answers["adapter-shuffled"] == answers["closed-book"] != answers["full-conversation"]
@@ -454,25 +499,27 @@ def test_msc_untrained_adapter_is_closed_book(tmp_path, base_directory, capsys):
     assert "| adapter-shuffled |" in out and "untrained" in out
 
 
-def test_msc_scores_nats_gap_and_reading_once(tmp_path, base_directory, tokenizer, monkeypatch, capsys):
+def test_msc_scores_nats_gap_and_reading_once(tmp_path, base_directory, tokenizer, whole_conversations, monkeypatch,
+                                              capsys):
     """A trained-looking generator of chunks of 300 tokens; answers, nats and gap recomputed from the model, the table
     from the JSONL. Every conversation is read once for its question, its nats and all questions whose control it is."""
     base, _ = load_base(base_directory, torch.float32, "cpu")
     make_model(base=base, chunk=300).save_pretrained(tmp_path / "generator")
-    reads, encode = [], evaluate.encode
-    monkeypatch.setattr(evaluate, "encode", lambda *args: reads.append(args[1]) or encode(*args))
-    flags = ["--data", MSC_SAMPLE, "--checkpoint", str(tmp_path / "generator"), "--limit", "4", "--batch-size", "3",
+    reads, read = [], AdaptedLM.read
+    monkeypatch.setattr(AdaptedLM, "read", lambda self, ids: reads.append(ids) or read(self, ids))
+    flags = ["--data", whole_conversations, "--checkpoint", str(tmp_path / "generator"), "--limit", "4", "--batch-size", "3",
              "--controls", "2"]
     result, predictions = run(tmp_path, base_directory, "msc", *flags)
     assert len(reads) == 4                                              # the others are drawn from those evaluated
-    rows, items = by_method(result), load_msc()[:4]
+    rows, items = by_method(result), msc.load(whole_conversations)[:4]
     model = AdaptedLM.from_pretrained(base, tmp_path / "generator")
     prompts = [ids_of(tokenizer, item["question"])[0].tolist() for item in items]
     memories = [streamed(model, tokenizer, "\n\n".join(item["sessions"]), 300) for item in items]
     with torch.no_grad():
         table = [[plain_nats(model, tokenizer, prompt, item["answer"], memory) for memory in (*memories, None)]
                  for prompt, item in zip(prompts, items)]
-    others = control_contexts([{i} for i in range(24)], 0, 2, 4)
+    args = types.SimpleNamespace(seed=0, controls=2, method=[])
+    others = other_contexts([{i} for i in range(24)], ["?"] * 24, args, [], 4)
     own, other = [row[i] for i, row in enumerate(table)], [[row[j] for j in some] for row, some in zip(table, others)]
     gap = mean_and_stderr([sum(o) / 2 - n for o, n in zip(other, own)])
     assert rows["adapter"]["nats"] == pytest.approx(sum(own) / 4, rel=1e-4)
@@ -494,51 +541,58 @@ def test_msc_scores_nats_gap_and_reading_once(tmp_path, base_directory, tokenize
     assert "| method | n | nats | gain | gap | best-of-3 | chance | f1 |" in " ".join(capsys.readouterr().out.split())
 
 
-def test_evidence_spans(tmp_path):
-    """Round the first turn with the answer, inside its session; a conversation that never says it has none."""
-    write_rows(tmp_path / "c.jsonl", [
-        {"previous_dialogs": [{"dialog": [{"text": f"{s}{i}"} for i in range(6)]} for s in "ab"],
-         "dialog": [{"text": "my Boat is BLUE"}, {"text": "blue?"}],
-         "self_instruct": {"B": "Which?", "A": answer}} for answer in ("b1", "blue", "green", "blu", "Speaker 1")])
-    first, second, third, *fourth = load_msc(str(tmp_path / "c.jsonl"), evidence=True)
-    a, b = ("\n".join(f"Speaker {i % 2 + 1}: {s}{i}" for i in range(6)) for s in "ab")
-    whole = "\n\n".join([a, b, "Speaker 1: my Boat is BLUE\nSpeaker 2: blue?"])
-    assert list(first["spans"]) == list(SPANS)
-    assert list(first["spans"].values()) == ["Speaker 2: b1", b[:b.index("\nSpeaker 1: b4")], b, whole]
-    assert second["spans"]["oracle turn"] == "Speaker 1: my Boat is BLUE" and third["spans"] is None
-    assert [row["spans"] for row in fourth] == [None, None]             # half a word; the name before a turn
-    # the row's own dialog is the last session
-    assert first["sessions"] == whole.split("\n\n") and "spans" not in load_msc(str(tmp_path / "c.jsonl"))[0]
-
-
-def test_msc_by_evidence(tmp_path, base_directory, generator_directory, tokenizer):
-    """Four rows a method on the same questions, each under its span; without literal evidence: left out and counted."""
-    rows = [json.loads(line) for line in open(MSC_SAMPLE, encoding="utf-8")][:4]
-    rows[1]["self_instruct"]["A"] = "nowhere said"
+def test_msc_by_span(tmp_path, base_directory, generator_directory, tokenizer):
+    """A row a method and span on the same questions, closed-book asked once; --limit counts the rows of a span."""
+    rows = [json.loads(line) for line in open(msc.SAMPLE, encoding="utf-8")]
+    spans = list(dict.fromkeys(row["span"] for row in rows))
+    rows = [row for row in rows if row["metadata"]["initial_data_id"] not in ("sample_01", "sample_02")
+            or row["span"] == "conversation"]                           # these two have no turn with the answer
     write_rows(tmp_path / "c.jsonl", rows)
     result, predictions = run(tmp_path, base_directory, "msc", "--data", str(tmp_path / "c.jsonl"), "--checkpoint",
-                              generator_directory, "--evidence", "--controls", "2", "--plot", str(tmp_path / "p.svg"))
-    table = {(row["method"], row["context"]): row for row in result["rows"]}
+                              generator_directory, "--controls", "2", "--limit", "3", "--plot", str(tmp_path / "p.svg"))
+    table = {(row["method"], row["span"]): row for row in result["rows"]}
     assert list(table) == [("closed-book", "none")] + [
-        (method, span) for method in ("full-conversation", "adapter", "adapter-shuffled") for span in SPANS]
-    assert "1 of 4 conversations have no turn" in result["note"] and {row["n"] for row in table.values()} == {3}
-    lengths = [table["adapter", span]["context_tokens"] for span in SPANS]
+        (method, span) for span in spans for method in ("full-conversation", "adapter", "adapter-shuffled")]
+    assert [row["n"] for row in table.values()] == [5] + [3] * 12       # three of a span, two of the whole besides
+    lengths = [table["adapter", span]["context_tokens"] for span in spans[:3]]
     assert lengths == sorted(lengths) and lengths[0] < lengths[-1]
-    assert all("gap" in table["adapter", span] for span in SPANS)
-    write_rows(tmp_path / "none.jsonl", rows[1:2])                      # not one answer is said
-    with pytest.raises(InputError, match="no method could be evaluated"):
-        evaluate.main(["--task", "msc", "--base", base_directory, "--data", str(tmp_path / "none.jsonl"), "--evidence",
-                       "--checkpoint", "none", "--device", "cpu"])
+    assert all("gap" in table["adapter", span] for span in spans)
+    nats = {p["id"]: p["nats"] for p in predictions if p["method"] == "closed-book"}
+    own = {p["id"]: p["nats"] for p in predictions if (p["method"], p["span"]) == ("adapter", "conversation")}
+    assert table["adapter", "conversation"]["gain"] == pytest.approx(sum(nats[i] - own[i] for i in own) / 3)
     model = load_adapted(base_directory, generator_directory)
-    item = load_msc(str(tmp_path / "c.jsonl"), evidence=True)[2]
-    memory = model.contextualize(ids_of(tokenizer, item["spans"]["oracle turn ± 2"]))
+    item = next(row for row in msc.load(str(tmp_path / "c.jsonl")) if row["span"] == "oracle turn ± 2")
+    assert item["id"] == "sample_03" and len(item["sessions"]) == 1
+    memory = model.contextualize(ids_of(tokenizer, item["sessions"][0]))
     with torch.no_grad():
         want = plain_nats(model, tokenizer, ids_of(tokenizer, item["question"])[0].tolist(), item["answer"], memory)
-    (got,) = [p for p in predictions if (p["method"], p["context"], p["question"])
+    (got,) = [p for p in predictions if (p["method"], p["span"], p["question"])
               == ("adapter", "oracle turn ± 2", item["question"])]
     assert got["nats"] == pytest.approx(want, rel=1e-4)
     for words in ("gap to other contexts", "answer, nats", "F1", "context, tokens"):
         assert words in drawn_texts(tmp_path / "p.svg")
+
+
+def test_built_in_sample():
+    """24 conversations of four sessions; each answer is said exactly once and its question does not give it away. The
+    oracle spans are cut round the turn that says it."""
+    rows = msc.load()
+    whole = {row["id"]: row for row in rows if row["span"] == "conversation"}
+    assert len(whole) == 24 and len({s for row in whole.values() for s in row["sessions"]}) == 96
+    for row in whole.values():
+        assert len(row["sessions"]) == 4
+        assert "\n".join(row["sessions"]).lower().count(row["answer"].lower()) == 1
+        assert row["answer"].lower() not in row["sessions"][3].lower()
+        assert row["answer"].lower() not in row["question"].lower()
+    cuts = [row for row in rows if row["span"] != "conversation"]
+    assert len(rows) == 4 * 24 and len({(row["id"], row["span"]) for row in cuts}) == 3 * 24
+    for row in cuts:
+        (text,) = row["sessions"]
+        (session,) = [s for s in whole[row["id"]]["sessions"] if text in s]
+        turns, all_turns = text.split("\n"), session.split("\n")
+        (at,) = [i for i, turn in enumerate(all_turns) if row["answer"].lower() in turn.lower()]
+        assert turns == {"oracle turn": all_turns[at:at + 1], "oracle turn ± 2": all_turns[max(0, at - 2):at + 3],
+                         "oracle session": all_turns}[row["span"]]
 
 
 def test_a_conversation_without_another_is_named(tmp_path, base_directory, generator_directory):
@@ -550,7 +604,7 @@ def test_a_conversation_without_another_is_named(tmp_path, base_directory, gener
     result, _ = run(tmp_path, base_directory, "msc", "--data", str(tmp_path / "c.jsonl"), "--checkpoint",
                     generator_directory)
     table = by_method(result)
-    assert "shares a session with ana: left out of the control and of the gap" in result["note"]
+    assert "shares a part with ana: left out of the control and of the gap" in result["note"]
     assert (table["adapter"]["n"], table["adapter-shuffled"]["n"], table["adapter"]["pairs"]) == (4, 3, 3)
     assert "best-of-3" in table["adapter"]
 
@@ -563,10 +617,10 @@ def test_qa_loaders(tmp_path, squad_file):
     def plain(documents):
         return [(d["text"], [(q["question"], q["golds"]) for q in d["questions"]]) for d in documents]
 
-    documents = load_qa(squad_file, "squad")
+    documents = load_qa(squad_file)
     assert plain(documents) == SQUAD
     datasets.load_dataset("json", data_files=squad_file, split="train").to_parquet(tmp_path / "s.parquet")
-    assert load_qa(str(tmp_path / "s.parquet"), "squad") == documents
+    assert load_qa(str(tmp_path / "s.parquet")) == documents
     with open(tmp_path / "s.csv", "w", encoding="utf-8-sig", newline="") as file:                # as Excel writes it
         csv.writer(file).writerows([["text", "question", "answers"], *(
             [text, question, "\\".join(golds)] for text, questions in SQUAD for question, golds in questions)])
@@ -583,7 +637,7 @@ def test_long_articles_in_a_csv(tmp_path):
 
 
 @pytest.mark.parametrize("name, text, words", [
-    ("no.csv", None, "no.csv cannot be read: .*No such file"),
+    ("no.csv", None, "no.csv.*[nN]o such file"),
     ("head.csv", "text,question,answers\n", "head.csv is empty"),
     ("short.csv", "text,question,answers\na,b\n", "row 2: field 'answers'"),
     ("none.csv", "text,question,answers\na,b,\\\n", "row 2: answers holds no text"),
@@ -599,18 +653,19 @@ def test_streamingqa_refusals(tmp_path, name, text, words):
 
 def test_qa_rows_groups_and_answers(tmp_path, base_directory, squad_file, generator_directory, tokenizer, monkeypatch):
     """Rows and groups of each length, every context read once; an answer of the group of two documents redone."""
-    reads, encode, prompted, prompts = [], evaluate.encode, [], evaluate.in_context_prompts
-    monkeypatch.setattr(evaluate, "encode", lambda *args: reads.append(args[1]) or encode(*args))
+    reads, read, prompted, prompts = [], AdaptedLM.read, [], evaluate.in_context_prompts
+    monkeypatch.setattr(AdaptedLM, "read", lambda self, ids: reads.append(ids) or read(self, ids))
     monkeypatch.setattr(evaluate, "in_context_prompts", lambda *args: prompted.append(args[2]) or prompts(*args))
     result, predictions = run(tmp_path, base_directory, "squad", "--data", squad_file, "--checkpoint",
                               generator_directory, "--context-lengths", "100", "300", "5000", "--batch-size", "1",
                               "--plot", str(tmp_path / "p.png"))
     rows = [(row["method"], row["context_length"], row["groups"]) for row in result["rows"]]
     counts = {100: 3, 300: 2, 5000: 1}
-    assert rows == [("closed-book", 0, 1)] + [(method, k, n) for method in ("in-context", "adapter", "adapter-shuffled")
-                                              for k, n in counts.items() if (method, k) != ("adapter-shuffled", 5000)]
+    assert rows == [("closed-book", 0, 1)] + [(method, k, n) for k, n in counts.items()
+                                              for method in ("in-context", "adapter", "adapter-shuffled")
+                                              if (method, k) != ("adapter-shuffled", 5000)]
     assert len(reads) == 5 and len(prompted) == 6             # three documents, two of them, all; the third twice
-    assert "longer contexts are all the same single group" in result["note"]
+    assert "the only group of 5000 tokens: left out" in result["note"]
     assert "Question: {question}" in result["prompts"]["in-context"]
     for row in result["rows"]:
         assert row["n"] == 6
@@ -622,47 +677,16 @@ def test_qa_rows_groups_and_answers(tmp_path, base_directory, squad_file, genera
     for method, text in (("adapter", texts[0]), ("adapter-shuffled", texts[1])):
         want = greedy(model, tokenizer, "Which river?", [model.contextualize(ids_of(tokenizer, text))])
         (got,) = [p for p in predictions
-                  if (p["method"], p["question"], p["parts"]) == (method, "Which river?", 2)]
+                  if (p["method"], p["question"], p["groups"]) == (method, "Which river?", 2)]
         assert got["prediction"] == want and got["golds"] == ["Öre", "the river Öre"]
         assert got["f1"] == f1_score(want, "Öre")
     memory = model.contextualize(ids_of(tokenizer, SQUAD[2][0]))
     with torch.no_grad():                                            # "wind", the shortest of two golds
         want = plain_nats(model, tokenizer, ids_of(tokenizer, "Who walks?")[0].tolist(), "wind", memory)
-    assert [p["nats"] for p in predictions if (p["method"], p["question"], p["parts"]) == ("adapter", "Who walks?", 3)
+    assert [p["nats"] for p in predictions if (p["method"], p["question"], p["groups"]) == ("adapter", "Who walks?", 3)
             ] == [pytest.approx(want, rel=1e-4)]
     assert len({p["key"] for p in predictions}) == len(predictions) == 6 * (1 + 3 + 3 + 2)
     assert (tmp_path / "p.png").read_bytes()[:4] == b"\x89PNG"
-
-
-def test_first_groups(tmp_path, base_directory, squad_file, generator_directory):
-    """--groups 1: the first of three groups, its control from the others; closed-book answers the same questions."""
-    flags = ["--data", squad_file, "--checkpoint", generator_directory, "--context-lengths", "100", "--controls", "2"]
-    _, everything = run(tmp_path, base_directory, "squad", *flags)
-    os.remove(tmp_path / "out.jsonl")
-    result, predictions = run(tmp_path, base_directory, "squad", *flags, "--groups", "1")
-    rows = {(row["method"], row["n"], row["groups"]) for row in result["rows"]}
-    assert rows == {(method, 2, 1) for method in ("closed-book", "in-context", "adapter", "adapter-shuffled")}
-    nats = {(p["method"], p["id"]): p["nats"] for p in everything}
-    assert all(p["nats"] == pytest.approx(nats[p["method"], p["id"]], rel=1e-4) for p in predictions
-               if p["method"] != "closed-book")
-    assert {p["id"] for p in predictions} == {"0-0", "0-1"}
-
-
-def test_instructed_rows(tmp_path, base_directory, squad_file, metaicl_directory, tokenizer):
-    """Appendix C's instruction without a context, beside the bare question."""
-    _, predictions = run(tmp_path, base_directory, "squad", "--data", squad_file, "--method", "closed-book", "--method",
-                         "closed-book-instructed", "--checkpoint", "none")
-    base, _ = load_base(base_directory, torch.float32, "cpu")
-    prompt = ("Instruction: Answer the question. Respond with a short phrase only. "
-              "Keep the answer short and concise, without any explanation or additional words"
-              "\n\nQuestion: Which river?\n\nAnswer:")
-    (got,) = [p for p in predictions if p["method"] == "closed-book-instructed" and p["question"] == "Which river?"]
-    assert got["prediction"] == greedy(base, tokenizer, prompt) and len(predictions) == 12
-    os.remove(tmp_path / "out.jsonl")
-    result, _ = run(tmp_path, base_directory, "metaicl", "--data", str(metaicl_directory), "--method",
-                    "zero-shot-instructed", "--checkpoint", "none", "--limit", "1")
-    assert [row["shots"] for row in result["rows"]] == [0] * 6
-    assert result["prompts"]["zero-shot-instructed"].startswith("Instruction: Provide a short")
 
 
 def test_long_groups_are_cut_from_the_left_and_say_so(tmp_path, base_directory):
@@ -673,7 +697,7 @@ def test_long_groups_are_cut_from_the_left_and_say_so(tmp_path, base_directory):
     first, predictions = run(tmp_path, base_directory, "squad", *flags)
     # from the file: the note is the same
     again, _ = run(tmp_path, base_directory, "squad", *flags)
-    assert "in-context parts 1: 2 of 2 prompts do not fit the base's window" in first["note"]
+    assert "in-context: 2 of 2 prompts do not fit the base's window" in first["note"]
     assert timeless(again) == timeless(first)
     assert all(p["lost"] > 0 for p in predictions)
 
@@ -691,8 +715,8 @@ def test_killed_run_continues_to_the_same_table(tmp_path, base_directory, squad_
     assert timeless(again) == timeless(whole) and (tmp_path / "out.jsonl").read_bytes() == lines
     cut = lines[:len(lines) * 2 // 5]
     (tmp_path / "out.jsonl").write_bytes(cut)
-    calls, answer = [], solver.answer
-    monkeypatch.setattr(solver, "answer", lambda *args, **kwargs: calls.append(args[2]) or answer(*args, **kwargs))
+    calls, answer = [], evaluate.answer
+    monkeypatch.setattr(evaluate, "answer", lambda *args, **kwargs: calls.append(args[3]) or answer(*args, **kwargs))
     resumed, predictions = run(tmp_path, base_directory, "squad", *flags)
     after = (tmp_path / "out.jsonl").read_bytes()
     assert timeless(resumed) == timeless(whole) and after.startswith(cut[:cut.rindex(b"\n") + 1])
@@ -728,11 +752,10 @@ def test_foreign_predictions_file_is_refused(tmp_path, base_directory, squad_fil
 
 
 def test_metaicl_loader(metaicl_directory):
-    classification, other = METAICL_KINDS.values()
+    classification, other = metaicl.KINDS.values()
     assert len(set(classification)) == 16 and len(set(other)) == 10 and not set(classification) & set(other)
-    tasks, missing = load_metaicl(str(metaicl_directory), METAICL_SEEDS, 16, True)
-    assert list(tasks) == ["poem_sentiment", "quarel", "superglue-copa"] and len(missing) == 23
-    assert "glue-rte" in missing
+    tasks = load_metaicl(metaicl_directory)
+    assert list(tasks) == ["poem_sentiment", "quarel", "superglue-copa"]
     assert tasks["quarel"]["test"][1] == {"number": 1, "id": "quarel 1",
                                           "question": "Input: quarel test 100 1 é\nOutput:", "golds": ["yes"]}
     assert len(tasks["quarel"]["test"]) == 3
@@ -747,115 +770,105 @@ def test_metaicl_refusals(tmp_path, metaicl_directory):
             ([100], 1, tmp_path, "none of MetaICL's 26"),
             ([99], 1, metaicl_directory, "poem_sentiment_16_99_train.jsonl: no such file")):
         with pytest.raises(InputError, match=words):
-            load_metaicl(str(directory), seeds, shots, False)
+            load_metaicl(directory, seeds, shots)
 
 
 def test_metaicl_from_the_hub(tmp_path, metaicl_directory, monkeypatch):
     """A hub id is asked for the files of the test tasks alone, and read as a directory."""
     asked = []
-    monkeypatch.setattr(benchmarks, "hub_reachable", lambda: True)
-    monkeypatch.setattr(benchmarks.huggingface_hub, "snapshot_download",
+    monkeypatch.setattr(metaicl, "hub_reachable", lambda: True)
+    monkeypatch.setattr(metaicl.huggingface_hub, "snapshot_download",
                         lambda name, **options: asked.append((name, options)) or str(tmp_path))
     shutil.copytree(metaicl_directory, tmp_path / "data")
-    tasks, missing = load_metaicl("allenai/metaicl-data", [100, 13], 16, True)
-    assert tasks == load_metaicl(str(metaicl_directory), [100, 13], 16, True)[0] and len(missing) == 23
+    tasks = load_metaicl("allenai/metaicl-data", [100, 13])
+    assert tasks == load_metaicl(metaicl_directory, [100, 13])
     (name, options), = asked
     assert name == "allenai/metaicl-data" and options["repo_type"] == "dataset"
-    assert len(options["allow_patterns"]) == 26 * 5
-    assert "data/quarel/quarel_16_13_dev.jsonl" in options["allow_patterns"]
-    monkeypatch.setattr(benchmarks.huggingface_hub, "snapshot_download", lambda *a, **k: 1 / 0)
+    assert len(options["allow_patterns"]) == 26 and "data/quarel/quarel_16_*.jsonl" in options["allow_patterns"]
+    monkeypatch.setattr(metaicl.huggingface_hub, "snapshot_download", lambda *a, **k: 1 / 0)
     with pytest.raises(InputError, match="no/where: no such directory, and not to be had"):
-        load_metaicl("no/where", [100], 1, False)
+        load_metaicl("no/where", [100], 1)
 
 
 def test_metaicl_rows_answers_and_resumption(tmp_path, base_directory, metaicl_directory, generator_directory,
                                              tokenizer):
     flags = ["--data", str(metaicl_directory), "--checkpoint", generator_directory, "--shots", "1", "2", "--demo-seeds",
-             "100", "13", "--limit", "2"]
+             "100", "13", "--limit", "2", "--controls", "2"]
+    for method in (*metaicl.METHODS, "fine-tuned"):
+        flags += ["--method", method]
     result, predictions = run(tmp_path, base_directory, "metaicl", *flags, "--plot", str(tmp_path / "p.png"))
     table = {(row["method"], row["task"], row["shots"]): row for row in result["rows"]}
     tasks = ("poem_sentiment", "quarel", "superglue-copa")
-    shots = {"zero-shot": [0], "few-shot": [1, 2], "fine-tuned": [0], "adapter": [1, 2], "adapter-shuffled": [1, 2]}
+    shots = {"zero-shot": [0], "fine-tuned": [0],
+             **dict.fromkeys(("few-shot", "few-shot-bare", "adapter", "adapter-shuffled"), [1, 2])}
     assert set(table) == {(method, task, k) for method in shots for k in shots[method]
                           for task in (*tasks, "classification", "non-classification", "all")}
     for (method, task, k), row in table.items():
-        assert 0 <= row["accuracy"] <= 100 and "accuracy_stderr" in row and all(key in row for key in evaluate.COSTS)
+        assert 0 <= row["accuracy"] <= 100 and "accuracy_stderr" in row
+        assert all(key in row for key in ("inference_tflops", "contextualisation_tflops", "contextualisation_seconds",
+                                          "storage_mfloats"))
         own = {"classification": tasks[:1], "non-classification": tasks[1:], "all": tasks}.get(task)
         if own:
             assert row["accuracy"] == pytest.approx(sum(table[method, t, k]["accuracy"] for t in own) / len(own))
-    assert "glue-rte" in result["note"] and len(predictions) == 3 * 2 * (1 + 4 + 2 + 4 + 4)
-    # answers by hand: few-shot and adapter of the same two demonstrations; the base is itself again after fine-tuning
+    assert "glue-rte" in result["note"] and "3 of MetaICL's 26" in result["note"]
+    assert len(predictions) == 3 * 2 * (1 + 2 + 4 * 4)
+    # answers by hand, of the second demonstration seed; the base is itself again after fine-tuning
     model = load_adapted(base_directory, generator_directory)
     drawn = random.Random(0).sample(range(16), 16)[:2]
     context = "\n\n".join(f"Input: quarel train 13 {i} é\nOutput: {'yes' if i % 2 else 'no'}" for i in drawn)
     question = "Input: quarel test 100 1 é\nOutput:"
-    for method, prompt, memory in (("few-shot", METAICL_PROMPT.format(context=context, question=question), ()),
+    found = {}
+    for p in predictions:
+        found.setdefault((p["method"], p["task"], p["shots"]), []).append(p)
+    for method, prompt, memory in (("few-shot", FEW_SHOT_PROMPT.format(context=context, question=question), ()),
+                                   ("few-shot-bare", f"{context}\n\n{question}", ()),
                                    ("adapter", question, [model.contextualize(ids_of(tokenizer, context))])):
-        got = [p for p in predictions if (p["method"], p["name"], p["shots"], p["question"])
-               == (method, "quarel", 2, question)]
-        # the second demonstration seed
+        got = [p for p in found[method, "quarel", 2] if p["question"] == question]
         assert len(got) == 2 and got[1]["prediction"] == greedy(model, tokenizer, prompt, memory, 10)
+    # the gap's error is clustered by demonstrations
+    own, other = found["adapter", "quarel", 2], found["adapter-shuffled", "quarel", 2]
+    gaps = [sum(o["control_nats"]) / 2 - p["nats"] for p, o in zip(own, other)]
+    assert [p["cluster"] for p in own] == [100, 100, 13, 13] and [p["id"] for p in own] == [p["id"] for p in other]
+    row, each = table["adapter", "quarel", 2], [table["adapter", name, 2] for name in tasks]
+    assert (row["gap"], row["gap_stderr"]) == pytest.approx(mean_and_stderr(gaps, [100, 100, 13, 13])) and row["n"] == 2
+    assert table["adapter", "all", 2]["gap"] == pytest.approx(sum(r["gap"] for r in each) / 3)
+    assert table["adapter", "all", 2]["gap_stderr"] == pytest.approx(sum(r["gap_stderr"]**2 for r in each) ** 0.5 / 3)
+    bare = {p["number"]: p["nats"] for p in found["zero-shot", "quarel", 0]}
+    assert row["gain"] == pytest.approx(sum(bare[p["number"]] - p["nats"] for p in own) / 4)
+    # another task's demonstrations of the same seed
+    other_context = "\n\n".join(f"Input: poem_sentiment train 13 {i} é\nOutput: {'yes' if i % 2 else 'no'}"
+                                for i in drawn)
+    memory = model.contextualize(ids_of(tokenizer, other_context))
+    with torch.no_grad():
+        want = plain_nats(model, tokenizer, ids_of(tokenizer, other[2]["question"])[0].tolist(), other[2]["gold"], memory)
+    assert any(nats == pytest.approx(want, rel=1e-4) for nats in other[2]["control_nats"])
     lines = (tmp_path / "out.jsonl").read_bytes()
     (tmp_path / "out.jsonl").write_bytes(lines[:len(lines) // 2])
     again, _ = run(tmp_path, base_directory, "metaicl", *flags)
     assert timeless(again) == timeless(result)
 
 
-def test_metaicl_gap_by_demonstrations_and_permuted_ones(tmp_path, base_directory, metaicl_directory, tokenizer,
-                                                         generator_directory):
-    """The gap's error is clustered by demonstrations. The second control reads the task's own, each with the output of
-    the next one drawn."""
-    result, predictions = run(tmp_path, base_directory, "metaicl", "--data", str(metaicl_directory), "--checkpoint",
-                              generator_directory, "--shots", "3", "--demo-seeds", "100", "13", "--limit", "2",
-                              "--controls", "2", "--method", "adapter", "--method", "adapter-shuffled", "--method",
-                              "adapter-permuted")
-    rows = {(row["method"], row["task"]): row for row in result["rows"]}
-    own, other, permuted = ([p for p in predictions if (p["method"], p["name"]) == (method, "quarel")]
-                            for method in ("adapter", "adapter-shuffled", "adapter-permuted"))
-    gaps = [sum(o["control_nats"]) / 2 - p["nats"] for p, o in zip(own, other)]
-    assert [p["cluster"] for p in own] == [100, 100, 13, 13] and [p["id"] for p in own] == [p["id"] for p in other]
-    row = rows["adapter", "quarel"]
-    assert (row["gap"], row["gap_stderr"]) == pytest.approx(mean_and_stderr(gaps, [100, 100, 13, 13])) and row["n"] == 2
-    tasks = [rows["adapter", name] for name in ("poem_sentiment", "quarel", "superglue-copa")]
-    assert rows["adapter", "all"]["gap"] == pytest.approx(sum(r["gap"] for r in tasks) / 3)
-    assert rows["adapter", "all"]["gap_stderr"] == pytest.approx(sum(r["gap_stderr"]**2 for r in tasks) ** 0.5 / 3)
-    drawn = random.Random(0).sample(range(16), 16)
-    context = "\n\n".join(f"Input: quarel train 13 {i} é\nOutput: {'yes' if j % 2 else 'no'}"
-                          for i, j in zip(drawn[:3], drawn[1:4]))
-    model = load_adapted(base_directory, generator_directory)
-    memory, got = model.contextualize(ids_of(tokenizer, context)), permuted[2]
-    with torch.no_grad():
-        want = plain_nats(model, tokenizer, ids_of(tokenizer, got["question"])[0].tolist(), got["golds"][0], memory)
-    assert got["nats"] == pytest.approx(want, rel=1e-4)
-
-
-def test_fine_tuned_is_left_out_where_it_does_not_fit(tmp_path, base_directory, metaicl_directory, monkeypatch):
-    monkeypatch.setattr("os.sysconf", lambda name: 1000)                 # a machine of a megabyte
+def test_one_metaicl_task_has_no_control(tmp_path, base_directory, metaicl_directory):
     shutil.copytree(metaicl_directory / "quarel", tmp_path / "one" / "quarel")
     one, _ = run(tmp_path, base_directory, "metaicl", "--data", str(tmp_path / "one"), "--checkpoint", "none",
                  "--limit", "1", "--shots", "1", "--demo-seeds", "100", "--method", "zero-shot", "--method",
                  "adapter-shuffled")
-    assert "quarel is the only one" in one["note"] and {row["method"] for row in one["rows"]} == {"zero-shot"}
-    os.remove(tmp_path / "out.jsonl")
-    flags = ["--data", str(metaicl_directory), "--checkpoint", "none", "--limit", "1", "--shots", "1", "--demo-seeds",
-             "100"]
-    result, _ = run(tmp_path, base_directory, "metaicl", *flags)
-    assert "fine-tuned is left out" in result["note"] and "fine-tuned" not in by_method(result)
-    result, _ = run(tmp_path, base_directory, "metaicl", *flags, "--method", "fine-tuned")
-    assert set(by_method(result)) == {"fine-tuned"}
+    assert "no other context but shares a part with quarel" in one["note"] and {row["method"] for row in one["rows"]} == {"zero-shot"}
 
 
 # ---- perplexity
 
 
-def test_ppl_against_plain_cross_entropy(tmp_path, base_directory):
+@pytest.mark.parametrize("L, chunk, flags", [(1024, 1024, []), (40, 16, ["--context-lengths", "40"])])
+def test_ppl_against_plain_cross_entropy(tmp_path, base_directory, L, chunk, flags):
+    """Documents of 2 L tokens or more; the adapter's context is streamed in the chunks of its config, evenly split."""
     base, tokenizer = load_base(base_directory, torch.float32, "cpu")
-    model = make_model(base=base)
+    model = make_model(base=base, chunk=chunk)
     model.save_pretrained(tmp_path / "generator")
-    texts = [("%d " % i) * 1100 for i in range(3)] + ["short text " * 60]                    # the last is too short
-    write_rows(tmp_path / "d.jsonl", [{"text": text} for text in texts])
-    result, _ = run(tmp_path, base_directory, "ppl", "--data", str(tmp_path / "d.jsonl"), "--checkpoint",
-                    str(tmp_path / "generator"))
+    texts = [("%d rivers " % i) * 240 for i in range(3)]
+    write_rows(tmp_path / "d.jsonl", [{"text": text} for text in ("too short", *texts)])
+    flags = ["--data", str(tmp_path / "d.jsonl"), "--checkpoint", str(tmp_path / "generator"), *flags]
+    result, _ = run(tmp_path, base_directory, "ppl", *flags)
     rows = by_method(result)
 
     def nats(logits, target):
@@ -863,10 +876,10 @@ def test_ppl_against_plain_cross_entropy(tmp_path, base_directory):
 
     want = {m: ([], []) for m in ("closed-book", "in-context", "adapter")}
     with torch.no_grad():
-        for text in texts[:3]:
+        for text in texts:
             ids = ids_of(tokenizer, text)
-            context, target = ids[:, :1024], ids[:, 1024:2048]
-            memory = model.contextualize(context)
+            context, target = ids[:, :L], ids[:, L:2 * L]
+            memory = streamed(model, tokenizer, text[:L - 1], chunk)                        # <s> and L - 1 bytes
             for k, piece in enumerate((context, target)):
                 want["closed-book"][k].append(nats(base(piece).logits, piece))
                 want["in-context"][k].append(nats(base(torch.cat([context, piece], 1)).logits, piece))
@@ -875,37 +888,24 @@ def test_ppl_against_plain_cross_entropy(tmp_path, base_directory):
         assert len(reconstruction) == len(completion) == rows[method]["n"] == 3
         for key, values in (("ppl_reconstruction", reconstruction), ("ppl_completion", completion)):
             mean, error = mean_and_stderr(values)
-            assert rows[method][key] == pytest.approx(math.exp(mean), rel=1e-3)
+            assert rows[method][key] == pytest.approx(math.exp(mean), rel=1e-4)
             assert rows[method][key + "_stderr"] == pytest.approx(math.exp(mean) * error, rel=1e-2)
     assert rows["adapter-shuffled"]["ppl_reconstruction"] != pytest.approx(rows["adapter"]["ppl_reconstruction"],
                                                                            rel=1e-3)
-
-
-def test_ppl_of_other_lengths_in_the_generators_chunks(tmp_path, base_directory):
-    """--context-lengths: the adapter's context of 40 tokens is streamed in the 16-token chunks of its config, evenly
-    split; the completion is the next 40."""
-    base, tokenizer = load_base(base_directory, torch.float32, "cpu")
-    model = make_model(base=base, chunk=16)
-    model.save_pretrained(tmp_path / "generator")
-    texts = [("%d rivers " % i) * 60 for i in range(3)]
-    write_rows(tmp_path / "d.jsonl", [{"text": text} for text in ["too short for 100 " * 6, *texts]])
-    flags = ["--data", str(tmp_path / "d.jsonl"), "--checkpoint", str(tmp_path / "generator"), "--method",
-             "closed-book", "--method", "adapter"]
-    run(tmp_path, base_directory, "ppl", *flags, "--context-lengths", "40")          # of other documents: not reused
-    result, _ = run(tmp_path, base_directory, "ppl", *flags, "--context-lengths", "40", "100", "--plot",
-                    str(tmp_path / "p.svg"))
-    rows = {(row["method"], row["context_length"]): row for row in result["rows"]}
-    assert list(rows) == [("closed-book", 40), ("adapter", 40), ("closed-book", 100), ("adapter", 100)]
-    want = ([], [])
-    for text in texts:
-        ids, memory = ids_of(tokenizer, text), streamed(model, tokenizer, text[:39], 16)             # <s> and 39 bytes
-        for values, target in zip(want, (ids[:, :40], ids[:, 40:80])):
-            values.append(F.cross_entropy(model(target, memory=memory)[0, :-1], target[0, 1:]).item())
-    row = rows["adapter", 40]
-    assert row["ppl_reconstruction"] == pytest.approx(math.exp(sum(want[0]) / 3), rel=1e-4)
-    assert row["ppl_completion"] == pytest.approx(math.exp(sum(want[1]) / 3), rel=1e-4)
     with pytest.raises(InputError, match="--context-lengths 9000"):
-        evaluate.main(["--task", "ppl", "--base", base_directory, *flags, "--context-lengths", "9000"])
+        evaluate.main(["--task", "ppl", "--base", base_directory, *flags[:4], "--context-lengths", "9000"])
+
+
+def test_ppl_of_several_lengths(tmp_path, base_directory, generator_directory):
+    """The longest decides which documents count, so that answers of another choice are not reused."""
+    write_rows(tmp_path / "d.jsonl", [{"text": text * 60} for text in ("short ", "%d rivers ", "a stone ", "a lamp ")])
+    flags = ["--data", str(tmp_path / "d.jsonl"), "--checkpoint", generator_directory, "--method", "closed-book",
+             "--method", "adapter", "--context-lengths", "40"]
+    once, _ = run(tmp_path, base_directory, "ppl", *flags)
+    result, _ = run(tmp_path, base_directory, "ppl", *flags, "200", "--plot", str(tmp_path / "p.svg"))
+    assert [(row["method"], row["context_length"], row["n"]) for row in result["rows"]] == [
+        ("closed-book", 40, 3), ("adapter", 40, 3), ("closed-book", 200, 3), ("adapter", 200, 3)]
+    assert once["n"] == 4 and once["rows"][0]["ppl_completion"] != result["rows"][0]["ppl_completion"]
 
 
 def test_ppl_compares_checkpoints(tmp_path, base_directory, generator_directory):
@@ -925,14 +925,13 @@ def test_ppl_compares_checkpoints(tmp_path, base_directory, generator_directory)
     assert untrained["ppl_completion"] == pytest.approx(closed["ppl_completion"], rel=1e-4)
 
 
-# ---- other systems' rows, merged tables, figures
+# ---- other systems' rows, figures
 
 
 def test_rows_of_other_systems(tmp_path, base_directory, squad_file):
-    """Scored like ours, at the lengths they name; a missing, unknown or repeated id is one error."""
+    """Scored like ours, at the length they name; a missing id is one error."""
     answers = [{"id": f"{d}-{q}", "prediction": golds[0], "inference_tflops": 2.0, "storage_mfloats": 4,
-                "context_length": length}
-               for length in (100, 300)
+                "context_length": 300}
                for d, (_, questions) in enumerate(SQUAD) for q, (_, golds) in enumerate(questions)]
     answers[0]["prediction"] = "no idea"
     path = tmp_path / "ultragist.jsonl"
@@ -940,84 +939,17 @@ def test_rows_of_other_systems(tmp_path, base_directory, squad_file):
     flags = ["--data", squad_file, "--checkpoint", "none", "--method", "closed-book", "--rows",
              f"UltraGist (64)={path}"]
     result, _ = run(tmp_path, base_directory, "squad", *flags, "--plot", str(tmp_path / "p.svg"))
-    rows = {(row["method"], row["context_length"]): row for row in result["rows"]}
-    assert rows["UltraGist (64)", 100]["em_max"] == pytest.approx(500 / 6)
-    assert rows["UltraGist (64)", 300]["em_max"] == 100
-    assert [rows["UltraGist (64)", 100][key] for key in ("inference_tflops", "storage_mfloats", "n")] == [2, 4, 6]
+    row = by_method(result)["UltraGist (64)"]
+    assert row["em_max"] == pytest.approx(500 / 6) and "nats" not in row
+    assert [row[key] for key in ("inference_tflops", "storage_mfloats", "n", "context_length")] == [2, 4, 6, 300]
     assert "UltraGist (64)" in drawn_texts(tmp_path / "p.svg")
-    write_rows(path, answers[:3] + answers[6:9])                        # the first groups' answers are enough for those
-    (tmp_path / "out.jsonl").unlink()
-    result, _ = run(tmp_path, base_directory, "squad", *flags, "--groups", "1", "--context-lengths", "100")
-    assert [row["n"] for row in result["rows"] if row["method"] == "UltraGist (64)"] == [2, 3]
-    for change, words in ((answers[:-1], "1 of 6 answers are missing, the first of them that to '2-2'"),
-                          (answers + [{"id": "9-9", "prediction": ""}], "line 13: id '9-9' is not one"),
-                          (answers + answers[:1], "line 13: id '0-0' is not one of the data's, or stands there twice"),
-                          ([{"id": "0-0", "context_length": 512.0, "prediction": ""}], "natural numbers"),
-                          ([{"id": "0-0"}], "field 'prediction'")):
+    for change, words in ((answers[:-1], "no line has the id 2-2"), ([{"id": "0-0"}], "field 'prediction'"),
+                          ([{**answers[0], "storage_mfloats": "x"}], "line 1: storage_mfloats must be a number")):
         write_rows(path, change)
         with pytest.raises(InputError, match=words):
             evaluate.main(["--task", "squad", "--base", base_directory, *flags])
     with pytest.raises(InputError, match="--rows takes NAME=FILE"):
-        evaluate.main(["--task", "squad", *flags[:-1], "adapter=x.jsonl"])
-
-
-def test_rows_of_other_systems_in_msc_and_metaicl(tmp_path, base_directory, metaicl_directory):
-    """Ids of conversations, and ids and shots of MetaICL's items."""
-    items = load_msc()[:2]
-    write_rows(tmp_path / "a.jsonl", [{"id": item["id"], "prediction": item["answer"]} for item in items])
-    result, _ = run(tmp_path, base_directory, "msc", "--data", MSC_SAMPLE, "--checkpoint", "none", "--limit", "2",
-                    "--method", "closed-book", "--rows", f"oracle={tmp_path / 'a.jsonl'}")
-    row = by_method(result)["oracle"]
-    assert (row["em"], row["n"]) == (100, 2) and "nats" not in row and "storage_mfloats" not in row
-    os.remove(tmp_path / "out.jsonl")
-    rows = [json.loads(line) for line in open(MSC_SAMPLE, encoding="utf-8")][:3]
-    rows[0]["self_instruct"]["A"] = "nowhere said"                       # --limit counts what --evidence leaves
-    write_rows(tmp_path / "c.jsonl", rows)
-    items = load_msc(str(tmp_path / "c.jsonl"))
-    write_rows(tmp_path / "a.jsonl", [{"id": items[0]["id"], "prediction": "of one that is left out"},
-                                      {"id": items[1]["id"], "prediction": "?"},
-                                      {"id": items[2]["id"], "prediction": items[2]["answer"], "storage_mfloats": 3}])
-    result, _ = run(tmp_path, base_directory, "msc", "--data", str(tmp_path / "c.jsonl"), "--checkpoint", "none",
-                    "--limit", "2", "--evidence", "--method", "closed-book", "--rows", f"oracle={tmp_path / 'a.jsonl'}")
-    row = by_method(result)["oracle"]
-    assert (row["em"], row["n"], row["storage_mfloats"]) == (50, 2, 3)   # costs: the mean of those that are given
-    os.remove(tmp_path / "out.jsonl")
-    write_rows(tmp_path / "a.jsonl", [{"id": f"{task} {i}", "shots": 4, "prediction": "Output: YES"} for i in range(2)
-                                      for task in ("poem_sentiment", "quarel", "superglue-copa")])
-    result, _ = run(tmp_path, base_directory, "metaicl", "--data", str(metaicl_directory), "--checkpoint", "none",
-                    "--limit", "2", "--method", "zero-shot", "--rows", f"always yes={tmp_path / 'a.jsonl'}")
-    assert [(row["shots"], row["accuracy"]) for row in result["rows"] if row["method"] == "always yes"] == [(4, 50)] * 6
-
-
-def test_merged_tables(tmp_path, base_directory, squad_file, capsys):
-    """Runs of several bases in one table and plot, each row with its run's name; other files are refused."""
-    for name, flags in (("base", ["--method", "closed-book", "--method", "in-context"]),
-                        ("sft", ["--method", "closed-book"])):
-        evaluate.main(["--task", "squad", "--base", base_directory, "--data", squad_file, "--checkpoint", "none",
-                       "--context-lengths", "100", *flags, "--output", str(tmp_path / f"{name}.json")])
-    capsys.readouterr()
-    evaluate.main(["--merge", str(tmp_path / "base.json"), str(tmp_path / "sft.json"), "--output",
-                   str(tmp_path / "all.json"), "--plot", str(tmp_path / "all.svg")])
-    merged = json.load(open(tmp_path / "all.json"))
-    assert [(row["run"], row["method"]) for row in merged["rows"]] == [("base", "closed-book"), ("base", "in-context"),
-                                                                       ("sft", "closed-book")]
-    own = json.load(open(tmp_path / "sft.json"))["rows"][0]
-    assert merged["rows"][2] == {"run": "sft", **own} and merged["task"] == "squad"
-    assert "| run | method |" in " ".join(capsys.readouterr().out.split())
-    assert all(f"closed-book ({name})" in drawn_texts(tmp_path / "all.svg") for name in ("base", "sft"))
-    (tmp_path / "b").mkdir()
-    (tmp_path / "b" / "sft.json").write_text(json.dumps({"task": "squad", "limit": 7, "rows": [own]}))
-    evaluate.main(["--merge", str(tmp_path / "sft.json"), str(tmp_path / "b" / "sft.json"), "--output",
-                   str(tmp_path / "all.json")])
-    runs = [row["run"] for row in json.load(open(tmp_path / "all.json"))["rows"]]
-    assert runs == [str(tmp_path / "sft"), str(tmp_path / "b" / "sft")]
-    assert "NOTE: these runs differ in limit: 7, null" in capsys.readouterr().out
-    write_rows(tmp_path / "other.json", [{"task": "msc", "rows": [{"method": "adapter"}]}])
-    write_rows(tmp_path / "no.json", [{}])
-    for files, words in ((["base.json", "other.json"], "one task"), (["no.json"], "no.json is not a table"),
-                         (["gone.json"], "gone.json cannot be read")):
-        with pytest.raises(InputError, match=words):
-            evaluate.main(["--merge", *(str(tmp_path / file) for file in files)])
+        evaluate.main(["--task", "squad", *flags[:-1], "x.jsonl"])
 
 
 def test_lines_are_keyed_by_checkpoint_and_panels_by_task(tmp_path):
@@ -1026,21 +958,15 @@ def test_lines_are_keyed_by_checkpoint_and_panels_by_task(tmp_path):
              "ppl_completion": 1.0} for c in (1, 2) for k in (64, 256)]
     plots.plot(str(tmp_path / "p.svg"), rows)
     words = drawn_texts(tmp_path / "p.svg")
-    assert "adapter 1" in words and "adapter 2" in words
-    for row in rows:
-        row["checkpoint"] += "/step-000100"                             # whose last part tells nothing
-    plots.plot(str(tmp_path / "p.svg"), rows)
-    words = drawn_texts(tmp_path / "p.svg")
-    assert "adapter out/1/step-000100" in words and "adapter out/2/step-000100" in words
+    assert "adapter out/1" in words and "adapter out/2" in words and "64" in words and "256" in words
     rows = [{"method": m, "task": task, "shots": k, "accuracy": 50.0, "accuracy_stderr": 1.0}
             for m in ("few-shot", "adapter") for k in (1, 2) for task in ("quarel", "sick", "classification", "all")]
     plots.plot(str(tmp_path / "m.svg"), rows)
     assert all(f"{kind}: accuracy" in drawn_texts(tmp_path / "m.svg") for kind in ("classification", "quarel", "sick"))
     assert "all: accuracy" not in drawn_texts(tmp_path / "m.svg")
-    plots.plot(str(tmp_path / "t.svg"), [{"method": m, "context_tokens": k, "nats": 1.0}
-                                         for m, k in (("adapter", 41), ("adapter-shuffled", 43), ("adapter", 977))])
-    words = drawn_texts(tmp_path / "t.svg").split(" | ")
-    assert "41" in words and "977" in words and "43" not in words                  # ticks do not overlap
+    plots.plot(str(tmp_path / "b.svg"), [{"method": m, "nats": 1.0, "nats_stderr": 0.1} for m in ("adapter", "other")])
+    words = drawn_texts(tmp_path / "b.svg")
+    assert "adapter" in words and "other" in words and "answer, nats a token" in words
 
 
 # ---- the reader's own text
@@ -1099,8 +1025,9 @@ def test_ask_refusals(tmp_path, base_directory):
                          ([*text, "--export", str(tmp_path)], "exists already"),
                          ([*text, "--memory", str(tmp_path)], "--memory"),
                          ([*text, "--memory", text[1]], "different files"),
-                         ([*text, "--task", "msc"], "belong to --task ask"),
-                         ([*text, "--output", str(tmp_path / "o.json")], "takes one --checkpoint")):
+                         ([*text, "--task", "msc"], "belongs to --task ask"),
+                         ([*text, "--output", str(tmp_path / "o.json")], "--output belongs to the other tasks"),
+                         ([*text, *["--checkpoint", "none"] * 2], "more than once")):
         with pytest.raises(InputError, match=words):
             evaluate.main([*start, *flags])
     assert memory.read_bytes() == before
@@ -1111,19 +1038,18 @@ def test_ask_refusals(tmp_path, base_directory):
 
 @pytest.mark.parametrize("flags, words", [
     (["--task", "msc", "--data", "missing.jsonl"], "missing.jsonl: no such file"),
-    (["--task", "msc", "--data", MSC_SAMPLE, "--base", "missing.gguf"], "missing.gguf: no such file"),
-    (["--task", "msc", "--data", MSC_SAMPLE, "--checkpoint", "missing"], "missing: no such directory"),
+    (["--task", "msc", "--data", msc.SAMPLE, "--base", "missing.gguf"], "missing.gguf: no such file"),
+    (["--task", "msc", "--data", msc.SAMPLE, "--checkpoint", "missing"], "missing: no such directory"),
     (["--task", "msc", "--method", "magic"], "--method magic"),
-    (["--task", "msc", "--output", "tests"], "tests cannot be written"),
+    (["--task", "msc", "--output", "tests"], "--output tests cannot be written"),
     (["--task", "msc", "--predictions", "no/such/dir.jsonl"], "cannot be written"),
     (["--task", "msc", "--limit", "0"], "--limit"),
     (["--task", "msc", "--data", "x.jsonl", "--predictions", "./x.jsonl"], "different files"),
     (["--task", "ppl"], "SlimPajama-627B.*cannot be read"),
-    (["--task", "msc", "--context-lengths", "512"], "--context-lengths belongs to"),
-    (["--task", "squad", "--shots", "4"], "belong to --task metaicl"),
+    (["--task", "msc", "--context-lengths", "512"], "--context-lengths belongs to --task squad"),
+    (["--task", "squad", "--shots", "4"], "--shots belongs to --task metaicl"),
     (["--task", "ppl", "--data", "x.jsonl", "--limit", "1"], "--limit of --task ppl must be at least 2"),
-    (["--task", "squad", "--rows", "fine-tuned=x.jsonl"], "--rows takes NAME=FILE"),
-    (["--merge", "x.json"], "--merge takes tables"),                                        # and --base is given
+    (["--task", "streamingqa"], "streamingqa has no data set on the hub"),
     (["--task", "msc", "--data", "no/hub-id"], "no/hub-id.*cannot be read")])
 def test_refusals(base_directory, flags, words, monkeypatch):
     monkeypatch.chdir(ROOT)
@@ -1159,15 +1085,15 @@ def test_commands_of_the_documentation_parse(tmp_path, monkeypatch):
 def test_the_shipped_generator_remembers():
     """The default generator is the shipped one. Turns of the built-in conversations cost far fewer nats a token under
     their own adapter than without one, and more under the adapter of another turn."""
-    models, tokenizer = solver.load_models(evaluate.arguments(["--task", "msc", "--device", "cpu"]))
+    models, tokenizer = evaluate.load_models(evaluate.arguments(["--task", "msc", "--device", "cpu"]))
     (name, model), = models
     files = os.listdir(name)
-    assert name == solver.DEFAULT_CHECKPOINT and "README.md" in files
+    assert name == evaluate.DEFAULT_CHECKPOINT and "README.md" in files
     assert sum(os.path.getsize(os.path.join(name, f)) for f in files) <= 40e6
-    turns = [text for row in load_msc()[:4] for session in row["sessions"][:1] for text in session.split("\n")
+    turns = [text for row in msc.load()[-4:] for session in row["sessions"][:1] for text in session.split("\n")
              if len(text) > 60][:8]
     ids = [tokenizer(text)["input_ids"][:48] for text in turns]
-    memories = [evaluate.encode(model, context) for context in ids]
+    memories = [model.read(context) for context in ids]
 
     def nats(i, memory):
         target = torch.tensor([ids[i]])

@@ -20,10 +20,10 @@ import data
 from conftest import ROOT, make_base, make_model, make_tokenizer
 from generator import GeneratorConfig, Memory
 from model import AdaptedLM, load_base
-from support.benchmarks import load_msc
 from support.files import InputError, read_json, read_safetensors
 from support.formats import checkpoint_base
 from support.text import context_ids, user_turn
+from tasks import msc
 
 CHATML = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
           "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}{# <|turn|> #}")
@@ -119,7 +119,7 @@ def read_everything(source, tokenizer, path):
         os.remove(out)
         os.remove(out + ".json")
 
-    return [run(path, action) for action in (instruct, pack, lambda: load_msc(source), lambda: data.load_texts([source]))]
+    return [run(path, action) for action in (instruct, pack, lambda: msc.load(source), lambda: data.load_texts([source]))]
 
 
 def test_fuzz_rows(tmp_path):

@@ -1,0 +1,95 @@
+"""evaluate.py --task ask: a reader's own text, read into a memory and asked about."""
+
+import os
+import sys
+import time
+
+import evaluate
+from generator import Memory
+from support.costs import kv_cache_floats, window
+from support.files import InputError, bad_input
+from support.text import context_ids, user_turn
+from tasks.qa import IN_CONTEXT_PROMPT
+
+NEW_TOKENS = 60
+
+
+def ask(args):
+    """Read --context into a memory (that of --memory, streamed on and saved, where it exists), then answer --question,
+    or questions typed in."""
+    texts = [read_text(path) for path in args.context or []]
+    memory = None
+    if args.memory and os.path.exists(args.memory):
+        memory = Memory.load(args.memory)
+    if not texts and memory is None:
+        raise InputError("--task ask has nothing to read: give a text with --context, or a --memory that exists")
+    models, tokenizer = evaluate.load_models(args)
+    model = models[0][1]
+    before = 0
+    if memory is not None:
+        model.lora(memory)                      # refused here, before anything is read, if another generator wrote it
+        if len(memory.tokens) != 1:
+            raise InputError(f"--memory {args.memory} holds {len(memory.tokens)} contexts side by side: ask takes one")
+        before = int(memory.tokens)
+    began = time.time()
+    for text in texts:
+        memory = model.read(context_ids(tokenizer, text), memory)
+    seconds = time.time() - began
+    if args.memory and texts:
+        memory.save(args.memory)
+    if args.export:
+        model.export_peft(memory, args.export)
+        print(f"LoRA adapter of the context in {args.export}")
+    tokens = int(memory.tokens)
+    S = sum(state.numel() for state in memory.states.values()) / 1e6
+    lora = sum(A.numel() + B.numel() for A, B in model.lora(memory).values()) / 1e6
+    cache = kv_cache_floats(model.base, tokens) / 1e6
+    print(f"{tokens - before} tokens read in {seconds:.1f} s, {tokens} remembered in {S:.2f} M floats of S or {lora:.2f} "
+          f"M of LoRA; their KV cache is {cache:.2f} M")
+
+    for question in args.question or typed_questions():
+        prompt = user_turn(tokenizer, question)
+        asked = [("adapter", prompt, memory)]
+        if args.compare:
+            asked.append(("closed-book", prompt, None))
+        if args.compare and texts:
+            most = window(model.base) - NEW_TOKENS
+            (prompt,), lost = evaluate.in_context_prompts(tokenizer, IN_CONTEXT_PROMPT, "\n\n".join(texts),
+                                                          [{"question": question}], most)
+            name = "in-context"
+            if lost:
+                name += f" (the first {lost} tokens of the context do not fit)"
+            asked.append((name, prompt, None))
+        for name, prompt, under in asked:
+            began = time.time()
+            (words,), (new,) = evaluate.greedy_answers(model, tokenizer, [prompt], NEW_TOKENS, under)
+            if args.compare:
+                words = f"{name}: {words}   [{len(prompt)} prompt tokens, {new} new, {time.time() - began:.1f} s]"
+            print(words)
+        if args.compare and before:
+            print(f"in-context does not see the {before} tokens that {args.memory} remembers from before")
+
+
+def typed_questions():
+    """Lines typed in, until an empty one or the end of the input."""
+    while True:
+        try:
+            question = input("question> ").strip()
+        except EOFError:
+            return
+        if not question:
+            return
+        yield question
+
+
+def read_text(path):
+    """The text of a file, or of standard input (-)."""
+    with bad_input(f"--context {path} cannot be read as UTF-8 text", OSError, UnicodeDecodeError):
+        if path == "-":
+            text = sys.stdin.buffer.read().decode("utf-8")
+        else:
+            with open(path, encoding="utf-8") as file:
+                text = file.read()
+    if not text.strip():
+        raise InputError(f"--context {path} is empty: it needs at least one word")
+    return text

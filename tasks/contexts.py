@@ -1,0 +1,29 @@
+"""Other contexts: the control of every task is the adapter of a context that shares nothing with the question's own."""
+
+import random
+
+
+def other_contexts(parts, names, args, notes, first=None):
+    """For each context the indices of --controls others that share no part with it, drawn at random.
+
+    parts: a set for each context, of its documents, sessions or tasks; names: what notes call it. All contexts get as
+    many others; one that shares a part with every other context gets none. The first `first` contexts are drawn before
+    the rest: they are read anyway.
+    """
+    draw = random.Random(args.seed)
+    order = list(range(len(parts)))
+    others = []
+    for own in parts:
+        draw.shuffle(order)
+        near = sorted(order, key=lambda j: first is not None and j >= first)
+        apart = [j for j in near if not own & parts[j]]
+        others.append(apart[:args.controls])
+    alone = [name for name, some in zip(names[:first], others) if not some]
+    if alone and "adapter-shuffled" in args.method:
+        notes.append(f"adapter-shuffled: no other context but shares a part with {', '.join(alone)}: left out of the "
+                     "control and of the gap, not of the adapter's own row")
+    count = min((len(some) for some in others if some), default=0)
+    if 0 < count < args.controls and "adapter-shuffled" in args.method:
+        notes.append(f"adapter-shuffled: some contexts have {count} others, so the gold is scored under {count}, not "
+                     f"under {args.controls}")
+    return [some[:count] for some in others]
