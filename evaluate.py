@@ -36,8 +36,8 @@ from generator import GeneratorConfig, Memory
 from model import AdaptedLM, load_base
 from support.bases import DEFAULT_BASE
 from support.costs import COSTS, base_flops, clock, context_flops, kv_cache_floats, query_costs, window
-from support.files import InputError, bad_input, field, hub_reachable, read_json, read_rows, run_command, stamps
-from support.formats import checkpoint_base, locate_checkpoint
+from support.files import InputError, bad_input, hub_reachable, run_command, stamps
+from support.formats import checkpoint_base
 from support.plots import write_table
 from support.text import context_ids, tokenize, user_turn
 from tasks import metaicl, msc, ppl, qa
@@ -46,6 +46,7 @@ TASKS = {"msc": msc, "squad": qa, "streamingqa": qa, "metaicl": metaicl, "ppl": 
 DEFAULT_CHECKPOINT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "smollm2-135m")
 MEMORY_FLOATS = 1e9       # of the memories of contexts that are kept for later questions
 KV_FLOATS = 4e9           # of the copies of a KV cache that stand in memory at once
+NOTHING_READ = {"contextualisation_tflops": 0.0, "storage_mfloats": 0.0, "contextualisation_seconds": 0.0}
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -182,14 +183,14 @@ def memory_gap(own, controls, closed_book=()):
     return row
 
 
-def mean_scores(records, controls=(), closed_book=()):
-    """A row of the table: n questions, nats, memory_gap where there are records of controls or of closed-book, metrics
-    from 0 to 100, perplexities, costs. A question asked under several demonstration seeds counts once."""
+def mean_scores(records, gap):
+    """A row of the table: n questions, nats, memory_gap, metrics from 0 to 100, perplexities, costs. A question asked
+    under several demonstration seeds counts once."""
     numbers = [record["number"] for record in records]
     row = {"n": len(set(numbers))}
     scored = [record for record in records if record.get("nats") is not None]
     add_mean(row, "nats", [record["nats"] for record in scored], [record["number"] for record in scored])
-    row |= memory_gap(records, controls, closed_book)
+    row |= gap
     for key in METRICS:
         if key in records[0]:
             add_mean(row, key, [100 * record[key] for record in records], numbers)
@@ -220,15 +221,11 @@ def greedy_answers(model, tokenizer, prompts, new_tokens, memory=None, prefix=()
         ids = torch.cat([torch.tensor([prefix]).expand(len(ids), P), ids], 1)               # (B, P + L)
         mask = F.pad(mask, (P, 0), value=1)                                                 # (B, P + L)
         cache = copies(cache, len(ids))
-    ends = model.base.generation_config.eos_token_id
-    greedy = transformers.GenerationConfig(do_sample=False, use_cache=True, max_new_tokens=new_tokens,
-                                           eos_token_id=ends, pad_token_id=tokenizer.pad_token_id)
-    # what a config leaves open generate takes from the base's own: Qwen2.5's has a repetition penalty
-    model.base.generation_config = greedy
     out = model.generate(ids.to(device), memory, attention_mask=mask.to(device), past_key_values=cache,
-                         generation_config=greedy)                                          # (B, P + L + new)
+                         max_new_tokens=new_tokens)                                         # (B, P + L + new)
     new = out[:, ids.shape[1]:]                                                             # (B, new)
-    ended = torch.isin(new, torch.tensor(ends, device=device)).cumsum(1)                    # 0 before an answer's end
+    ends = torch.tensor(model.base.generation_config.eos_token_id, device=device)
+    ended = torch.isin(new, ends).cumsum(1)                                                 # 0 before an answer's end
     counts = (1 + (ended == 0).sum(1)).clamp(max=new.shape[1])                              # (B,), its end included
     texts = tokenizer.batch_decode(new, skip_special_tokens=True)
     return [text.split("\n")[0].strip() for text in texts], counts.tolist()
@@ -441,8 +438,7 @@ def evaluate(model, tokenizer, method, setting, groups, args, memories, done, fa
             elif method.startswith("adapter"):
                 new = adapter(model, tokenizer, task, template, contexts, questions, memories)
             else:
-                costs = [cost_of_base(args.base)] * len(questions)
-                new = bare_question(model, tokenizer, task, template, questions, costs)
+                new = bare_question(model, tokenizer, task, template, questions, [NOTHING_READ] * len(questions))
             for key, record in zip(keys, new):
                 done[key] = {"key": key, "task": args.task, "method": method, **setting, **record}
             if args.predictions:
@@ -451,14 +447,6 @@ def evaluate(model, tokenizer, method, setting, groups, args, memories, done, fa
                         print(json.dumps(done[key], ensure_ascii=False), file=file)
         records += [done[key] for key in keys]
     return records
-
-
-def cost_of_base(path):
-    """What a base has cost that train.py --stage finetune wrote; zeros for another one."""
-    path = os.path.join(path, "finetune.json")
-    costs = read_json(path) if os.path.isfile(path) else {}
-    keys = ("contextualisation_tflops", "contextualisation_seconds", "storage_mfloats")
-    return {key: costs.get(key, 0.0) for key in keys}
 
 
 def read_predictions(path):
@@ -480,51 +468,29 @@ def read_predictions(path):
     return done
 
 
-def row_of_another(entry, task, setting, questions):
-    """The row of another program's answers, NAME=FILE.jsonl: lines of id, prediction and what it knows of its costs, its
-    context_length or shots."""
-    name, _, path = entry.partition("=")
-    answers = {}
-    for where, line in read_rows(path):
-        field(line, "prediction", str, where)
-        for key in (*COSTS, "context_length", "shots"):
-            if not isinstance(line.get(key, 0), (int, float)):
-                raise InputError(f"{where}: {key} must be a number")
-        answers[str(line.get("id"))] = line
-    records = []
-    for question in questions:
-        line = answers.get(question["id"])
-        if line is None:
-            raise InputError(f"--rows {entry}: no line has the id {question['id']}; the ids are those of the data, as "
-                             "--predictions writes them")
-        records.append({**line, **question, **scores(line["prediction"], question["golds"], task.METRICS)})
-    place = {key: line[key] for key in ("context_length", "shots") if key in line}
-    return {"method": name, **setting, **place, **mean_scores(records)}
-
-
-def load_models(args):
-    """([(name, AdaptedLM)] for each --checkpoint on one base, tokenizer). Without --base it is the base that the
-    checkpoint was trained for. Without --checkpoint it is the shipped generator on the default base, on another one (as
-    with --checkpoint none) an untrained one, with a note."""
-    names = args.checkpoint or ["none"]
-    if not args.checkpoint and args.base in (None, DEFAULT_BASE):
-        names = [DEFAULT_CHECKPOINT]
-    for name in args.checkpoint or []:
-        if name != "none":
-            directory = locate_checkpoint(name)             # refused before the base is loaded
-            args.base = args.base or checkpoint_base(directory)
-    args.base = args.base or DEFAULT_BASE
+def load_model(args):
+    """(AdaptedLM, tokenizer). Without --base it is the base that the checkpoint was trained for. Without --checkpoint it
+    is the shipped generator on the default base, on another one (as with --checkpoint none) an untrained one, with a
+    note. Fills in args.base and args.checkpoint."""
+    if args.checkpoint is None:
+        args.checkpoint = "none"
+        if args.base in (None, DEFAULT_BASE):
+            args.checkpoint = DEFAULT_CHECKPOINT
+    if args.base is None:
+        args.base = DEFAULT_BASE
+        if args.checkpoint not in ("none", DEFAULT_CHECKPOINT):
+            args.base = checkpoint_base(args.checkpoint) or DEFAULT_BASE
     base, tokenizer = load_base(args.base, getattr(torch, args.dtype or "", None), args.device)
+    # generate takes what a config of its own leaves open from the base's: Qwen2.5's has a repetition penalty
+    base.generation_config = transformers.GenerationConfig(
+        do_sample=False, use_cache=True, eos_token_id=base.generation_config.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id)
+    if args.checkpoint != "none":
+        return AdaptedLM.from_pretrained(base, args.checkpoint), tokenizer
+    print("NOTE: the generator is untrained (A1 = 0), so the adapter rows equal closed-book; train one with train.py and "
+          "name it with --checkpoint")
     torch.manual_seed(args.seed)
-    models = []
-    for name in names:
-        if name == "none":
-            print("NOTE: the generator is untrained (A1 = 0), so the adapter rows equal closed-book; train one with "
-                  "train.py and name it with --checkpoint")
-            models.append((name, AdaptedLM(base, GeneratorConfig())))
-        else:
-            models.append((name, AdaptedLM.from_pretrained(base, name)))
-    return models, tokenizer
+    return AdaptedLM(base, GeneratorConfig()), tokenizer
 
 
 def main(argv=None):
@@ -542,8 +508,7 @@ def main(argv=None):
     args.data = args.data or task.HUB_ID
     data = task.load(args.data, args)                       # before the model: a bad file should not wait for that
     done = read_predictions(args.predictions)
-    models, tokenizer = load_models(args)
-    first, model = models[0]
+    model, tokenizer = load_model(args)
     dtype = str(model.base.dtype).removeprefix("torch.")
     versions = {"python": platform.python_version(), "torch": torch.__version__,
                 "transformers": transformers.__version__}
@@ -556,32 +521,24 @@ def main(argv=None):
     for setting, methods, groups in task.settings(data, model, tokenizer, args, notes):
         results = {}
         for method in args.method:
-            if method not in methods:
-                continue
-            for name, model in models:
-                if name != first and not method.startswith("adapter"):
-                    continue                                # what no generator touches is computed once
+            if method in methods:
                 began = time.time()
                 records = evaluate(model, tokenizer, method, setting, groups, args, memories, done, facts)
-                if records:
-                    results[method, name] = records, time.time() - began
-                if method in ("closed-book", "zero-shot"):
-                    closed_book[setting.get("task")] = records
-        for (method, name), (records, seconds) in results.items():
-            row = {"method": method, **setting}
-            beside = []
-            if args.task == "ppl" and method.startswith("adapter"):
-                row["checkpoint"] = name
-            elif method == "adapter":
-                controls, _ = results.get(("adapter-shuffled", name), ([], 0))
-                beside = controls, closed_book.get(setting.get("task"), [])
-            rows.append({**row, **mean_scores(records, *beside), "seconds": seconds})
+                results[method] = records, time.time() - began
+            if method in methods and method in ("closed-book", "zero-shot"):
+                closed_book[setting.get("task")] = records
+        controls, _ = results.get("adapter-shuffled", ([], 0))
+        for method, (records, seconds) in results.items():
+            if not records:                                 # of a control where no context has another
+                continue
+            gap = {}
+            if method == "adapter" and args.task != "ppl":
+                gap = memory_gap(records, controls, closed_book.get(setting.get("task"), []))
+            rows.append({"method": method, **setting, **mean_scores(records, gap), "seconds": seconds})
             lost = [record for record in records if record.get("lost")]
             if lost:
                 notes.append(f"{method}: {len(lost)} of {len(records)} prompts do not fit the base's window and lose "
                              f"the beginning of their context ({setting})")
-        if args.rows and groups[0][0] is None:              # all questions
-            rows.append(row_of_another(args.rows, task, setting, groups[0][2]))
     if args.task == "metaicl":
         rows += metaicl.averages(rows)
     if not rows:
@@ -590,9 +547,8 @@ def main(argv=None):
     notes = dict.fromkeys(notes)
     write_table(args, rows, {
         "task": args.task, "data": args.data, "note": " ".join(notes) or None, "n": max(row["n"] for row in rows),
-        "limit": args.limit, "seed": args.seed, "base": args.base, "dtype": dtype, "versions": versions,
-        "checkpoint": [name for name, _ in models] if models[1:] else first,
-        "prompts": {method: task.PROMPTS[method] for method in args.method}})
+        "limit": args.limit, "seed": args.seed, "base": args.base, "checkpoint": args.checkpoint, "dtype": dtype,
+        "versions": versions, "prompts": {method: task.PROMPTS[method] for method in args.method}})
     for note in notes:
         print(f"NOTE: {note}")
 
@@ -607,8 +563,8 @@ def arguments(argv=None):
     add = parser.add_argument
     add("--task", choices=["ask", *TASKS], required=True)
     add("--base", help=f"hub id, directory or .gguf file of the base; default: the checkpoint's, or {DEFAULT_BASE}")
-    add("--checkpoint", action="append", help="generator directory or hub id, or none, an untrained one; default: "
-        "the shipped one, on another base none; ppl: repeatable")
+    add("--checkpoint", help="generator directory or hub id, or none, an untrained one; default: the shipped one, on "
+        "another base none")
     add("--data", help="hub id, .parquet or .jsonl; streamingqa: .csv; metaicl: hub id or directory")
     add("--method", action="append", help="repeatable; default: all of the task but -instructed and fine-tuned")
     add("--controls", type=int, default=4, help="other contexts under which the gold is scored; F1 takes the first")
@@ -620,8 +576,6 @@ def arguments(argv=None):
     add("--output", help="write the table and its circumstances as JSON")
     add("--predictions", help="append every prediction to this JSONL; a run that was stopped continues from it")
     add("--plot", help="draw the table: .png, .svg or .pdf")
-    add("--rows", metavar="NAME=FILE", help="another program's answers as .jsonl (id, prediction and, if known, "
-        "inference_tflops, storage_mfloats, context_length or shots), scored beside ours")
     add("--context-lengths", type=int, nargs="+", help="tokens; squad, streamingqa: default 512 to 32768; ppl: 1024")
     add("--shots", type=int, nargs="+", help="metaicl: demonstrations; default 1 2 4 8 16")
     add("--demo-seeds", type=int, nargs="+", choices=metaicl.SEEDS, help="metaicl: their files; default: all five")
@@ -638,14 +592,12 @@ def arguments(argv=None):
         for flag in flags:
             if getattr(args, flag) and flag not in others.get(args.task, []):
                 raise InputError(f"--{flag.replace('_', '-')} belongs to --task {task}, not to --task {args.task}")
-    for flag in ("data", "method", "limit", "output", "predictions", "plot", "rows"):
+    for flag in ("data", "method", "limit", "output", "predictions", "plot"):
         if getattr(args, flag) and args.task == "ask":
             raise InputError(f"--{flag} belongs to the other tasks: --task ask answers your own questions")
     counts = [args.batch_size, args.controls, args.limit, *(args.context_lengths or []), *(args.shots or [])]
     if any(count is not None and count < 1 for count in counts):
         raise InputError("--batch-size, --controls, --limit, --context-lengths and --shots must be at least 1")
-    if args.checkpoint and len(args.checkpoint) > 1 and args.task != "ppl":
-        raise InputError("--checkpoint is given more than once: only ppl compares them")
     if args.task in ("ppl", "streamingqa") and not args.data:
         raise InputError(f"--task {args.task} has no data set on the hub, and the paper's cerebras/SlimPajama-627B "
                          "cannot be read from it any more: give --data")
@@ -658,9 +610,6 @@ def arguments(argv=None):
         if unknown:
             raise InputError(f"--method {unknown[0]} is unknown for --task {args.task}: choose from "
                              f"{', '.join(task.PROMPTS)}")
-    if args.rows and not re.fullmatch("[^=]+=.+", args.rows):
-        raise InputError("--rows takes NAME=FILE.jsonl")
-
     files = [args.data, *(args.context or [])]
     for flag in ("output", "predictions", "plot", "memory"):
         path = getattr(args, flag)

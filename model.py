@@ -59,8 +59,8 @@ class AdaptedLM(nn.Module):
                     linear = block.get_submodule(TARGETS[target])
                     shape = (linear.in_features, linear.out_features)
                 except AttributeError:
-                    raise InputError(f"{type(block).__name__} has no linear layer {TARGETS[target]}: choose other targets "
-                                     "or another base") from None
+                    raise InputError(f"{type(block).__name__} has no linear layer {TARGETS[target]}: choose other "
+                                     "targets or another base") from None
                 name = f"{prefix}.{l}.{TARGETS[target]}"
                 shapes[name] = shape
                 names.append(name)

@@ -23,8 +23,7 @@ def ask(args):
         memory = Memory.load(args.memory)
     if not texts and memory is None:
         raise InputError("--task ask has nothing to read: give a text with --context, or a --memory that exists")
-    models, tokenizer = evaluate.load_models(args)
-    model = models[0][1]
+    model, tokenizer = evaluate.load_model(args)
     before = 0
     if memory is not None:
         model.lora(memory)                      # refused here, before anything is read, if another generator wrote it

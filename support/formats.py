@@ -38,14 +38,15 @@ def locate_checkpoint(name):
         return huggingface_hub.snapshot_download(name, allow_patterns=patterns, local_files_only=not hub_reachable())
 
 
-def checkpoint_base(directory):
+def checkpoint_base(name):
     """Name of the base a checkpoint was trained for, as load_base takes it; None where it is not recorded."""
+    directory = locate_checkpoint(name)
     theirs = os.path.join(directory, "adapter_config.json")
     if os.path.isfile(theirs):
-        name = read_json(theirs).get("base_model_name_or_path")
+        base = read_json(theirs).get("base_model_name_or_path")
     else:
-        name = read_json(os.path.join(directory, "generator_config.json")).get("base")
-    return name if isinstance(name, str) else None
+        base = read_json(os.path.join(directory, "generator_config.json")).get("base")
+    return base if isinstance(base, str) else None
 
 
 def write_generator(directory, base_name, config, tensors):

@@ -16,7 +16,7 @@ PANELS = {
     "ppl_reconstruction": "reconstruction perplexity",
     "ppl_completion": "completion perplexity",
 }
-NAMES = ("method", "checkpoint", "task", "span", "context_length", "shots")                 # what tells rows apart
+NAMES = ("method", "task", "span", "context_length", "shots")                 # what tells rows apart
 AXES = {"context_length": "context length, tokens", "context_tokens": "context, tokens", "shots": "demonstrations"}
 
 
@@ -59,70 +59,44 @@ def cell(row, key):
 
 
 def plot(path, rows):
-    """Fig. 2 and 3 (F1, nats and costs against context length), Fig. 4 to 6 (accuracy against shots, a panel for the
-    averages and each task) or, where nothing varies, bars; with standard errors. A line is a method, of one checkpoint
-    where there are several; one that no context reaches is dashed."""
+    """Fig. 2 and 3 (F1, nats and costs against context length), Fig. 4 to 6 (accuracy against shots, for each mean over
+    tasks), with standard errors. A line is a method; one that no context reaches is dashed."""
     from matplotlib.figure import Figure                    # slow to import
-    from matplotlib.ticker import LogLocator
 
-    keys = {key for row in rows for key in row}
-    x = None
-    if "span" in keys:
-        x = "context_tokens"
-    if "context_length" in keys:
-        x = "context_length"
-    if "shots" in keys:
+    panels = []                                             # (title, what is drawn, rows)
+    x = "context_length"
+    if "shots" in rows[0]:
         x = "shots"
-    panels = []                                             # (title, key, rows)
-    if x == "shots":
-        for task in dict.fromkeys(row["task"] for row in reversed(rows) if row["task"] != "all"):     # averages first
+        for task in ("all", "classification", "non-classification"):
             panels.append((f"{task}: accuracy", "accuracy", [row for row in rows if row["task"] == task]))
-    for key in PANELS:
-        if key in keys and x != "shots":
-            panels.append((PANELS[key], key, [row for row in rows if key in row]))
-    checkpoints = {row["checkpoint"] for row in rows if "checkpoint" in row}
-
-    def name_of(row):
-        if len(checkpoints) > 1 and "checkpoint" in row:
-            return f"{row['method']} {row['checkpoint']}"
-        return row["method"]
-
-    names = list(dict.fromkeys(map(name_of, rows)))
-    across = math.ceil(len(panels) ** 0.5)
-    down = math.ceil(len(panels) / across)
-    figure = Figure(figsize=(4.5 * across, 3.2 * down + 0.4), layout="constrained")
+    else:
+        for key, title in PANELS.items():
+            panels.append((title, key, [row for row in rows if key in row]))
+        if not any(row.get(x) for row in rows):
+            x = "context_tokens"                            # of conversations
+    panels = [panel for panel in panels if panel[2]]
+    figure = Figure(figsize=(4.5 * len(panels), 3.6), layout="constrained")
+    methods = list(dict.fromkeys(row["method"] for row in rows))
     lines = {}
     for place, (title, key, drawn) in enumerate(panels, 1):
-        axes = figure.add_subplot(down, across, place, title=title, axisbelow=True)
+        axes = figure.add_subplot(1, len(panels), place, title=title, xlabel=AXES[x], xscale="symlog")
         axes.grid(alpha=0.3)
-        for n, name in enumerate(names):
-            points = [row for row in drawn if name_of(row) == name]
-            if not points or "shuffled" in name and key in COSTS:                           # those of the adapter
-                continue
-            points.sort(key=lambda row: row.get(x, 0))
+        for n, method in enumerate(methods):
+            points = [row for row in drawn if row["method"] == method]
+            points.sort(key=lambda row: row.get(x) or 0)
             values = [row[key] for row in points]
             errors = [row.get(key + "_stderr") or 0 for row in points]
-            places = [row.get(x) for row in points]
-            style = {"color": f"C{n % 10}"}
-            if x is None:
-                axes.barh([name] * len(points), values, xerr=errors, **style)
-            elif not places[0]:
-                lines[name] = axes.axhline(values[0], linestyle="--", **style)
-            else:
-                style |= {"marker": "osD^vP*X<>"[n % 10], "linestyle": ":" if "shuffled" in name else "-"}
-                lines[name] = axes.errorbar(places, values, errors, capsize=3, **style)
-        if x is None:
-            axes.invert_yaxis()
-            continue
-        axes.set(xscale="log", xlabel=AXES[x])
-        axes.xaxis.set_major_locator(LogLocator(base=2))
-        axes.xaxis.set_major_formatter("{x:g}")
+            style = {"color": f"C{n}", "marker": "osD^vP*"[n % 7], "linestyle": "-"}
+            if "shuffled" in method:
+                style["linestyle"] = ":"
+            if points and not points[0].get(x):             # no context reaches it
+                lines[method] = axes.axhline(values[0], color=f"C{n}", linestyle="--")
+            elif points:
+                lines[method] = axes.errorbar([row[x] for row in points], values, errors, capsize=3, **style)
+        ticks = sorted({row[x] for row in drawn if row.get(x)})
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axes.minorticks_off()
         if min(row[key] for row in drawn) >= 0:
             axes.set_ylim(bottom=0)
-    if lines:
-        columns = 5
-        if len(checkpoints) > 1:                            # their paths are long
-            columns = 1
-        figure.legend(lines.values(), lines, loc="outside lower center", ncols=columns, frameon=False)
+    figure.legend(lines.values(), lines, loc="outside lower center", ncols=5, frameon=False)
     figure.savefig(path, dpi=110)
