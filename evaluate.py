@@ -35,7 +35,7 @@ from tqdm import tqdm
 from generator import GeneratorConfig, Memory
 from model import AdaptedLM, load_base
 from support.bases import DEFAULT_BASE
-from support.costs import COSTS, base_flops, clock, context_flops, kv_cache_floats, query_costs, window
+from support.costs import COSTS, base_flops, clock, context_costs, kv_cache_floats, query_costs
 from support.files import InputError, bad_input, hub_reachable, run_command, stamps
 from support.formats import checkpoint_base
 from support.plots import write_table
@@ -319,11 +319,9 @@ def read_context(model, tokenizer, text, memories):
     ids = context_ids(tokenizer, text)
     began = clock(model.base.device)
     memory = model.read(ids)
-    lora = model.lora(memory)                               # its last norm is a part of what reading costs
-    seconds = clock(model.base.device) - began
-    floats = sum(A.numel() + B.numel() for A, B in lora.values())
-    costs = {"contextualisation_tflops": context_flops(model, len(ids)) / 1e12, "storage_mfloats": floats / 1e6,
-             "context_tokens": len(ids), "contextualisation_seconds": seconds}
+    costs = context_costs(model, len(ids))
+    costs["contextualisation_seconds"] = clock(model.base.device) - began
+    costs["context_tokens"] = len(ids)
     memories[text] = memory, costs
     size = sum(S.numel() for S in memory.states.values())
     if len(memories) * size > MEMORY_FLOATS:
@@ -335,7 +333,7 @@ def in_context(model, tokenizer, task, template, context, questions, batch_size)
     """The context in the prompt: its questions share the KV cache of what their prompts begin with."""
     base = model.base
     golds = tokenize(tokenizer, [min(question["golds"], key=len) for question in questions])
-    most = window(base) - max(task.NEW_TOKENS, *map(len, golds))
+    most = model.window - max(task.NEW_TOKENS, *map(len, golds))
     prompts, lost = in_context_prompts(tokenizer, template, context, questions, most)
     past = len(prompts[0]) - len(user_turn(tokenizer, questions[0]["question"]))
     began = clock(base.device)
@@ -403,7 +401,7 @@ def evaluate(model, tokenizer, method, setting, groups, args, memories, done, fa
     template = task.PROMPTS[method]
     facts = [*facts, args.task, method, setting, template]
     if args.predictions and method.startswith("adapter"):
-        facts += [model.generator.fingerprint(), args.controls]
+        facts.append(model.generator.fingerprint())
     digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
     parts = []                                              # a batch of questions and their contexts, or a whole group
@@ -512,8 +510,10 @@ def main(argv=None):
     dtype = str(model.base.dtype).removeprefix("torch.")
     versions = {"python": platform.python_version(), "torch": torch.__version__,
                 "transformers": transformers.__version__}
-    facts = [args.base, stamps(args.base), args.data, stamps(args.data), args.limit, args.seed, args.demo_seeds,
-             args.batch_size, dtype, model.base.device.type, versions]
+    facts = []                                              # what the answers in a predictions file depend on
+    if args.predictions:
+        facts = [args.base, stamps(args.base), args.data, stamps(args.data), args.limit, args.seed, args.demo_seeds,
+                 args.batch_size, args.controls, dtype, model.base.device.type, versions]
 
     rows = []
     memories = {}

@@ -77,13 +77,6 @@ class GeneratorConfig:
                 raise InputError(f"generator config: missing field {each.name}")
         return cls(**known)
 
-    @property
-    def adapter_rank(self):
-        """Rank of an adapter as it is kept: r, but d_r for frobenius, which truncates nothing."""
-        if self.norm == "frobenius":
-            return self.d_r
-        return self.rank
-
 
 class LayerGenerator(nn.Module):
     """G^(l) for one target layer W (d_out, d_in): A1, A2, B1, B2 and the gain g, all fp32."""
@@ -202,9 +195,10 @@ class AdapterGenerator(nn.Module):
             versions.append((parameter.data_ptr(), version))
         if self._fingerprint[0] != versions:
             digest = hashlib.sha256(json.dumps(asdict(self.config), sort_keys=True).encode())
-            for name, parameter in self.tensors().items():
-                digest.update(name.encode())
-                digest.update(parameter.detach().float().cpu().numpy().tobytes())
+            for name, layer in self.by_name.items():
+                for key, parameter in layer.named_parameters():
+                    digest.update(f"{name}.{key}".encode())
+                    digest.update(parameter.detach().float().cpu().numpy().tobytes())
             self._fingerprint = (versions, digest.hexdigest()[:16])
         return self._fingerprint[1]
 
@@ -249,13 +243,13 @@ class Memory:
     def check_one_generator(memories):
         if not memories:
             raise InputError("there is no memory to put together: give at least one")
-        for memory in memories[1:]:
-            same = memory.fingerprint == memories[0].fingerprint and memory.states.keys() == memories[0].states.keys()
-            for name in memory.states if same else ():
-                same = same and memory.states[name].shape[1:] == memories[0].states[name].shape[1:]
-            if not same:
-                raise InputError("memories of different generators cannot be put together: read the contexts again "
-                                 "with one generator")
+        layouts = set()
+        for memory in memories:
+            shapes = [(name, *S.shape[1:]) for name, S in memory.states.items()]
+            layouts.add((memory.fingerprint, *sorted(shapes)))
+        if len(layouts) > 1:
+            raise InputError("memories of different generators cannot be put together: read the contexts again with "
+                             "one generator")
 
     def save(self, path):
         """Write to one safetensors file. InputError where that cannot be, and nothing is left behind."""

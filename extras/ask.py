@@ -6,7 +6,6 @@ import time
 
 import evaluate
 from generator import Memory
-from support.costs import kv_cache_floats, window
 from support.files import InputError, bad_input
 from support.text import context_ids, user_turn
 from tasks.qa import IN_CONTEXT_PROMPT
@@ -33,18 +32,13 @@ def ask(args):
     began = time.time()
     for text in texts:
         memory = model.read(context_ids(tokenizer, text), memory)
-    seconds = time.time() - began
+    tokens = int(memory.tokens)
+    print(f"{tokens - before} tokens read in {time.time() - began:.1f} s, {tokens} remembered")
     if args.memory and texts:
         memory.save(args.memory)
     if args.export:
         model.export_peft(memory, args.export)
         print(f"LoRA adapter of the context in {args.export}")
-    tokens = int(memory.tokens)
-    S = sum(state.numel() for state in memory.states.values()) / 1e6
-    lora = sum(A.numel() + B.numel() for A, B in model.lora(memory).values()) / 1e6
-    cache = kv_cache_floats(model.base, tokens) / 1e6
-    print(f"{tokens - before} tokens read in {seconds:.1f} s, {tokens} remembered in {S:.2f} M floats of S or {lora:.2f} "
-          f"M of LoRA; their KV cache is {cache:.2f} M")
 
     for question in args.question or typed_questions():
         prompt = user_turn(tokenizer, question)
@@ -52,7 +46,7 @@ def ask(args):
         if args.compare:
             asked.append(("closed-book", prompt, None))
         if args.compare and texts:
-            most = window(model.base) - NEW_TOKENS
+            most = model.window - NEW_TOKENS
             (prompt,), lost = evaluate.in_context_prompts(tokenizer, IN_CONTEXT_PROMPT, "\n\n".join(texts),
                                                           [{"question": question}], most)
             name = "in-context"

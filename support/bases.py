@@ -3,6 +3,7 @@ file of 98 MB, so one is converted once, into a transformers directory in CACHE.
 """
 
 import importlib.util
+import mmap
 import os
 import shutil
 import sys
@@ -87,8 +88,8 @@ def locate_base(name):
                              "choose another --base")
         path = os.path.join(package.submodule_search_locations[0], "SmolLM2-135M-Instruct.Q4_1.gguf")
     if path.endswith(".gguf"):
-        if not os.path.isfile(path):
-            raise InputError(f"base {path}: no such file")
+        if not os.path.isfile(path) or os.path.getsize(path) == 0:
+            raise InputError(f"base {path}: no such file, or an empty one, so it cannot be loaded")
         directory, file = os.path.split(os.path.abspath(path))
         converted = convert(name, directory, file)
         if converted:
@@ -132,8 +133,10 @@ def model_at(name, path, device, dtype, **options):
 def convert(name, directory, file):
     """Path of the transformers directory that holds a .gguf file's tokenizer and, in fp32, bit for bit, its dequantised
     weights, written where it is missing; None where the cache cannot be written."""
-    path = os.path.join(directory, file)
-    key = f"{file[:-5]}-{checksum(path):08x}-transformers-{transformers.__version__}"
+    with open(os.path.join(directory, file), "rb") as opened:
+        with mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            checksum = zlib.crc32(content)
+    key = f"{file[:-5]}-{checksum:08x}-transformers-{transformers.__version__}"
     target = os.path.join(CACHE, "bases", key)
     part = f"{target}.part"
     if os.path.isdir(target):
@@ -156,11 +159,3 @@ def convert(name, directory, file):
         shutil.rmtree(part, ignore_errors=True)
         return None
 
-
-def checksum(path):
-    """CRC-32 of a file."""
-    crc = 0
-    with open(path, "rb") as file:
-        for block in iter(lambda: file.read(1 << 20), b""):
-            crc = zlib.crc32(block, crc)
-    return crc

@@ -1,6 +1,7 @@
 """Costs from shapes, for Table 1 and Fig. 3: 2 FLOPs a weight and token, and attention over the keys before it.
 evaluate.py, fine-tuning and tests/benchmark.py need it."""
 
+import math
 import time
 
 import torch
@@ -51,35 +52,37 @@ def kv_cache_floats(base, tokens):
     return 2 * keys * tokens
 
 
-def generator_flops(model, tokens, chunks):
-    """FLOPs of the generator's matrix products for a context: projections and S for each token, norm and LoRA pair for
-    each chunk. Of norm (svd) the four products with S, the eight of (d_r, r) with (r, r) and the 36 of (r, r), those of
-    a damping of 1e-2, are counted."""
+def generator_costs(model, tokens, chunks):
+    """(FLOPs of the generator's matrix products for a context, floats of its LoRA adapter). Projections and S for each
+    token, norm and LoRA pair for each chunk; of norm (svd) the four products with S, the eight of (d_r, r) with (r, r)
+    and the 36 of (r, r), those of a damping of 1e-2, are counted."""
     config = model.config
-    r = config.rank
-    total = 0
+    flops, floats = 0, 0
     for layer in model.generator.layers:
         d_r, d_h = layer.A2.shape
-        d_out = len(layer.A1)
-        d_in = layer.B2.shape[1]
-        total += tokens * (4 * d_h * d_r + 2 * d_r * d_r)
-        if config.norm == "frobenius":                                  # lora_A = N B2; lora_B is s A1 itself
-            total += chunks * 2 * d_r * d_r * d_in
-        else:
-            total += chunks * 2 * r * d_r * (d_in + d_out)
+        d_in, d_out = layer.B2.shape[1], len(layer.A1)
+        flops += tokens * (4 * d_h * d_r + 2 * d_r * d_r)
+        if config.norm == "frobenius":                                  # rank d_r; lora_A = N B2, lora_B is s A1 itself
+            flops += chunks * 2 * d_r * d_r * d_in
+            floats += d_r * (d_in + d_out)
+            continue
+        r = config.rank
+        flops += chunks * 2 * r * d_r * (d_in + d_out)
+        floats += r * (d_in + d_out)
         if config.norm == "svd":
-            total += chunks * (8 * d_r * d_r * r + 16 * d_r * r * r + 72 * r**3)
-    return total
+            flops += chunks * (8 * d_r * d_r * r + 16 * d_r * r * r + 72 * r**3)
+    return flops, floats
 
 
-def context_flops(model, tokens):
-    """FLOPs of reading a context: the base without lm_head, chunk by chunk, and the generator."""
-    chunks = -(-tokens // model.config.chunk)
-    longest = -(-tokens // chunks)
-    total = generator_flops(model, tokens, chunks)
+def context_costs(model, tokens):
+    """TFLOPs of reading a context, the base without lm_head, chunk by chunk, and the generator; M floats of its LoRA
+    adapter, which is what is kept to answer about it."""
+    chunks = math.ceil(tokens / model.config.chunk)
+    longest = math.ceil(tokens / chunks)
+    flops, floats = generator_costs(model, tokens, chunks)
     for start in range(0, tokens, longest):
-        total += base_flops(model.base, min(longest, tokens - start), head=False)
-    return total
+        flops += base_flops(model.base, min(longest, tokens - start), head=False)
+    return {"contextualisation_tflops": flops / 1e12, "storage_mfloats": floats / 1e6}
 
 
 def clock(device):

@@ -44,12 +44,12 @@ def svd_norm(S, rank, damping=1e-2):
         # orthonormal columns by Cholesky-QR: Q R^-1, R^T R = Q^T Q; a Householder QR is not batched on CUDA
         double = Q.double()
         Q = Q @ inverse_cholesky(double.mT @ double).mT.to(Q.dtype)
+    M = (Q.mT @ wide).double()                                                  # (..., r, d_r)
     Q = Q.to(S.dtype)
     if damping >= LEAST_DAMPING:
-        return PolarFactor.apply(S, Q, damping)
+        return PolarFactor.apply(S, Q, M, damping)
     if S.requires_grad:
         raise ValueError(f"norm svd has no gradient for a damping of {damping}, below {LEAST_DAMPING}: use svd-exact")
-    M = (Q.to(wide.dtype).mT @ wide).double()                                   # (..., r, d_r)
     square, E = torch.linalg.eigh(M @ M.mT)                                     # (..., r) ascending, (..., r, r)
     top = square[..., -1:].clamp(min=1e-60)                                     # sigma_1^2
     f = (square.clamp(min=0) + damping**2 * top).rsqrt()                        # f / sigma
@@ -86,7 +86,7 @@ def inverse_cholesky(gram):
 
 
 class PolarFactor(torch.autograd.Function):
-    """(S, Q, damping) -> (Q, P), P = Z M, M = Q^T S (r, d_r), Z = (M M^T + lambda^2)^(-1/2), lambda = damping sigma_1.
+    """(S, Q, M, damping) -> (Q, P), P = Z M, M = Q^T S (r, d_r), Z = (M M^T + lambda^2)^(-1/2), lambda = damping sigma_1.
     One implementation for CPU and CUDA: matrix products but for r x r factorisations, in float64.
 
     Z by Newton-Schulz, X <- X (3 - a^2 X^2) a / 2, with the a that is best for a spectrum known to lie in
@@ -104,9 +104,7 @@ class PolarFactor(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, S, Q, damping):
-        wide = product_dtype(S)
-        M = (Q.to(wide).mT @ S.to(wide)).double()                               # (..., r, d_r)
+    def forward(ctx, S, Q, M, damping):
         gram = M @ M.mT                                                         # (..., r, r)
         eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
         # sigma_1^2 = tr(gram^k)^(1/k) with k = 4,096, at most r^(1/k) too large (0.1 % at r = 128)
@@ -151,7 +149,7 @@ class PolarFactor(torch.autograd.Function):
         inside = inside - Q.mT @ grad_Q @ outside
         # one product for both terms: on a CPU writing (d_r, d_r) is what takes time
         grad_S = torch.cat([Q, grad_Q], -1) @ torch.cat([inside, outside], -2)
-        return grad_S.to(dtype), None, None
+        return grad_S.to(dtype), None, None, None
 
 
 def solve_lyapunov(R, Y, top, low):

@@ -127,67 +127,61 @@ def hub_reachable():
 
 
 def is_file_source(source):
-    return source.endswith((".parquet", ".jsonl", ".jsonl.gz", ".txt", ".txt.gz", ".csv"))
+    return source.endswith((".parquet", ".jsonl", ".jsonl.gz", ".txt", ".txt.gz"))
 
 
 def read_rows(source, split="train"):
     """Yield (where, row) for every row of a .parquet, .jsonl(.gz), .txt(.gz) or .csv file or a hub data set, streaming,
     at least one; `where` names file and line."""
     where = None
+    opened = gzip.open if source.endswith(".gz") else open
     try:
-        for where, row in rows_of(source, split):
-            yield where, row
-    except (InputError, GeneratorExit):
+        if source.endswith((".txt", ".txt.gz")):
+            with opened(source, "rb") as file:
+                text = file.read().decode("utf-8-sig")       # without the mark that some editors write first
+            where = source
+            yield where, {"text": text.replace("\r\n", "\n")}
+        elif source.endswith((".jsonl", ".jsonl.gz")):
+            with opened(source, "rb") as file:
+                for number, line in enumerate(file, 1):
+                    if not line.strip():
+                        continue
+                    where = f"{source} line {number}"
+                    row = json.loads(line)
+                    if b"\\ud" in line.lower():               # perhaps an escaped surrogate without its other half
+                        row = json.loads(json.dumps(row, ensure_ascii=False).encode("utf-8", "replace"))
+                    if not isinstance(row, dict):
+                        raise InputError(f"{where} cannot be read: not a json object")
+                    yield where, row
+        elif source.endswith(".csv"):
+            csv.field_size_limit(2**31 - 1)                  # the module's own limit is 131,072 characters
+            with open(source, encoding="utf-8-sig", newline="") as file:            # Excel writes a mark first
+                for number, row in enumerate(csv.DictReader(file), 2):
+                    where = f"{source} row {number}"
+                    if None in row:                          # the csv module puts the fields that are too many there
+                        raise InputError(f"{where} has more fields than columns: put a text with commas in quotes")
+                    yield where, row
+        else:
+            import datasets                                  # slow to import
+            if source.endswith(".parquet"):
+                rows = datasets.load_dataset("parquet", data_files=source, split="train", streaming=True)
+            elif os.path.exists(source):
+                raise InputError(f"{source}: give a .parquet, .jsonl(.gz) or .txt(.gz) file, or a hub data set id")
+            else:
+                datasets.config.HF_HUB_OFFLINE |= not hub_reachable()
+                name, _, configuration = source.partition(":")
+                rows = datasets.load_dataset(name, configuration or None, split=split, streaming=True)
+            for number, row in enumerate(rows, 1):
+                where = f"{source} row {number}"
+                yield where, row
+    except InputError:
         raise
+    except FileNotFoundError:
+        raise InputError(f"{source}: no such file") from None
     except Exception as error:                               # damaged files and lost connections end in many ways
-        raise InputError(f"{source} cannot be read: {error} ({type(error).__name__})") from None
+        raise InputError(f"{where or source} cannot be read, or what follows it: {error}") from None
     if where is None:
         raise InputError(f"{source} is empty: it needs at least one row")
-
-
-def rows_of(source, split):
-    if is_file_source(source) and not os.path.isfile(source):
-        raise InputError(f"{source}: no such file")
-    opened = gzip.open if source.endswith(".gz") else open
-    if source.endswith((".txt", ".txt.gz")):
-        with opened(source, "rb") as file:
-            text = file.read().decode("utf-8-sig")           # without the mark that some editors write first
-            yield source, {"text": text.replace("\r\n", "\n")}
-    elif source.endswith((".jsonl", ".jsonl.gz")):
-        with opened(source, "rb") as file:
-            for number, line in enumerate(file, 1):
-                where = f"{source} line {number}"
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    raise InputError(f"{where} cannot be read as json: {error}") from None
-                if b"\\ud" in line.lower():                   # perhaps an escaped surrogate without its other half
-                    row = json.loads(json.dumps(row, ensure_ascii=False).encode("utf-8", "replace"))
-                if not isinstance(row, dict):
-                    raise InputError(f"{where} cannot be read: not a json object")
-                yield where, row
-    elif source.endswith(".csv"):
-        csv.field_size_limit(2**31 - 1)                      # the module's own limit is 131,072 characters
-        with open(source, encoding="utf-8-sig", newline="") as file:                # Excel writes a mark first
-            for number, row in enumerate(csv.DictReader(file), 2):
-                where = f"{source} row {number}"
-                if None in row:                              # the csv module puts the fields that are too many there
-                    raise InputError(f"{where} has more fields than columns: put a text with commas in quotes")
-                yield where, row
-    else:
-        import datasets                                      # slow to import
-        if source.endswith(".parquet"):
-            rows = datasets.load_dataset("parquet", data_files=source, split="train", streaming=True)
-        elif os.path.exists(source):
-            raise InputError(f"{source}: give a .parquet, .jsonl(.gz) or .txt(.gz) file, or a hub data set id")
-        else:
-            datasets.config.HF_HUB_OFFLINE |= not hub_reachable()
-            name, _, configuration = source.partition(":")
-            rows = datasets.load_dataset(name, configuration or None, split=split, streaming=True)
-        for number, row in enumerate(rows, 1):
-            yield f"{source} row {number}", row
 
 
 def field(row, key, kind, where):

@@ -28,10 +28,7 @@ FASTLORA_NAMES = {"A1": "B2", "A2": "B1", "A3": "A2", "B": "A1", "hidden_state_n
 
 
 def locate_checkpoint(name):
-    """Directory of a checkpoint: a local one as it is, a hub id (owner/name) downloaded, json and safetensors only."""
-    name = os.fspath(name)
-    if os.path.isdir(name):
-        return name
+    """Directory to which the checkpoint of a hub id (owner/name) is downloaded, json and safetensors only."""
     patterns = ["adapter_config.json", "generator_config.json", "*.safetensors"]
     with bad_input(f"checkpoint {name}: no such directory, not a hub id (owner/name) or not to be had from the hub"):
         validate_repo_id(name)                               # a path is refused before the hub is asked
@@ -40,7 +37,7 @@ def locate_checkpoint(name):
 
 def checkpoint_base(name):
     """Name of the base a checkpoint was trained for, as load_base takes it; None where it is not recorded."""
-    directory = locate_checkpoint(name)
+    directory = name if os.path.isdir(name) else locate_checkpoint(os.fspath(name))
     theirs = os.path.join(directory, "adapter_config.json")
     if os.path.isfile(theirs):
         base = read_json(theirs).get("base_model_name_or_path")
@@ -60,7 +57,7 @@ def write_generator(directory, base_name, config, tensors):
 def read_generator(name):
     """(values of a GeneratorConfig, {name: tensor} as AdapterGenerator.tensors names them, name of the base) of a
     checkpoint in either format, a directory or a hub id."""
-    directory = locate_checkpoint(name)
+    directory = name if os.path.isdir(name) else locate_checkpoint(os.fspath(name))
     if os.path.isfile(os.path.join(directory, "adapter_config.json")):
         values, tensors = read_fastlora(directory)
         print(f"checkpoint {name} is in the authors' format: base {values['base']}, d_r {values['d_r']}, rank "
@@ -122,7 +119,7 @@ def write_peft(directory, base_name, config, lora, tokens):
     directory holds an adapter already."""
     if os.path.exists(os.path.join(directory, "adapter_config.json")):
         raise InputError(f"{directory} holds an adapter already: name another directory")
-    r = config.adapter_rank
+    r = len(next(iter(lora.values()))[0][0])             # the config's rank, but d_r for frobenius
     alpha = r
     factor = 1.0
     if config.scale * r == int(config.scale * r) > 0:

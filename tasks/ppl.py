@@ -13,7 +13,6 @@ import itertools
 import torch
 import torch.nn.functional as F
 
-from support.costs import window
 from support.files import InputError, field, read_rows
 from support.text import context_ids
 from tasks.contexts import other_contexts
@@ -38,9 +37,9 @@ def settings(rows, model, tokenizer, args, notes):
     longest = max(lengths)
     if min(lengths) < 2:
         raise InputError("--context-lengths of --task ppl must be at least 2: the first token is no target")
-    if 2 * longest > window(model.base):
+    if 2 * longest > model.window:
         raise InputError(f"--context-lengths {longest}: context and completion must fit the base's window of "
-                         f"{window(model.base)} tokens together")
+                         f"{model.window} tokens together")
     documents = []
     for where, row in rows:
         ids = context_ids(tokenizer, field(row, "text", str, where))
