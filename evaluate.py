@@ -163,9 +163,9 @@ def memory_gap(own, controls, closed_book=()):
         nats = record.get("nats")
         if nats is None:
             continue
-        bare = without.get(record["number"])
-        if bare is not None:
-            gains.append(bare - nats)
+        nats_without = without.get(record["number"])
+        if nats_without is not None:
+            gains.append(nats_without - nats)
             gain_clusters.append(record["cluster"])
         other = others.get((record["cluster"], record["number"]))
         if other is not None:

@@ -48,13 +48,10 @@ class GeneratorConfig:
     def __post_init__(self):
         if isinstance(self.targets, str):
             self.targets = [self.targets]
-        for name in ("d_r", "rank", "chunk"):
-            if not isinstance(getattr(self, name), int):
-                raise InputError(f"generator config: d_r, rank and chunk must be integers: {self}")
-        for name in ("scale", "damping"):
-            value = getattr(self, name)
-            if not isinstance(value, (int, float)) or not abs(value) < 1e9:
-                raise InputError(f"generator config: scale and damping must be finite numbers: {self}")
+        if not {type(self.d_r), type(self.rank), type(self.chunk)} <= {int}:
+            raise InputError(f"generator config: d_r, rank and chunk must be integers: {self}")
+        if not {type(self.scale), type(self.damping)} <= {int, float} or not abs(self.scale) + abs(self.damping) < 1e9:
+            raise InputError(f"generator config: scale and damping must be finite numbers: {self}")
         if self.norm not in NORMS:
             raise InputError(f"norm {self.norm!r} is unknown: choose one of {', '.join(NORMS)}")
         if not 1 <= self.rank <= self.d_r:

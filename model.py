@@ -291,12 +291,11 @@ def find_blocks(base_model):
         if getattr(config, key, None) not in (None, 1):
             raise InputError(f"{kind} scales or caps its logits after lm_head, which is not done here: choose another "
                              "base")
-    decoder = base_model.get_decoder()                  # a vision tower beside it has such blocks too
-    for name, module in base_model.named_modules():
-        if not isinstance(module, nn.ModuleList) or module not in decoder.modules() or len(module) == 0:
-            continue
-        if hasattr(module[0], "self_attn") and hasattr(module[0], "mlp"):
-            return name, module
+    blocks = getattr(base_model.get_decoder(), "layers", None)
+    if blocks and hasattr(blocks[0], "self_attn") and hasattr(blocks[0], "mlp"):
+        for name, module in base_model.named_modules():
+            if module is blocks:
+                return name, blocks
     raise InputError(f"{kind} is not a decoder this project knows: its blocks need self_attn and mlp, as in llama, "
                      "mistral, qwen2, qwen3 or gemma3")
 
