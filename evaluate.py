@@ -36,7 +36,7 @@ from generator import GeneratorConfig, Memory
 from model import AdaptedLM, load_base
 from support.bases import DEFAULT_BASE
 from support.costs import COSTS, base_flops, clock, context_costs, kv_cache_floats, query_costs
-from support.files import InputError, bad_input, hub_reachable, run_command, stamps
+from support.files import InputError, hub_reachable, run_command, stamps
 from support.formats import checkpoint_base
 from support.plots import write_table
 from support.text import context_ids, tokenize, user_turn
@@ -453,16 +453,19 @@ def read_predictions(path):
     done = {}
     if not path or not os.path.exists(path):
         return done
+    size = 0                                                # of what is whole
     with open(path, "rb") as file:
-        *lines, half = file.read().split(b"\n")
-    if half[:8] != b'{"key": '[:len(half)]:
-        lines.append(half)                                  # not the beginning of a line of ours
-    for number, line in enumerate(lines, 1):
-        with bad_input(f"{path} line {number} is not a prediction of this script, so nothing was written: name another "
-                       "file with --predictions"):
-            record = json.loads(line)
-            done[record["key"]] = record
-    os.truncate(path, os.path.getsize(path) - len(half))
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n") and line[:8] == b'{"key": '[:len(line)]:
+                break
+            try:
+                record = json.loads(line)
+                done[record["key"]] = record
+            except (ValueError, KeyError, TypeError):
+                raise InputError(f"{path} line {number} is not a prediction of this script, so nothing was written: "
+                                 "name another file with --predictions") from None
+            size += len(line)
+    os.truncate(path, size)
     return done
 
 

@@ -130,26 +130,24 @@ def settings(tasks, model, tokenizer, args, notes):
 
 
 def averages(rows):
-    """Rows of means over tasks, for each method and number of shots. A standard error follows from those of the tasks;
-    n and seconds are sums."""
+    """Rows of means over tasks, for each method and number of shots; a standard error follows from those of the
+    tasks."""
     means = []
     for method, shots in dict.fromkeys((row["method"], row["shots"]) for row in rows):
         for kind, tasks in {**KINDS, "all": TASKS}.items():
             part = []
             for row in rows:
-                if (row["method"], row["shots"]) == (method, shots) and row["task"] in tasks:
+                if row["method"] == method and row["shots"] == shots and row["task"] in tasks:
                     part.append(row)
-            mean = {"method": method, "task": kind, "shots": shots}
-            keys = [key for key in dict.fromkeys(sum(map(list, part), [])) if key not in mean]
-            for key in keys:
-                values = [row[key] for row in part if row.get(key) is not None]
-                mean[key] = None
-                if key in ("n", "seconds"):
-                    mean[key] = sum(values)
-                elif key.endswith("_stderr") and len(values) == len(part):
-                    mean[key] = sum(error**2 for error in values) ** 0.5 / len(part)
-                elif values and not key.endswith("_stderr"):
-                    mean[key] = sum(values) / len(values)
-            if part:
-                means.append(mean)
+            if not part:
+                continue
+            mean = {"method": method, "task": kind, "shots": shots, "n": sum(row["n"] for row in part)}
+            for key in part[0]:
+                numbers = [row.get(key) for row in part]
+                if key in mean or None in numbers:
+                    continue
+                mean[key] = sum(numbers) / len(part)
+                if key.endswith("_stderr"):
+                    mean[key] = sum(error**2 for error in numbers) ** 0.5 / len(part)
+            means.append(mean)
     return means
