@@ -9,9 +9,10 @@
 
 What is read, what is asked and how it is scored stands in tasks/, a file for each task.
 
-Methods: closed-book (bare question), full-conversation / in-context / few-shot (context in the prompt), adapter (bare
-question, context in the weights) and adapter-shuffled, the control: the adapters of OTHER contexts. What a generator
-remembers is the gap between the last two, in answer nats: one that has only learnt an answer style has none.
+Methods: closed-book (bare question; the paper's, with an instruction, is closed-book-instructed), full-conversation /
+in-context / few-shot (context in the prompt), adapter (bare question, context in the weights) and adapter-shuffled, the
+control: the adapters of OTHER contexts. What a generator remembers is the gap between the last two in nats, the
+negative log-likelihood of the right answer, per token: a generator that has only learnt an answer style has no gap.
 """
 
 import argparse
@@ -85,13 +86,13 @@ def recall(prediction, gold):
 
 
 def rouge_l_recall(prediction, gold):
-    """Distinct words of the longest common subsequence over those of the gold, as the package the authors used counts;
+    """Distinct words of the longest common subsequence over those of the gold, as the package of the released code counts;
     0 if a side is empty."""
     predicted = normalize_text(prediction).split()
     wanted = normalize_text(gold).split()
     if not predicted or not wanted:
         return 0.0
-    above = [()] * (len(wanted) + 1)           # the longest common subsequence of the words so far, by part of the gold
+    above = [()] * (len(wanted) + 1)           # above[j]: of the predicted words so far and wanted[:j]
     for word in predicted:
         row = [()]
         for j, w in enumerate(wanted):
@@ -104,7 +105,7 @@ def rouge_l_recall(prediction, gold):
 
 
 def accuracy(prediction, gold):
-    """Exact match but for case, of a prediction without the "Output:" it may repeat, as the authors count."""
+    """Exact match but for case, of a prediction without the "Output:" it may repeat, as the released code counts."""
     return float(prediction.replace("Output:", "").strip().lower() == gold.strip().lower())
 
 
@@ -113,8 +114,8 @@ METRICS = {"f1": f1_score, "em": exact_match, "f1_max": f1_score, "em_max": exac
 
 
 def scores(prediction, golds, names):
-    """{name: score} against the shortest gold, as the authors score; recall and those of name .._max: the best over the
-    golds, as SQuAD does."""
+    """{name: score}. f1, em, rougeL_recall and accuracy: against the shortest gold, as the released code scores; recall
+    and .._max: the best over the golds, as SQuAD does."""
     row = {}
     for name in names:
         against = [min(golds, key=len)]
@@ -129,7 +130,8 @@ def scores(prediction, golds, names):
 
 
 def mean_and_stderr(values, clusters=None):
-    """(mean, standard error) of a list, cluster-robust where clusters labels its values; of one cluster None."""
+    """(mean, standard error) of a list; the error is cluster-robust where clusters labels the values, and None where
+    there is a single cluster."""
     mean = statistics.fmean(values)
     sums = collections.defaultdict(float)
     for value, label in zip(values, clusters or range(len(values))):
@@ -137,8 +139,8 @@ def mean_and_stderr(values, clusters=None):
     G = len(sums)
     if G == 1:
         return mean, None
-    variance = G / (G - 1) * sum(s**2 for s in sums.values())
-    return mean, variance**0.5 / len(values)
+    squares = G / (G - 1) * sum(s**2 for s in sums.values())
+    return mean, squares**0.5 / len(values)
 
 
 def add_mean(row, name, values, clusters=None):
@@ -152,7 +154,8 @@ def memory_gap(own, controls, closed_book=()):
     question, standard errors clustered by context.
 
     gain: nats of the gold closed-book minus under its own; gap: under the others (their mean) minus under its own;
-    best-of-K+1: share of questions whose own memory gives the fewest nats (ties are shared); chance: 100 / (K+1).
+    best-of-K+1: share of questions whose own memory gives the fewest nats (ties are shared); chance: 100 / (K+1). K:
+    the number of controls, the same for all.
     """
     without = {record["number"]: record["nats"] for record in closed_book}
     others = {(record["cluster"], record["number"]): record["control_nats"] for record in controls}
@@ -271,7 +274,7 @@ def answer(model, tokenizer, task, questions, prompts, costs, memories=(None,), 
     records = []
     for b, question in enumerate(questions):
         each = [row[b] for row in nats]
-        past = costs[b].get("past", 0)                      # a KV cache is reused, as in Table 1; an adapter is merged
+        past = costs[b].get("past", 0)                      # a context's KV cache is reused; an adapter counts as merged
         tokens = len(prompts[b]) - past + new_tokens[b]
         record = {**question, "gold": golds[b], "prediction": texts[b], "nats": None, "control_nats": each}
         if None not in each:
@@ -295,14 +298,15 @@ def bare_question(model, tokenizer, task, template, questions, costs, memories=(
 def adapter(model, tokenizer, task, template, contexts, questions, memories):
     """The context in the weights. contexts: for each question its own one, or K other ones: the answers are under the
     first, the nats are the mean over all."""
-    under = []
+    under = []                                              # the k-th memories of all questions
     for k in range(len(contexts[0])):
         batch = []
         costs = []
-        for some in contexts:
-            memory, cost = read_context(model, tokenizer, some[k], memories)
+        for contexts_of_question in contexts:
+            memory, cost = read_context(model, tokenizer, contexts_of_question[k], memories)
             batch.append(memory)
             costs.append(cost)
+        memory = batch[0]                                   # of one context: a batch of 1 serves every row
         if any(other is not memory for other in batch):
             memory = Memory.stack(batch)                    # side by side: row b is for question b
         under.append(memory)
@@ -335,9 +339,11 @@ def in_context(model, tokenizer, task, template, context, questions, batch_size)
     golds = tokenize(tokenizer, [min(question["golds"], key=len) for question in questions])
     most = model.window - max(task.NEW_TOKENS, *map(len, golds))
     prompts, lost = in_context_prompts(tokenizer, template, context, questions, most)
+    # costs count what the context adds to the bare question; the cache holds all that the prompts have in common, but
+    # for their last token: each needs something to go on from
     past = len(prompts[0]) - len(user_turn(tokenizer, questions[0]["question"]))
-    began = clock(base.device)
     prefix = os.path.commonprefix([prompt[:-1] for prompt in prompts])
+    began = clock(base.device)
     with torch.no_grad():
         ids = torch.tensor([prefix], device=base.device)                                    # (1, P)
         cache = base.get_decoder()(input_ids=ids, use_cache=True).past_key_values
@@ -375,7 +381,7 @@ def fine_tuned(model, tokenizer, task, template, examples, questions, args):
     from extras.finetune import fit_task
 
     base = model.base
-    weights = [p.data for p in base.parameters()]
+    weights = [p.data for p in base.parameters()]           # fit_task trains copies of them, which it puts in p.data
     train, validation = examples
     costs = fit_task(base, tokenizer, train, validation, args.seed)
     records = []
@@ -394,8 +400,9 @@ def fine_tuned(model, tokenizer, task, template, examples, questions, args):
 def evaluate(model, tokenizer, method, setting, groups, args, memories, done, facts):
     """Records of the questions of groups [(context, other contexts, questions)] under one method.
 
-    memories: of the contexts read so far, as in read_context. done: {key: record} of the predictions file: a part,
-    of a batch or a group, is done or it is not. facts: what all answers of this run depend on.
+    memories: of the contexts read so far, as in read_context. done: {key: record} of earlier runs, from the predictions
+    file: a part, which is a batch or a group, is computed again if any of its keys is missing. facts: what all answers
+    of this run depend on.
     """
     task = TASKS[args.task]
     template = task.PROMPTS[method]
@@ -404,17 +411,18 @@ def evaluate(model, tokenizer, method, setting, groups, args, memories, done, fa
         facts.append(model.generator.fingerprint())
     digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
-    parts = []                                              # a batch of questions and their contexts, or a whole group
+    by_group = args.task == "ppl" or method == "fine-tuned" or "{context}" in template      # one context at a time
+    parts = []                                              # a batch of questions and their contexts, or a group
     contexts = []
     questions = []
-    for context, others, some in groups:
-        under = [context]
+    for context, others, group_questions in groups:
+        read = [context]                                    # the contexts that a question is answered under
         if method == "adapter-shuffled":
-            under = others
-        if under:                                           # some have no other
-            contexts += [under] * len(some)
-            questions += some
-        if args.task == "ppl" or method == "fine-tuned" or "{context}" in template:
+            read = others
+        if read:                                            # some contexts have no other
+            contexts += [read] * len(group_questions)
+            questions += group_questions
+        if by_group:
             parts.append((contexts, questions))
             contexts = []
             questions = []
@@ -481,7 +489,10 @@ def load_model(args):
         args.base = DEFAULT_BASE
         if args.checkpoint not in ("none", DEFAULT_CHECKPOINT):
             args.base = checkpoint_base(args.checkpoint) or DEFAULT_BASE
-    base, tokenizer = load_base(args.base, getattr(torch, args.dtype or "", None), args.device)
+    dtype = None
+    if args.dtype:
+        dtype = getattr(torch, args.dtype)
+    base, tokenizer = load_base(args.base, dtype, args.device)
     # generate takes what a config of its own leaves open from the base's: Qwen2.5's has a repetition penalty
     base.generation_config = transformers.GenerationConfig(
         do_sample=False, use_cache=True, eos_token_id=base.generation_config.eos_token_id,
@@ -520,15 +531,16 @@ def main(argv=None):
 
     rows = []
     memories = {}
-    closed_book = {}                                        # records of each task of MetaICL, else of None
+    closed_book = {}                                        # {task of MetaICL, else None: its records without a context}
     for setting, methods, groups in task.settings(data, model, tokenizer, args, notes):
         results = {}
         for method in args.method:
-            if method in methods:
-                began = time.time()
-                records = evaluate(model, tokenizer, method, setting, groups, args, memories, done, facts)
-                results[method] = records, time.time() - began
-            if method in methods and method in ("closed-book", "zero-shot"):
+            if method not in methods:
+                continue
+            began = time.time()
+            records = evaluate(model, tokenizer, method, setting, groups, args, memories, done, facts)
+            results[method] = records, time.time() - began
+            if method in ("closed-book", "zero-shot"):
                 closed_book[setting.get("task")] = records
         controls, _ = results.get("adapter-shuffled", ([], 0))
         for method, (records, seconds) in results.items():
@@ -589,11 +601,11 @@ def arguments(argv=None):
     add("--compare", action="store_true", help="ask: the closed-book and the in-context answer beside it")
     args = parser.parse_args(argv)
 
-    others = {"squad": ["context_lengths"], "streamingqa": ["context_lengths"], "ppl": ["context_lengths"],
-              "metaicl": ["shots", "demo_seeds"], "ask": ["context", "question", "memory", "export", "compare"]}
-    for task, flags in others.items():
+    flags_of = {"squad": ["context_lengths"], "streamingqa": ["context_lengths"], "ppl": ["context_lengths"],
+                "metaicl": ["shots", "demo_seeds"], "ask": ["context", "question", "memory", "export", "compare"]}
+    for task, flags in flags_of.items():
         for flag in flags:
-            if getattr(args, flag) and flag not in others.get(args.task, []):
+            if getattr(args, flag) and flag not in flags_of.get(args.task, []):
                 raise InputError(f"--{flag.replace('_', '-')} belongs to --task {task}, not to --task {args.task}")
     for flag in ("data", "method", "limit", "output", "predictions", "plot"):
         if getattr(args, flag) and args.task == "ask":

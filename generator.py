@@ -3,7 +3,8 @@
 Symbols, in the order a reader of the paper meets them (§2.2, §2.4):
 
     Sigma(t)  the context read so far: chunks C_1 .. C_t          B     batch: contexts side by side
-    H_t       hidden states of chunk t, INPUT of block l          L     tokens of a chunk (paper: M_t; its L: blocks)
+    H_t       (L, d_h) hidden states of chunk t, the INPUT        L     tokens of a chunk (paper: M_t; its L: blocks)
+              of block l: output of block l-1, H^(l-1)
     h         one row of H_t, at root mean square 1 (*)           d_h   width of the residual stream
     W         a frozen linear layer of block l, (d_out, d_in)     d_r   width of the memory S
     A1, A2    (d_out, d_r), (d_r, d_h)   trained for each W       r     rank of the adapter, r <= d_r
@@ -13,12 +14,13 @@ Symbols, in the order a reader of the paper meets them (§2.2, §2.4):
     norm      S = U Sigma V^T  ->  U V^T (eq. 7), truncated to rank r: U_r V_r^T, and damped (**)
     W_Delta   s A1 norm(S_t) B2 (eq. 6, 8; eq. 4 without norm) = (s A1 U_r) (V_r^T B2) = lora_B lora_A (eq. 9)
 
-(*)  Not in the paper but in the released code, and needed: eq. 1 to 3 read g h where the paper has rows of H_t.
+(*)  An RMSNorm that is not in the paper but in the released code: the rows of H_t in eq. 1 to 3 are g * h, elementwise.
 (**) Not in the paper: sigma / sqrt(sigma^2 + lambda^2), lambda = damping sigma_1, in place of 1; damping 0 is eq. 7.
 """
 
 import hashlib
 import json
+import math
 import os
 from dataclasses import asdict, dataclass, field, fields
 
@@ -26,7 +28,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from support.fast import svd_norm  # noqa: F401   norm without an SVD: what the program computes, the same function
+from support.fast import svd_norm  # noqa: F401   norm without an SVD, from a sketch: exact where rank(S) <= r
 from support.files import InputError, read_safetensors, save_tensors
 
 NORMS = ("svd", "svd-exact", "frobenius")
@@ -40,18 +42,20 @@ class GeneratorConfig:
     d_r: int = 256
     rank: int = 64
     scale: float = 1.0
-    norm: str = "svd"          # svd (by support/fast.py), svd-exact (norm below) or frobenius
-    damping: float = 1e-2      # lambda = damping sigma_1; 0 is eq. 7 to the letter (svd norms only)
+    norm: str = "svd"          # svd (computed by svd_norm of support/fast.py), svd-exact (by norm) or frobenius
+    damping: float = 1e-2      # lambda = damping sigma_1; 0 is eq. 7; frobenius has none; svd trains with >= 1e-4
     targets: list = field(default_factory=lambda: ["o_proj"])
-    chunk: int = 1024          # tokens of a context read at a time: those it was trained with, the paper's 1,024
+    chunk: int = 1024          # tokens of the longest chunk, the same as in training; the paper: 1,024
 
     def __post_init__(self):
         if isinstance(self.targets, str):
             self.targets = [self.targets]
-        if not {type(self.d_r), type(self.rank), type(self.chunk)} <= {int}:
-            raise InputError(f"generator config: d_r, rank and chunk must be integers: {self}")
-        if not {type(self.scale), type(self.damping)} <= {int, float} or not abs(self.scale) + abs(self.damping) < 1e9:
-            raise InputError(f"generator config: scale and damping must be finite numbers: {self}")
+        for value in (self.d_r, self.rank, self.chunk):
+            if type(value) is not int:                                          # True would be an instance of int
+                raise InputError(f"generator config: d_r, rank and chunk must be integers: {self}")
+        for value in (self.scale, self.damping):
+            if type(value) not in (int, float) or not math.isfinite(value):
+                raise InputError(f"generator config: scale and damping must be finite numbers: {self}")
         if self.norm not in NORMS:
             raise InputError(f"norm {self.norm!r} is unknown: choose one of {', '.join(NORMS)}")
         if not 1 <= self.rank <= self.d_r:
@@ -96,7 +100,8 @@ class LayerGenerator(nn.Module):
         """What a chunk adds to S, A2 H^T H B1 (eq. 1 to 3): h (..., L, d_h) as rms_norm gives it, mask (..., L) 1 for
         real tokens -> (..., d_r, d_r) fp32. The projections run in h's dtype, the sum over tokens in fp32: rounding S
         to bf16 moves norm(S) by percents."""
-        # the gain scales A2 and B1, not h: the same product, and h then needs no backward pass for the gradient of g
+        # S is a sum over tokens of outer products value key^T (not the base's attention). The gain scales A2 and B1, not
+        # h: the same product, and h then needs no backward pass for the gradient of g
         values = h @ (self.A2 * self.g).to(h.dtype).mT                          # (..., L, d_r)
         keys = h @ (self.g[:, None] * self.B1).to(h.dtype)                      # (..., L, d_r)
         if mask is not None:
@@ -110,7 +115,7 @@ class LayerGenerator(nn.Module):
             lora_A = frobenius_norm(S) @ self.B2                                # (..., d_r, d_in)
             lora_B = self.config.scale * self.A1                                # (d_out, d_r)
             return lora_A, lora_B.expand(*S.shape[:-2], -1, -1)                 # (..., d_out, d_r)
-        U, V_T = norm(S, self.config.rank, self.config.damping)
+        U, V_T = norm(S, self.config.rank, self.config.damping)                 # for svd, fast.adapter stands in
         lora_A = V_T @ self.B2                                                  # (..., r, d_in)
         lora_B = self.config.scale * (self.A1 @ U)                              # (..., d_out, r)
         return lora_A, lora_B
@@ -128,12 +133,13 @@ def norm(S, rank, damping):
     sigma <= 1e-6 sigma_1: the paper resets the POSITIVE singular values, the released code rounding noise as well.
 
     The gradient is that of torch.linalg.svd, which is undefined where two sigma are equal, as the zeros of a context of
-    fewer than d_r tokens are. support/fast.py has the same function with a gradient that is finite everywhere.
+    fewer than d_r tokens are. svd_norm of support/fast.py is the same function where rank(S) <= r, with a gradient that
+    is finite everywhere.
     """
     U, sigma, V_T = torch.linalg.svd(S)                                         # S = U Sigma V^T, sigma descending
-    U, sigma, V_T = U[..., :rank], sigma[..., :rank], V_T[..., :rank, :]        # eq. 8: rank r
+    U, sigma, V_T = U[..., :rank], sigma[..., :rank], V_T[..., :rank, :]        # the r leading ones (§2.4)
     sigma = sigma / sigma[..., :1].detach().clamp(min=1e-30)                    # in units of sigma_1, a constant
-    f = sigma / torch.sqrt(sigma**2 + damping**2 + 1e-24)                       # eq. 7: 1 where sigma >> lambda
+    f = sigma / torch.sqrt(sigma**2 + damping**2 + 1e-24)                       # eq. 7: 1; 1e-24 against 0 / 0
     f = torch.where(sigma > NULL_DIRECTION, f, 0)                               # (..., r)
     return U, f[..., None] * V_T
 
@@ -147,7 +153,7 @@ class AdapterGenerator(nn.Module):
     """The whole generator G: one LayerGenerator for each target layer of the base.
     shapes: {module name: (d_in, d_out)}, in the base's own names, e.g. "model.layers.0.self_attn.o_proj"."""
 
-    rms_norm = staticmethod(rms_norm)           # for support/fast.py, which imports nothing of the method
+    rms_norm = staticmethod(rms_norm)           # here for support/fast.py, which imports nothing from above it
 
     def __init__(self, config, d_h, shapes, device=None):
         super().__init__()
@@ -173,9 +179,11 @@ class AdapterGenerator(nn.Module):
     def load_tensors(self, tensors, source):
         """Copy tensors named as in tensors() into the parameters. source: the file they came from."""
         parameters = self.tensors()
-        for name in sorted(parameters.keys() ^ tensors.keys()):
-            how = "is missing" if name in parameters else "has no place in this base"
-            raise InputError(f"{source}: tensor {name} {how}, so it belongs to another base or other target modules")
+        unmatched = sorted(parameters.keys() ^ tensors.keys())
+        if unmatched:
+            how = "is missing" if unmatched[0] in parameters else "has no place in this base"
+            raise InputError(f"{source}: tensor {unmatched[0]} {how}, so it belongs to another base or other target "
+                             "modules")
         for name, parameter in parameters.items():
             if tensors[name].shape != parameter.shape:
                 raise InputError(f"{source}: {name} has shape {tuple(tensors[name].shape)} where this base and config "
@@ -186,7 +194,7 @@ class AdapterGenerator(nn.Module):
     def fingerprint(self):
         """Hash of config and weights: a memory belongs to the generator that wrote it. Computed again only after an
         operation has changed a weight (edits through .data go unseen)."""
-        versions = []
+        versions = []                           # _version counts in-place changes; inference tensors have none
         for parameter in self.parameters():
             version = 0 if parameter.is_inference() else parameter._version
             versions.append((parameter.data_ptr(), version))
@@ -204,7 +212,7 @@ class AdapterGenerator(nn.Module):
 class Memory:
     """All that is kept of a context: S_t of every target layer, whatever its length.
 
-    states: {module name: S (B, d_r, d_r) fp32}, rows A2, columns B1; tokens: (B,) real tokens read; fingerprint: of the
+    states: {module name: S (B, d_r, d_r) fp32}, its rows A2's, its columns B1's; tokens: (B,) real tokens read; fingerprint: of the
     generator that wrote it. Memories of different generators cannot be put together.
     """
     states: dict

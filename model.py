@@ -10,8 +10,8 @@ Each decoder block's forward is wrapped, and each target linear carries a forwar
 wrapper asks a small function for the lora_A and lora_B of its block, given the block's input H; the hook adds
 x lora_A^T lora_B^T to the linear's output. With no pass under way the base is the base.
 
-What stands here and in generator.py is the plain form. The program computes norm, hidden_states and segment_losses by
-their fast twins in support/fast.py; with model.plain = True by these.
+What stands here and in generator.py is the plain form. The program computes norm, adapter, hidden_states, segment_losses
+and, in training, block_forward by their fast twins in support/fast.py; with model.plain = True by these.
 """
 
 import contextlib
@@ -68,8 +68,8 @@ class AdaptedLM(nn.Module):
         text_config = base_model.config.get_text_config()
         self.window = text_config.max_position_embeddings                       # tokens that the base reads at once
         self.generator = AdapterGenerator(config, text_config.hidden_size, shapes, device=base_model.device)
-        self.adapters = None                            # during a pass: a function (l, H) -> {name: (lora_A, lora_B)}
-        self.lora_of_block = {}                         # while block l is computed: what that function gave for it
+        self.adapt_block = None                         # during a pass: a function (l, H) -> {name: (lora_A, lora_B)}
+        self.lora_of_block = {}                         # while a block is computed: what that function gave for it
         self.lock = threading.RLock()
         for l, block in enumerate(blocks):
             block.forward = partial(self.block_forward, l, block.forward)
@@ -80,10 +80,10 @@ class AdaptedLM(nn.Module):
 
     def block_forward(self, l, forward, H, *args, **kwargs):
         """Block l of the base. Its input H (B, L, d_h), the residual stream, is what the block's generators read."""
-        if self.adapters is None:
+        if self.adapt_block is None:
             return forward(H, *args, **kwargs)
-        lora = self.adapters(l, H)
-        if torch.is_grad_enabled() and not self.plain:
+        lora = self.adapt_block(l, H)
+        if torch.is_grad_enabled() and not self.plain:  # training: blocks recomputed, norms in one kernel
             return fast.block_forward(self, l, lora, forward, H, *args, **kwargs)
         self.lora_of_block = lora
         try:
@@ -103,15 +103,15 @@ class AdaptedLM(nn.Module):
             lora_B = lora_B.repeat_interleave(copies, 0)
         return output + x @ lora_A.mT @ lora_B.mT       # (B, L, d_in) -> (B, L, r) -> (B, L, d_out)
 
-    def run(self, adapters, function, *args, **kwargs):
-        """function(*args, **kwargs), a pass of the base, under these adapters: a function (l, H) -> {module name:
-        (lora_A, lora_B)} that is called before block l."""
+    def run(self, adapt_block, function, *args, **kwargs):
+        """function(*args, **kwargs), a pass of the base. adapt_block: a function (l, H) -> {module name: (lora_A,
+        lora_B)}, called before block l with its input."""
         with self.lock:                                 # one pass at a time: threads share the hooks
-            self.adapters = adapters
+            self.adapt_block = adapt_block
             try:
                 return function(*args, **kwargs)
             finally:
-                self.adapters = None
+                self.adapt_block = None
 
     # ---- training: all segments in one pass (appendix B)
 
@@ -120,8 +120,9 @@ class AdaptedLM(nn.Module):
         segments (appendix B).
 
         Block l needs only block l-1's output of every segment, so all go through the base side by side and the chunks
-        meet only in S: a cumulative sum over chunks gives S_1 .. S_C at once, equal to streaming them. No attention
-        mask: right padding under causal attention could reach only S, where update masks it."""
+        meet only in S: a cumulative sum over chunks gives S_1 .. S_C at once. With visible[j] = j for the chunks this
+        equals streaming them. No attention mask: padding is on the right and attention causal, so no real token sees
+        it, and update keeps it out of S."""
         B, N, L = segments.shape
         visible = [int(v) for v in visible]
         if len(visible) != N or min(visible) < 0 or max(visible) > N:
@@ -131,7 +132,7 @@ class AdaptedLM(nn.Module):
         C = max(visible)                                                        # segments from C on never enter S
         chunk_mask = None if mask is None else mask[:, :C]
 
-        def adapters(l, H):                                                     # H (B N, L, d_h), the input of block l
+        def adapt_block(l, H):                                                  # H (B N, L, d_h), the input of block l
             h = rms_norm(H).view(B, N, L, -1)[:, :C]                            # (B, C, L, d_h)
             lora = {}
             for name in self.block_targets[l]:
@@ -145,7 +146,7 @@ class AdaptedLM(nn.Module):
             return lora
 
         ids = segments.flatten(0, 1)                                            # (B N, L)
-        out = self.run(adapters, self.base.get_decoder(), input_ids=ids, use_cache=False)
+        out = self.run(adapt_block, self.base.get_decoder(), input_ids=ids, use_cache=False)
         return out.last_hidden_state.view(B, N, L, -1)
 
     def forward_segments(self, segments, mask, visible):
@@ -155,7 +156,8 @@ class AdaptedLM(nn.Module):
 
     def segment_losses(self, segments, mask, visible, labels=None):
         """Next-token cross-entropy of the same pass: (nats summed (B, N) fp32, target tokens (B, N) long). labels
-        (B, N, L): -100 is no target, None takes every real token. The first token of a segment is never a target."""
+        (B, N, L): -100 is no target, None takes every real token. The first token of a segment is never a target: nothing stands
+        before it (the paper's P(x_1, .., x_m) counts it)."""
         if labels is None and mask is None:
             labels = segments
         elif labels is None:
@@ -187,7 +189,7 @@ class AdaptedLM(nn.Module):
             tokens = mask.bool().sum(-1).cpu()                                  # (B,)
         states = {}
 
-        def adapters(l, H):
+        def adapt_block(l, H):
             h = rms_norm(H)                                                     # (B, L, d_h)
             for name in self.block_targets[l]:
                 S = self.generator.by_name[name].update(h, mask)                           # (B, d_r, d_r)
@@ -196,14 +198,14 @@ class AdaptedLM(nn.Module):
                 states[name] = S
             return lora
 
-        self.run(adapters, self.base.get_decoder(), input_ids=input_ids, use_cache=False)
+        self.run(adapt_block, self.base.get_decoder(), input_ids=input_ids, use_cache=False)
         if memory is not None:
             tokens = memory.tokens + tokens
         return Memory(states, tokens, self.generator.fingerprint())
 
     def read(self, ids, memory=None):
-        """Memory of a context of any length, ids a list of at least one: streamed in ceil(n / chunk) chunks of equal
-        length, under memory, what was read before."""
+        """Memory of a context of any length, ids a list of at least one, read under memory: streamed in the fewest chunks
+        of at most config.chunk tokens, of one length but for the last, which may be shorter (the paper: 1,024 each)."""
         if isinstance(ids, str):
             raise InputError("read takes token ids, no text: model.read(context_ids(tokenizer, text))")
         if len(ids) == 0:

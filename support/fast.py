@@ -1,11 +1,12 @@
-"""The fast forms of what generator.py and model.py say plainly: the same functions, values and gradients, without
-waste. `model.plain = True` uses the plain ones instead; tests/test_fast.py holds each pair together.
+"""The fast forms of what generator.py and model.py say plainly: values and gradients are the same up to rounding, but
+for svd_norm, which is exact where rank(S) <= r and an approximation beyond. `model.plain = True` uses the plain ones
+instead; tests/test_fast.py holds each pair together.
 
-    norm (eq. 7, 8)                svd_norm       matrix products and one r x r Cholesky, no SVD, its own gradient
+    norm (eq. 7, 8)                svd_norm       matrix products and r x r Cholesky factors, no SVD, its own gradient
     LayerGenerator.adapter         adapter        svd_norm, at rank min(r, tokens read)
     AdaptedLM.hidden_states        hidden_states  no gradient for what trains nothing, no work for padding
     AdaptedLM.segment_losses       losses         logits of 512 targets at a time, their gradient formed at once
-    AdaptedLM.block_forward        block_forward  recomputed where memory is short; norms in one kernel on CUDA
+    AdaptedLM.block_forward        block_forward  in training: recomputed where memory is short, fused RMSNorms
 """
 
 from functools import lru_cache, partial
@@ -33,28 +34,24 @@ LEAST_DAMPING = 1e-4      # below it the gradient of svd_norm is rounding noise
 
 def svd_norm(S, rank, damping=1e-2):
     """norm(S) for S (..., d_r, d_r) as a pair whose product it is: Q (..., d_r, rank), P (..., rank, d_r).
-    Deterministic, and differentiable for a damping of at least 1e-4 through the product of the pair; ValueError where a
-    gradient is asked for below. Any rank >= rank(S) gives the same product."""
+    Deterministic. Differentiable, for a damping of at least 1e-4, as the product Q P alone; ValueError where a gradient
+    is asked for below. Any rank >= rank(S) gives the same product."""
     rank = min(rank, S.shape[-1])
     wide = S.detach().to(product_dtype(S))
-    Q = wide @ sketch(S.shape[-1], rank, S.device).to(wide.dtype)               # (..., d_r, r), from S S^T S Omega
-    for matrix in (None, wide.mT, wide):
-        if matrix is not None:
-            Q = matrix @ Q
-        # orthonormal columns by Cholesky-QR: Q R^-1, R^T R = Q^T Q; a Householder QR is not batched on CUDA
-        double = Q.double()
-        Q = Q @ inverse_cholesky(double.mT @ double).mT.to(Q.dtype)
+    Q = orthonormal(wide @ sketch(S.shape[-1], rank, S.device).to(wide.dtype))  # (..., d_r, r)
+    Q = orthonormal(wide.mT @ Q)
+    Q = orthonormal(wide @ Q)                                                   # of S S^T S Omega
     M = (Q.mT @ wide).double()                                                  # (..., r, d_r)
     Q = Q.to(S.dtype)
     if damping >= LEAST_DAMPING:
         return PolarFactor.apply(S, Q, M, damping)
     if S.requires_grad:
         raise ValueError(f"norm svd has no gradient for a damping of {damping}, below {LEAST_DAMPING}: use svd-exact")
-    square, E = torch.linalg.eigh(M @ M.mT)                                     # (..., r) ascending, (..., r, r)
-    top = square[..., -1:].clamp(min=1e-60)                                     # sigma_1^2
-    f = (square.clamp(min=0) + damping**2 * top).rsqrt()                        # f / sigma
-    f = torch.where(square > 1e-12 * top, f, 0)                                 # sigma > 1e-6 sigma_1
-    P = (E * f[..., None, :]) @ E.mT @ M                                        # (..., r, d_r)
+    squares, E = torch.linalg.eigh(M @ M.mT)                                    # sigma^2 (..., r) ascending, (.., r, r)
+    largest = squares[..., -1:].clamp(min=1e-60)                                # sigma_1^2
+    f_over_sigma = (squares.clamp(min=0) + damping**2 * largest).rsqrt()
+    f_over_sigma = torch.where(squares > 1e-12 * largest, f_over_sigma, 0)      # sigma > 1e-6 sigma_1
+    P = (E * f_over_sigma[..., None, :]) @ E.mT @ M                             # (..., r, d_r)
     return Q, P.to(S.dtype)
 
 
@@ -76,9 +73,16 @@ def product_dtype(S):
     return torch.float64
 
 
+def orthonormal(Y):
+    """Q (..., d_r, r) with the span of Y and orthonormal columns, by Cholesky-QR: Q = Y R^-1, R^T R = Y^T Y. (A
+    Householder QR is not batched on CUDA.)"""
+    double = Y.double()
+    return Y @ inverse_cholesky(double.mT @ double).mT.to(Y.dtype)
+
+
 def inverse_cholesky(gram):
-    """L^-1 of gram + shift = L L^T: symmetric positive semidefinite gram (..., r, r) float64. The shift, 1e-13 of the
-    trace, keeps null directions defined: they become 0 in a basis."""
+    """L^-1, where L L^T = gram + shift; gram (..., r, r) symmetric positive semidefinite, float64. The shift, 1e-13 of
+    the trace, keeps null directions defined: they become 0 in a basis."""
     eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]            # (..., 1, 1)
     L = torch.linalg.cholesky_ex(gram + (1e-13 * trace + 1e-60) * eye).L
@@ -89,14 +93,14 @@ class PolarFactor(torch.autograd.Function):
     """(S, Q, M, damping) -> (Q, P), P = Z M, M = Q^T S (r, d_r), Z = (M M^T + lambda^2)^(-1/2), lambda = damping sigma_1.
     One implementation for CPU and CUDA: matrix products but for r x r factorisations, in float64.
 
-    Z by Newton-Schulz, X <- X (3 - a^2 X^2) a / 2, with the a that is best for a spectrum known to lie in
-    [damping, 1] sigma_1 (Chen and Chow 2014): 9 steps at damping 1e-2.
+    Z by coupled Newton-Schulz, T = (3 a I - a^3 Z R) / 2, R <- R T, Z <- T Z, with the a that is best for a spectrum
+    known to lie in [damping, 1] sigma_1 (Chen and Chow 2014): 9 steps at damping 1e-2.
 
-    The gradient is the derivative of the spectral function itself (Daleckii-Krein), finite on ties, on rank-deficient S
-    and on S = 0, where autograd through a QR or an SVD is not. Without singular vectors: R = Z^-1, dN the gradient by
-    norm(S), Q a constant to autograd, whose turning with S is in the formula, lambda constant,
+    The gradient is that of the spectral function S -> norm(S) (Daleckii-Krein), finite on ties, on rank-deficient S and
+    on S = 0, where autograd through a QR or an SVD is not. Without singular vectors: let R = Z^-1, dN the gradient with
+    respect to norm(S), X = Q^T dN. Q and lambda are constants to autograd; the second term is for how Q changes with S:
 
-        grad_S = Q (Z X - 2 W M) + (I - Q Q^T) (dN P^T) (M M^T)^-1 M,   X = Q^T dN,   R W + W R = sym(Z X M^T Z)
+        grad_S = Q (Z X - 2 W M) + (I - Q Q^T) (dN P^T) (M M^T)^-1 M,   R W + W R = sym(Z X M^T Z)
 
     Exact where rank(S) <= r, in contexts of at most r tokens; beyond, it takes the singular values cut off for 0.
     Measured on the shipped generator's own S, its cosine with the derivative of this very function is 0.95 to 0.71 at
@@ -107,7 +111,8 @@ class PolarFactor(torch.autograd.Function):
     def forward(ctx, S, Q, M, damping):
         gram = M @ M.mT                                                         # (..., r, r)
         eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-        # sigma_1^2 = tr(gram^k)^(1/k) with k = 4,096, at most r^(1/k) too large (0.1 % at r = 128)
+        # sigma_1^2 = tr(gram^k)^(1/k) with k = 4,096, at most r^(1/k) too large (0.1 % at r = 128): by two 64th powers,
+        # each first divided by its trace; log sums the logarithms of those traces, each over its k
         power = gram
         log = 0.0
         for k in (1, 64, 4096):
@@ -115,26 +120,26 @@ class PolarFactor(torch.autograd.Function):
             log = log + trace.log() / k
             if k < 4096:
                 power = torch.linalg.matrix_power(power / trace, 64)
-        square = log.exp().clamp(min=1e-24)                                     # sigma_1^2, (..., 1, 1)
-        top = square * (1 + damping**2)
-        R = (gram + damping**2 * square * eye) / top                            # spectrum in [low^2, 1]
+        largest = log.exp().clamp(min=1e-24)                                    # sigma_1^2, (..., 1, 1)
+        bound = largest * (1 + damping**2)                                      # of the spectrum of gram + lambda^2
+        R = (gram + damping**2 * largest * eye) / bound                         # spectrum in [low^2, 1]
         Z = eye
         low = damping / (1 + damping**2) ** 0.5
-        while low < 1 - 1e-6:                                       # R -> R^(1/2), Z -> R^(-1/2); low bounds Z R
+        ctx.low = low
+        while low < 1 - 1e-6:                   # R -> R^(1/2), Z -> R^(-1/2); the spectrum of Z R lies in [low^2, 1]
             a = (3 / (1 + low + low**2)) ** 0.5
             low = a * low * (3 - a**2 * low**2) / 2
             T = 1.5 * a * eye - 0.5 * a**3 * (Z @ R)
             R = R @ T
             Z = T @ Z
-        R = R * top.sqrt()
-        Z = Z / top.sqrt()
-        ctx.save_for_backward(Q, M.to(S.dtype), R, Z, top.sqrt())
-        ctx.damping = damping
+        R = R * bound.sqrt()
+        Z = Z / bound.sqrt()
+        ctx.save_for_backward(Q, M.to(S.dtype), R, Z, bound.sqrt())
         return Q, (Z @ M).to(S.dtype)                                           # (..., d_r, r), (..., r, d_r)
 
     @staticmethod
     def backward(ctx, grad_Q, grad_P):                                          # dN P^T (.., d_r, r), Q^T dN (.., r, d_r)
-        Q, M, R, Z, top = ctx.saved_tensors
+        Q, M, R, Z, top = ctx.saved_tensors                     # top: of the spectrum of R
         dtype = Q.dtype
         wide = product_dtype(Q)
         Q = Q.to(wide)
@@ -142,7 +147,7 @@ class PolarFactor(torch.autograd.Function):
         X = grad_P.double()
         grad_Q = grad_Q.to(wide)
         Y = Z @ (X @ M.mT) @ Z                                                  # (..., r, r)
-        W = solve_lyapunov(R, (Y + Y.mT) / 2, top, ctx.damping)
+        W = solve_lyapunov(R, (Y + Y.mT) / 2, top, ctx.low)
         inside = (Z @ X - 2 * W @ M).to(wide)                                   # (..., r, d_r)
         L_inverse = inverse_cholesky(M @ M.mT)
         outside = (L_inverse.mT @ L_inverse @ M).to(wide)                       # (..., r, d_r)
@@ -195,9 +200,12 @@ def hidden_states(model, segments, mask, visible):
     if mask is not None:
         positions = torch.arange(1, L + 1, device=mask.device)
         lengths = (mask.bool() * positions).amax((0, 2)).tolist()
-    first, second, chunks, seen = [], [], [], {}
+    first = []                                                  # segments without an adapter
+    second = []                                                 # segments with one
+    chunks = []                                                 # segments that enter S
+    seen = {}                                                   # {segment: number of chunks that its adapter has read}
     for j in range(N):
-        seen[j] = sum(length > 0 for length in lengths[:visible[j]])            # chunks that segment j reads under
+        seen[j] = sum(length > 0 for length in lengths[:visible[j]])
         if lengths[j] > 0 and seen[j] == 0:
             first.append(j)
         elif lengths[j] > 0:
@@ -210,7 +218,8 @@ def hidden_states(model, segments, mask, visible):
     h_first = {}                                                # {block: {chunk: h}} of the first pass
 
     def split(H, among):
-        """{chunk: h (B, longest, d_h)} of the segments of a pass, from H (B among, L', d_h), the input of a block."""
+        """{chunk: h (B, longest, d_h)} from H (B among, L', d_h), the input of a block in a pass over the segments
+        `among`, the longest of which has L' tokens."""
         H = H.view(B, len(among), -1, d_h)                                      # (B, among, L', d_h)
         some = [j for j in among if j in chunks]                                # they come first
         h = model.generator.rms_norm(H[:, :len(some)])
@@ -271,10 +280,10 @@ def recompute(model, l, function, *inputs):
 
 def block_forward(model, l, lora, forward, H, *args, **kwargs):
     """AdaptedLM.block_forward in training: block l perhaps recomputed, its RMSNorms torch's own, one kernel on CUDA.
-    Theirs are eight, and keep an fp32 copy of H for the backward pass; the same in fp32, in bf16 rounded once where they
-    round twice. Gemma's norm is another formula."""
+    transformers' RMSNorm is eight kernels and keeps an fp32 copy of H for the backward pass; torch's gives the same in
+    fp32, and in bf16 rounds once where the other rounds twice."""
     norms = []
-    for module in model.blocks[l].modules():
+    for module in model.blocks[l].modules():            # not Gemma's norm, which scales by 1 + weight
         if type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
             norms.append((module, module.forward))
 

@@ -6,18 +6,19 @@ import random
 def other_contexts(parts, names, args, notes, first=None):
     """For each context the indices of --controls others that share no part with it, drawn at random.
 
-    parts: a set for each context, of its documents, sessions or tasks; names: what notes call it. All contexts get as
-    many others; one that shares a part with every other context gets none. The first `first` contexts are drawn before
-    the rest: they are read anyway.
+    parts: a set for each context, of its documents, sessions or tasks; names: what notes call it. All contexts get the
+    same number, that of the one with the fewest; one that shares a part with every other context gets none. Others are
+    drawn from the first `first` contexts before the rest: those are read anyway.
     """
     draw = random.Random(args.seed)
     order = list(range(len(parts)))
     others = []
     for own in parts:
         draw.shuffle(order)
-        near = sorted(order, key=lambda j: first is not None and j >= first)
-        apart = [j for j in near if not own & parts[j]]
-        others.append(apart[:args.controls])
+        apart = [j for j in order if not own & parts[j]]
+        near = [j for j in apart if first is None or j < first]
+        far = [j for j in apart if j not in near]
+        others.append((near + far)[:args.controls])
     alone = [name for name, some in zip(names[:first], others) if not some]
     if alone and "adapter-shuffled" in args.method:
         notes.append(f"adapter-shuffled: no other context but shares a part with {', '.join(alone)}: left out of the "

@@ -1,7 +1,7 @@
 """Fig. 4, 5, 6: MetaICL's 26 test tasks (its setting hr_to_lr, Table 4), learnt from k demonstrations.
 
-Read:    the first k of a training file's 16 examples in a seeded order, so that fewer are a part of more; each
-         demonstration seed has its file.
+Read:    the first k of a training file's 16 examples (the paper says of the development split's, the released code
+         takes these) in a seeded order, so that fewer are a part of more; each demonstration seed has its file.
 Asked:   the test items of seed 100, as in the released code: "Input: ..", to be continued after "Output:".
 Scored:  exact match but for case; nats of the output. A row for each task, then means over classification,
          non-classification and all tasks.
@@ -42,8 +42,8 @@ ZERO_SHOT_PROMPT = (
 METHODS = ["zero-shot", "few-shot", "few-shot-bare", "adapter", "adapter-shuffled"]
 PROMPTS = {
     "zero-shot": "{question}",
-    "zero-shot-instructed": ZERO_SHOT_PROMPT,               # only with --method
-    "few-shot": FEW_SHOT_PROMPT,
+    "zero-shot-instructed": ZERO_SHOT_PROMPT,               # the paper's zero-shot; only with --method
+    "few-shot": FEW_SHOT_PROMPT,                            # the paper's for Llama2
     "few-shot-bare": "{context}\n\n{question}",             # the paper's for Mistral
     "fine-tuned": "{question}",                             # only with --method
     "adapter": "{question}",

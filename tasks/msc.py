@@ -2,7 +2,8 @@
 
 Read:    the sessions of `previous_dialogs` and, where the row's own `dialog` is not empty, that last one; never
          `personas` and `summary_*`, which hold the answer.
-Asked:   `self_instruct` B, the bare question, under every method but full-conversation, which alone reads the text.
+Asked:   `self_instruct` B, the bare question; only full-conversation has the sessions in its prompt, with Fig. 7's
+         instruction, and closed-book-instructed an instruction alone.
 Scored:  the greedy answer against A; nats of A.
 Control: conversations that share no session with the question's own.
 
@@ -36,13 +37,14 @@ NEW_TOKENS = 20
 def load(source=SAMPLE, args=None):
     """Conversations of a file or hub id: [{"id", "span" or None, "sessions": [text of each], "question", "answer"}].
 
-    Turns alternate: "Speaker 1: " and "Speaker 2: " go before them unless they already begin with a name.
+    Turns alternate: "Speaker 1: " and "Speaker 2: ", anew in each session, go before them unless every turn of the row
+    already begins with a name.
     """
     rows = []
     for where, row in read_rows(source):
         dialogs = list(field(row, "previous_dialogs", list, where))
         if row.get("dialog"):
-            dialogs.append(row)
+            dialogs.append(row)                             # which has the form of a session, {"dialog": [...]}
         sessions = []
         for dialog in dialogs:
             turns = field(dialog, "dialog", list, where)
@@ -79,13 +81,13 @@ def settings(rows, model, tokenizer, args, notes):
     numbers = {}                                            # a question has one number under all spans
     asked = {}
     groups = {span: [] for span in spans}
-    for span, rows in spans.items():
-        parts = [set(row["sessions"]) for row in rows]
-        names = [row["id"] for row in rows]
+    for span, span_rows in spans.items():
+        parts = [set(row["sessions"]) for row in span_rows]
+        names = [row["id"] for row in span_rows]
         others = other_contexts(parts, names, args, notes, first=args.limit)
         clusters = overlapping(parts)
-        texts = ["\n\n".join(row["sessions"]) for row in rows]
-        for i, row in enumerate(rows[:args.limit]):
+        texts = ["\n\n".join(row["sessions"]) for row in span_rows]
+        for i, row in enumerate(span_rows[:args.limit]):
             key = (row["id"], row["question"], row["answer"])
             number = numbers.setdefault(key, len(numbers))
             question = {"number": number, "id": row["id"], "cluster": clusters[i], "question": row["question"],
@@ -100,7 +102,7 @@ def settings(rows, model, tokenizer, args, notes):
 
 
 def overlapping(parts):
-    """A label for each context, equal where contexts share a part, also by way of others. parts: a set for each."""
+    """A label for each context, one for those that share a part, directly or through others. parts: a set for each."""
     clusters = []
     for own in parts:
         merged = set(own)

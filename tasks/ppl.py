@@ -2,10 +2,10 @@
 
 Read:    the first L tokens of a document (--context-lengths, 1,024 by default).
 Asked:   nothing. Scored: the same L tokens (reconstruction) and the L after them (completion), exp of the mean over
-         documents of the token-mean nats; the first token of a target is none.
+         documents of the token-mean nats; the first token of each is not predicted.
 Control: the first L tokens of another document.
 
-Documents with fewer than 2 L tokens, of the longest L, are left out. Several checkpoints stand beside each other.
+Documents with fewer than 2 L tokens, of the longest L, are left out, so that all lengths have the same documents.
 """
 
 import itertools
@@ -74,6 +74,7 @@ def losses(model, method, context, document):
         if method == "in-context":
             ids = context + ids
         ids = torch.tensor([ids], device=model.base.device)                                 # (1, L or 2 L)
-        logits = model(ids, memory=memory)[0, -L:-1].float()                                # (L - 1, V)
-        record[name] = F.cross_entropy(logits, ids[0, 1 - L:]).item()
+        start = ids.shape[1] - L                            # of the target
+        logits = model(ids, memory=memory)[0, start:-1].float()                             # (L - 1, V)
+        record[name] = F.cross_entropy(logits, ids[0, start + 1:]).item()
     return record

@@ -30,7 +30,7 @@ CLOSED_BOOK_PROMPT = (                                      # the same, without 
 METHODS = ["closed-book", "in-context", "adapter", "adapter-shuffled"]
 PROMPTS = {
     "closed-book": "{question}",
-    "closed-book-instructed": CLOSED_BOOK_PROMPT,           # only with --method
+    "closed-book-instructed": CLOSED_BOOK_PROMPT,           # the paper's closed-book; only with --method
     "in-context": IN_CONTEXT_PROMPT,
     "adapter": "{question}",
     "adapter-shuffled": "{question}",
@@ -78,9 +78,9 @@ def settings(documents, model, tokenizer, args, notes):
     yield {"context_length": 0, "groups": 1}, closed_book, [(None, [], questions)]
     for length in args.context_lengths or CONTEXT_LENGTHS:
         count = min(math.ceil(total / length), len(documents))
-        parts = np.array_split(range(len(documents)), count)
+        parts = np.array_split(range(len(documents)), count)            # as many documents each
         contexts = ["\n\n".join(texts[i] for i in part) for part in parts]
-        names = [f"the only group of {length} tokens"] * count
+        names = [f"the only group of {length} tokens"] * count          # said where count is 1
         others = other_contexts([{g} for g in range(count)], names, args, notes)
         groups = []
         for g, part in enumerate(parts):
