@@ -86,8 +86,8 @@ def recall(prediction, gold):
 
 
 def rouge_l_recall(prediction, gold):
-    """Distinct words of the longest common subsequence over those of the gold, as the package of the released code counts;
-    0 if a side is empty."""
+    """Distinct words of the longest common subsequence over those of the gold, as the package of the released code
+    counts; 0 if a side is empty."""
     predicted = normalize_text(prediction).split()
     wanted = normalize_text(gold).split()
     if not predicted or not wanted:

@@ -10,8 +10,8 @@ Each decoder block's forward is wrapped, and each target linear carries a forwar
 wrapper asks a small function for the lora_A and lora_B of its block, given the block's input H; the hook adds
 x lora_A^T lora_B^T to the linear's output. With no pass under way the base is the base.
 
-What stands here and in generator.py is the plain form. The program computes norm, adapter, hidden_states, segment_losses
-and, in training, block_forward by their fast twins in support/fast.py; with model.plain = True by these.
+What stands here and in generator.py is the plain form. The program computes norm, adapter, hidden_states,
+segment_losses and, in training, block_forward by their fast twins in support/fast.py; with model.plain = True by these.
 """
 
 import contextlib
