@@ -156,8 +156,8 @@ class AdaptedLM(nn.Module):
 
     def segment_losses(self, segments, mask, visible, labels=None):
         """Next-token cross-entropy of the same pass: (nats summed (B, N) fp32, target tokens (B, N) long). labels
-        (B, N, L): -100 is no target, None takes every real token. The first token of a segment is never a target: nothing stands
-        before it (the paper's P(x_1, .., x_m) counts it)."""
+        (B, N, L): -100 is no target, None takes every real token. The first token of a segment is never a target:
+        nothing stands before it (the paper's P(x_1, .., x_m) counts it)."""
         if labels is None and mask is None:
             labels = segments
         elif labels is None:
