@@ -180,8 +180,8 @@ class AdaptedLM(nn.Module):
         1."""
         lora = self.lora_for(memory, input_ids)
         if input_ids.shape[1] > self.window:
-            raise InputError(f"a chunk of {input_ids.shape[1]} tokens is longer than the base's window of {self.window}: "
-                             "read the context with model.read(ids), chunk by chunk")
+            raise InputError(f"a chunk of {input_ids.shape[1]} tokens is longer than the base's window of "
+                             f"{self.window}: read the context with model.read(ids), chunk by chunk")
         tokens = torch.full((len(input_ids),), input_ids.shape[1])              # (B,)
         if mask is not None:
             if (mask[:, 1:].bool() & ~mask[:, :-1].bool()).any():
@@ -236,14 +236,12 @@ class AdaptedLM(nn.Module):
         if memory.fingerprint not in (None, self.generator.fingerprint()):
             raise InputError("the memory was written by another generator (its fingerprint differs): read the context "
                              "again with this one")
-        if memory.states.keys() != self.generator.by_name.keys():
-            raise InputError("the memory does not fit this generator: its target modules differ")
+        shapes = {name: S.shape[1:] for name, S in memory.states.items()}
+        if shapes != dict.fromkeys(self.generator.by_name, (self.config.d_r, self.config.d_r)):
+            raise InputError("the memory does not fit this generator: its target modules or its d_r differ")
         lora = {}
-        for name, S in memory.states.items():
-            if S.shape[1:] != (self.config.d_r, self.config.d_r):
-                raise InputError("the memory does not fit this generator: its d_r differs")
-            layer = self.generator.by_name[name]
-            S = S.to(self.base.device)
+        for name, layer in self.generator.by_name.items():
+            S = memory.states[name].to(self.base.device)
             lora[name] = layer.adapter(S) if self.plain else fast.adapter(layer, S)
         return lora
 

@@ -80,14 +80,12 @@ def read_fastlora(directory):
     path = os.path.join(directory, "adapter_config.json")
     config = read_json(path)
     with bad_input(f"{path}: missing or malformed field", KeyError, TypeError, ZeroDivisionError):
-        if config["peft_type"] != "FASTLORA":
-            raise InputError(f"{path}: peft_type is {config['peft_type']!r}, where only FASTLORA can be read")
-        if config["fastlora_merge"] != "pre-norm-sum":                 # the paper's S_t
-            raise InputError(f"{path}: fastlora_merge is {config['fastlora_merge']!r}, where only pre-norm-sum can be "
-                             "read")
-        if config["fastlora_inter_size"] not in (None, config["fastlora_r"]):                      # the paper's one d_r
-            raise InputError(f"{path}: fastlora_inter_size is {config['fastlora_inter_size']!r}, where only fastlora_r "
-                             "can be read")
+        known = {"peft_type": ["FASTLORA"],
+                 "fastlora_merge": ["pre-norm-sum"],                   # the paper's S_t
+                 "fastlora_inter_size": [None, config["fastlora_r"]]}  # and its one d_r
+        for key, values in known.items():
+            if config[key] not in values:
+                raise InputError(f"{path}: {key} is {config[key]!r}, where only {values[-1]} can be read")
         norm = config["fastlora_norm"]
         values = {"base": config.get("base_model_name_or_path"),
                   "d_r": config["fastlora_r"],
