@@ -274,7 +274,7 @@ def answer(model, tokenizer, task, questions, prompts, costs, memories=(None,), 
     records = []
     for b, question in enumerate(questions):
         each = [row[b] for row in nats]
-        past = costs[b].get("past", 0)                      # a context's KV cache is reused; an adapter counts as merged
+        past = costs[b].get("past", 0)                      # of a context, reused; an adapter counts as merged
         tokens = len(prompts[b]) - past + new_tokens[b]
         record = {**question, "gold": golds[b], "prediction": texts[b], "nats": None, "control_nats": each}
         if None not in each:
@@ -361,8 +361,8 @@ def in_context(model, tokenizer, task, template, context, questions, batch_size)
 
 
 def in_context_prompts(tokenizer, template, context, questions, most):
-    """(ids of a prompt for each question, tokens lost): where the longest prompt is more than `most` tokens, the context
-    loses its beginning, as in the paper, and for all questions alike, so that they share it."""
+    """(ids of a prompt for each question, tokens lost): where the longest prompt is more than `most` tokens, the
+    context loses its beginning, as in the paper, and for all questions alike, so that they share it."""
     lost = 0
     while True:
         prompts = [user_turn(tokenizer, template.format(context=context, **question)) for question in questions]
@@ -478,8 +478,8 @@ def read_predictions(path):
 
 
 def load_model(args):
-    """(AdaptedLM, tokenizer). Without --base it is the base that the checkpoint was trained for. Without --checkpoint it
-    is the shipped generator on the default base, on another one (as with --checkpoint none) an untrained one, with a
+    """(AdaptedLM, tokenizer). Without --base it is the base that the checkpoint was trained for. Without --checkpoint
+    it is the shipped generator on the default base, on another one (as with --checkpoint none) an untrained one, with a
     note. Fills in args.base and args.checkpoint."""
     if args.checkpoint is None:
         args.checkpoint = "none"
@@ -499,8 +499,8 @@ def load_model(args):
         pad_token_id=tokenizer.pad_token_id)
     if args.checkpoint != "none":
         return AdaptedLM.from_pretrained(base, args.checkpoint), tokenizer
-    print("NOTE: the generator is untrained (A1 = 0), so the adapter rows equal closed-book; train one with train.py and "
-          "name it with --checkpoint")
+    print("NOTE: the generator is untrained (A1 = 0), so the adapter rows equal closed-book; train one with train.py "
+          "and name it with --checkpoint")
     torch.manual_seed(args.seed)
     return AdaptedLM(base, GeneratorConfig()), tokenizer
 
@@ -531,7 +531,7 @@ def main(argv=None):
 
     rows = []
     memories = {}
-    closed_book = {}                                        # {task of MetaICL, else None: its records without a context}
+    closed_book = {}                                        # {task of MetaICL, else None: records}
     for setting, methods, groups in task.settings(data, model, tokenizer, args, notes):
         results = {}
         for method in args.method:

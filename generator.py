@@ -100,8 +100,8 @@ class LayerGenerator(nn.Module):
         """What a chunk adds to S, A2 H^T H B1 (eq. 1 to 3): h (..., L, d_h) as rms_norm gives it, mask (..., L) 1 for
         real tokens -> (..., d_r, d_r) fp32. The projections run in h's dtype, the sum over tokens in fp32: rounding S
         to bf16 moves norm(S) by percents."""
-        # S is a sum over tokens of outer products value key^T (not the base's attention). The gain scales A2 and B1, not
-        # h: the same product, and h then needs no backward pass for the gradient of g
+        # S is a sum over tokens of outer products value key^T (not the base's attention). The gain scales A2 and B1,
+        # not h: the same product, and h then needs no backward pass for the gradient of g
         values = h @ (self.A2 * self.g).to(h.dtype).mT                          # (..., L, d_r)
         keys = h @ (self.g[:, None] * self.B1).to(h.dtype)                      # (..., L, d_r)
         if mask is not None:
@@ -212,8 +212,8 @@ class AdapterGenerator(nn.Module):
 class Memory:
     """All that is kept of a context: S_t of every target layer, whatever its length.
 
-    states: {module name: S (B, d_r, d_r) fp32}, its rows A2's, its columns B1's; tokens: (B,) real tokens read; fingerprint: of the
-    generator that wrote it. Memories of different generators cannot be put together.
+    states: {module name: S (B, d_r, d_r) fp32}, its rows A2's, its columns B1's; tokens: (B,) real tokens read;
+    fingerprint: of the generator that wrote it. Memories of different generators cannot be put together.
     """
     states: dict
     tokens: torch.Tensor

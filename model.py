@@ -204,8 +204,9 @@ class AdaptedLM(nn.Module):
         return Memory(states, tokens, self.generator.fingerprint())
 
     def read(self, ids, memory=None):
-        """Memory of a context of any length, ids a list of at least one, read under memory: streamed in the fewest chunks
-        of at most config.chunk tokens, of one length but for the last, which may be shorter (the paper: 1,024 each)."""
+        """Memory of a context of any length, ids a list of at least one, read under memory: streamed in the fewest
+        chunks of at most config.chunk tokens, of one length but for the last, which may be shorter (the paper: 1,024
+        each)."""
         if isinstance(ids, str):
             raise InputError("read takes token ids, no text: model.read(context_ids(tokenizer, text))")
         if len(ids) == 0:

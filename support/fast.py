@@ -24,8 +24,8 @@ LEAST_DAMPING = 1e-4      # below it the gradient of svd_norm is rounding noise
 #
 # Let Q (d_r, r) be any orthonormal basis of the leading left directions of S: U_r = Q E, E orthogonal. Then the small
 # M = Q^T S = E Sigma_r V_r^T has the singular values and V of S, and its polar factor P = (M M^T)^(-1/2) M = E V_r^T
-# gives Q P = U_r V_r^T = norm(S): no SVD is needed, and in lora_B = s A1 Q, lora_A = P B2 (eq. 9) E cancels. Damped, P =
-# (M M^T + lambda^2)^(-1/2) M has f = sigma / sqrt(sigma^2 + lambda^2) for singular values, and is 0 where S is.
+# gives Q P = U_r V_r^T = norm(S): no SVD is needed, and in lora_B = s A1 Q, lora_A = P B2 (eq. 9) E cancels. Damped,
+# P = (M M^T + lambda^2)^(-1/2) M has f = sigma / sqrt(sigma^2 + lambda^2) for singular values, and is 0 where S is.
 #
 # The exact U_r would need the SVD of S. Q comes from a sketch S Omega, as in torch.svd_lowrank(S, niter=1), which the
 # released code calls. For a context of at most r tokens, rank(S) <= r, it is exact; beyond, the smallest of the r
@@ -90,8 +90,8 @@ def inverse_cholesky(gram):
 
 
 class PolarFactor(torch.autograd.Function):
-    """(S, Q, M, damping) -> (Q, P), P = Z M, M = Q^T S (r, d_r), Z = (M M^T + lambda^2)^(-1/2), lambda = damping sigma_1.
-    One implementation for CPU and CUDA: matrix products but for r x r factorisations, in float64.
+    """(S, Q, M, damping) -> (Q, P), P = Z M, M = Q^T S (r, d_r), Z = (M M^T + lambda^2)^(-1/2), lambda = damping
+    sigma_1. One implementation for CPU and CUDA: matrix products but for r x r factorisations, in float64.
 
     Z by coupled Newton-Schulz, T = (3 a I - a^3 Z R) / 2, R <- R T, Z <- T Z, with the a that is best for a spectrum
     known to lie in [damping, 1] sigma_1 (Chen and Chow 2014): 9 steps at damping 1e-2.
@@ -138,7 +138,7 @@ class PolarFactor(torch.autograd.Function):
         return Q, (Z @ M).to(S.dtype)                                           # (..., d_r, r), (..., r, d_r)
 
     @staticmethod
-    def backward(ctx, grad_Q, grad_P):                                          # dN P^T (.., d_r, r), Q^T dN (.., r, d_r)
+    def backward(ctx, grad_Q, grad_P):                                  # dN P^T (..., d_r, r), Q^T dN (..., r, d_r)
         Q, M, R, Z, top = ctx.saved_tensors                     # top: of the spectrum of R
         dtype = Q.dtype
         wide = product_dtype(Q)
@@ -307,8 +307,8 @@ def block_forward(model, l, lora, forward, H, *args, **kwargs):
 
 
 def losses(lm_head, hidden, labels):
-    """Next-token cross-entropy of hidden (B, N, L, d_h) on labels (B, N, L), -100 where there is no target: (nats summed
-    (B, N) fp32, target tokens (B, N)). Only targets go through lm_head."""
+    """Next-token cross-entropy of hidden (B, N, L, d_h) on labels (B, N, L), -100 where there is no target: (nats
+    summed (B, N) fp32, target tokens (B, N)). Only targets go through lm_head."""
     targets = labels[:, :, 1:]                                                  # (B, N, L-1)
     scored = targets != -100
     index = scored.flatten().nonzero().squeeze(1)                               # (T,)

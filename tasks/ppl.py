@@ -55,7 +55,8 @@ def settings(rows, model, tokenizer, args, notes):
     for L in lengths:
         groups = []
         for i, ids in enumerate(documents):
-            target = {"number": i, "cluster": f"{i} of {longest}", "reconstruction": ids[:L], "completion": ids[L:2 * L]}
+            target = {"number": i, "cluster": f"{i} of {longest}",              # the documents depend on the longest
+                      "reconstruction": ids[:L], "completion": ids[L:2 * L]}
             groups.append((ids[:L], [documents[others[i][0]][:L]], [target]))
         setting = {"context_length": L} if args.context_lengths else {}
         yield setting, METHODS, groups
