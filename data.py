@@ -13,12 +13,12 @@ Shapes: B rows of a batch, N segments of a pass, C context chunks of a row, L to
 """
 
 import argparse
-import functools
 import hashlib
+import itertools
 import json
 import math
 import os
-import platform
+import tempfile
 from random import Random
 from typing import NamedTuple
 
@@ -28,7 +28,7 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from support.bases import DEFAULT_BASE, locate_base, tokenizer_at
-from support.files import CACHE, InputError, bad_input, is_file_source, read_rows, run_command
+from support.files import CACHE, InputError, bad_input, count_rows, read_rows, run_command, stamps
 from support.text import apply_template, context_ids, document_marks, tokenize, user_turn
 
 # MetaICL is not among them: give its files
@@ -41,6 +41,7 @@ TEXT_SHARE = 3 / 8        # of the rows of an instruction batch: texts, where th
 DEMONSTRATIONS = 64       # of a task, at most
 QUERIES = 4               # of a task, at most
 ITEMS_A_UNIT = 20         # an epoch comes to a task once for each 20 of its items
+PACKED = 512              # documents tokenised at once
 
 
 class Batch(NamedTuple):
@@ -87,20 +88,6 @@ def demonstration(text, output):
     return f"Input: {text}\nOutput: {output}".rstrip()
 
 
-def read_document(row, where):
-    """(context, [(question, [answers])]) of a row, without questions and answers that are empty."""
-    with bad_input(f"{where}: a field of the instruction data is missing or malformed (answers are a text or a list)"):
-        context, found = question_answers(row, where)
-        pairs = []
-        for question, answers in found:
-            if isinstance(answers, str):
-                answers = [answers]
-            answers = [answer for answer in answers if answer.strip()]
-            if question.strip() and answers:
-                pairs.append((question.strip(), answers))
-        return context.strip() and context, pairs
-
-
 def question_answers(row, where):
     """(context, [(question, answers)]) of a row, answers a text or a list. Its fields tell which set it is from."""
     if "qas" in row:                                                           # this project's own
@@ -122,6 +109,8 @@ def question_answers(row, where):
         return row["chapter"], [("Write a summary of the text.", row["summary_text"])]
     if "prompt" in row:                                                        # PwC
         return row["input"], [(row["prompt"], row["answer"])]
+    if "text" in row:                                                          # nothing is asked
+        return row["text"], []
     if "context" not in row or "question" not in row:
         raise InputError(f"{where}: the fields {', '.join(row)} are not of a known instruction set: give context and "
                          "qas [{question, answers}], or task, input and output")
@@ -131,47 +120,33 @@ def question_answers(row, where):
     return row["context"], [(row["question"], answers)]
 
 
-def read_example(row, where):
-    """(input, [outputs]) of a row of a task, in the manner of MetaICL or Super-NaturalInstructions."""
-    outputs = row.get("output")
-    if not isinstance(outputs, list):
-        outputs = [outputs]
-    texts = [row["task"], row.get("definition") or "", row.get("input"), *outputs]
-    if not outputs or not all(isinstance(text, str) for text in texts):
-        raise InputError(f"{where}: 'task', 'input', 'output' and 'definition' must be texts, 'output' one or a list")
-    return row["input"], outputs
-
-
 def load_instructions(sources):
     """(documents, tasks): [(source, context, [(question, [answers])])], rows of one context joined, and {task:
     (definition, [(input, [outputs])])}. A source is the set that a row names as its "dataset", else the file."""
     documents, tasks = {}, {}
     for source in sources:
         for where, row in tqdm(read_rows(source), unit="row", desc=os.path.basename(source), leave=False):
-            if "task" in row:
-                example = read_example(row, where)
-                _, examples = tasks.setdefault(row["task"], (row.get("definition") or "", []))
-                examples.append(example)
-                continue
-            context, pairs = read_document(row, where)
-            name = row.get("dataset")
-            if not isinstance(name, str):
-                name = source
-            if context and pairs:
-                documents.setdefault((name, context), []).extend(pairs)
+            with bad_input(f"{where}: a field is missing or malformed (answers and output are a text or a list)"):
+                if "task" in row:
+                    outputs = row["output"]
+                    if isinstance(outputs, str):
+                        outputs = [outputs]
+                    definition = row.get("definition") or ""
+                    "".join([row["task"], definition, row["input"], outputs[0], *outputs])      # all are texts
+                    _, examples = tasks.setdefault(row["task"], (definition, []))
+                    examples.append((row["input"], outputs))
+                    continue
+                context, asked = question_answers(row, where)
+                if not context.strip():
+                    continue
+                pairs = documents.setdefault((row.get("dataset") or source, context), [])
+                for question, answers in asked:
+                    if isinstance(answers, str):
+                        answers = [answers]
+                    answers = [answer for answer in answers if answer.strip()]
+                    if question.strip() and answers:
+                        pairs.append((question.strip(), answers))
     return [(name, context, pairs) for (name, context), pairs in documents.items()], tasks
-
-
-def load_texts(sources):
-    """Texts of documents, each once: the field "text", or the context of a row with questions."""
-    texts = {}
-    for source in sources:
-        for where, row in read_rows(source):
-            text = row.get("text")
-            if not isinstance(text, str):
-                text, _ = read_document(row, where)
-            texts[text] = True
-    return list(texts)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -182,7 +157,6 @@ class Example(NamedTuple):
     context: list              # ids of the context
     ids: list                  # ids of questions and answers in the chat template
     labels: list               # ids of the answers, -100 elsewhere
-    texts: frozenset           # the documents or demonstrations in the context
 
 
 def conversation(tokenizer, pairs, limit):
@@ -267,19 +241,22 @@ def context_length(limit, random):
     return int(math.exp(random.uniform(low, math.log(limit + 1))))
 
 
-def instruction_example(tokenizer, documents, tasks, unit, chunk, chunks, random):
-    """Example of a unit, which is the index of a document or the name of a task: a context of up to chunks x chunk
-    tokens (see context_length) and a conversation about it. A document that is longer than the length drawn stands
-    there whole. Texts are joined by blank lines and raw, as in evaluation."""
-    length = context_length(chunks * chunk, random)
+def instruction_example(tokenizer, documents, tasks, unit, args, *numbers):
+    """Example of a unit, which is the index of a document or the name of a task: a context of up to args.chunks x
+    args.chunk tokens (see context_length) and a conversation about it. A document that is longer than the length drawn
+    stands there whole. Texts are joined by blank lines and raw, as in evaluation. args.seed and the numbers alone decide
+    what is drawn."""
+    random = np.random.default_rng((args.seed, *numbers))
+    limit = args.chunks * args.chunk
+    length = context_length(limit, random)
     if isinstance(unit, str):
         texts, pairs = task_context(tokenizer, *tasks[unit], length, random)
     else:
         texts, pairs = document_context(tokenizer, documents, unit, length, random)
-    context = context_ids(tokenizer, "\n\n".join(texts))[:chunks * chunk]
+    context = context_ids(tokenizer, "\n\n".join(texts))[:limit]
     asked = [(question, answers[random.integers(len(answers))]) for question, answers in pairs]
-    ids, labels = conversation(tokenizer, asked, max(chunk, CONVERSATION))
-    return Example(context, ids, labels, frozenset(texts))
+    ids, labels = conversation(tokenizer, asked, max(args.chunk, CONVERSATION))
+    return Example(context, ids, labels)
 
 
 def instruction_batch(examples, pad, chunk):
@@ -290,8 +267,8 @@ def instruction_batch(examples, pad, chunk):
     C = max(len(chunks) for chunks in contexts)
     L = max(max(len(chunks[0]), len(example.ids)) for chunks, example in zip(contexts, examples))
     segments = torch.full((B, C + 1, L), pad)
-    mask = torch.zeros(B, C + 1, L, dtype=torch.long)
-    labels = torch.full((B, C + 1, L), -100)
+    mask = torch.zeros_like(segments)
+    labels = torch.full_like(segments, -100)
     for b, example in enumerate(examples):
         for j, ids in [*enumerate(contexts[b]), (C, example.ids)]:
             segments[b, j, :len(ids)] = torch.tensor(ids)
@@ -314,10 +291,9 @@ class PretrainingData:
         if args.validation:
             held_out = open_tokens(args.validation, tokenizer)
         else:
-            end = max(len(self.tokens) - args.eval_sequences * self.length, 0)
+            end = -args.eval_sequences * self.length
             held_out = self.tokens[end:]
             self.tokens = self.tokens[:end]
-        self.batch(0)                                   # too little text: say so before anything is written
         n = min(args.eval_sequences, len(held_out) // self.length)
         if n < 2:
             raise InputError(f"validation needs at least 2 sequences of {self.length} tokens, the text gives {n}: give "
@@ -327,226 +303,177 @@ class PretrainingData:
             start = i * (len(held_out) - self.length) // (n - 1)
             rows[i] = held_out[start:start + self.length]
         self.validation = doubled(torch.from_numpy(rows), args.chunks)
-        self.controls = [(i + n // 2) % n for i in range(n)]                     # neighbours may be alike
         self.about = f"{len(self.tokens) / 1e6:.2f} M tokens"
 
-    def batch(self, step):
-        """The global batch of a step."""
+    def batches(self, step):
+        """Yield the global batches of this step and all later ones."""
         args = self.args
-        tokens = sequences(self.tokens, self.length, step * args.batch, args.batch, args.seed)      # (B, C L)
-        batch = doubled(tokens, args.chunks)
-        if args.objective == "completion":              # the second half trains nothing: the pass leaves padding out
-            batch.mask[:, args.chunks:] = 0
-        return batch
+        stream = sequences(self.tokens, self.length, step * args.batch, args.seed)
+        while True:
+            rows = list(itertools.islice(stream, args.batch))
+            batch = doubled(torch.stack(rows), args.chunks)
+            if args.objective == "completion":          # the second half trains nothing: the pass leaves padding out
+                batch.mask[:, args.chunks:] = 0
+            yield batch
 
 
 class InstructionData:
-    """Contexts of up to chunks x chunk tokens, each with a conversation about it; validation asks about documents.
-    With args.documents, three rows of eight are texts of up to a chunk to reconstruct, so that questions do not undo
-    the memory."""
+    """Contexts of up to chunks x chunk tokens, each with a conversation about it; validation asks about documents. An
+    epoch has a unit for every document, and one for each 20 examples of a task. With args.documents, three rows of
+    eight are texts of up to a chunk to reconstruct, so that questions do not undo the memory."""
 
     def __init__(self, args, tokenizer):
         self.args = args
         self.tokenizer = tokenizer
         self.text_rows = 0
+        self.text = None
         if args.documents:
             self.text_rows = round(TEXT_SHARE * args.batch)
             self.text = open_tokens(args.documents, tokenizer)
-            sequences(self.text, args.chunk, 0, 1, args.seed)       # too little text: say so before anything is written
         self.question_rows = args.batch - self.text_rows
 
-        limit = args.chunks * args.chunk
         documents, self.tasks = load_instructions(args.data)
-        self.documents = short_enough(documents, tokenizer, limit)
-        self.about = (f"{len(self.documents)} of {len(documents)} documents, others are longer than {limit} tokens; "
-                      f"{len(self.tasks)} tasks")
-        Random(args.seed).shuffle(self.documents)
-        held_out = self.documents[:args.eval_sequences]
-        if args.validation:
-            documents, _ = load_instructions(args.validation)
-            held_out = short_enough(documents, tokenizer, limit)
-        else:
+        held_out, _ = load_instructions(args.validation or [])
+        self.documents = usable(documents, tokenizer, args)
+        held_out = usable(held_out, tokenizer, args)
+        self.about = f"{len(self.documents)} of {len(documents)} documents can be used, {len(self.tasks)} tasks"
+        if not args.validation:
+            held_out = self.documents[:args.eval_sequences]
             del self.documents[:args.eval_sequences]
-        Random(args.seed).shuffle(held_out)
-        self.units = instruction_units(self.documents, self.tasks)
+        self.units = list(range(len(self.documents)))
+        for task, (_, examples) in self.tasks.items():
+            if len(examples) > 1:
+                self.units += [task] * math.ceil(len(examples) / ITEMS_A_UNIT)
         self.steps_per_epoch = len(self.units) / self.question_rows
 
-        items = []
-        for k in range(min(args.eval_sequences, len(held_out))):
-            item = self.example(held_out, k, 2, k)
-            if any(label != -100 for label in item.labels[1:]):     # else the question fills the segment
-                items.append(item)
-        if len(items) < 2 or not self.units:
+        half = min(args.eval_sequences, len(held_out)) // 2
+        if half == 0 or not self.units:
             raise InputError(f"need 1 unit to train on, 2 documents to validate on, found {len(self.units)}, "
-                             f"{len(items)} of at most {limit} tokens: give more data, --validation, longer --chunks, "
-                             "fewer --eval-sequences")
+                             f"{len(held_out)} of at most {args.chunks} x {args.chunk} tokens: give more data, "
+                             "--validation, longer --chunks, fewer --eval-sequences")
+        items = []
+        for side in (held_out[:half], held_out[half:2 * half]):     # an item and its control share no document
+            for k in range(half):
+                items.append(instruction_example(tokenizer, side, self.tasks, k, args, 2, len(items)))
         self.validation = instruction_batch(items, tokenizer.pad_token_id, args.chunk)
-        self.controls = control_items([item.texts for item in items])
-        lone = self.controls.count(None)
-        self.about += f"; {lone} of {len(items)} validation items without a control of other documents"
 
-    def example(self, documents, unit, *numbers):
-        """Example of a unit; seed and numbers alone decide what is drawn."""
+    def batches(self, step):
+        """Yield the global batches of this step and all later ones: rows of questions, then rows of texts."""
         args = self.args
-        random = np.random.default_rng((args.seed, *numbers))
-        return instruction_example(self.tokenizer, documents, self.tasks, unit, args.chunk, args.chunks, random)
-
-    def batch(self, step):
-        """The global batch of a step: rows of questions, then rows of texts."""
-        args = self.args
-        examples = []
-        for i in range(step * self.question_rows, (step + 1) * self.question_rows):
-            epoch, k = divmod(i, len(self.units))
-            order = epoch_order(len(self.units), 1, args.seed, epoch)
-            examples.append(self.example(self.documents, self.units[order[k]], 1, i))
-        for i in range(step * self.text_rows, (step + 1) * self.text_rows):
-            ids = sequences(self.text, args.chunk, i, 1, args.seed)[0].tolist()
-            length = context_length(args.chunks * args.chunk, np.random.default_rng((args.seed, 3, i)))
-            ids = ids[:length]
-            examples.append(Example(context=ids, ids=ids, labels=ids, texts=frozenset()))
-        return instruction_batch(examples, self.tokenizer.pad_token_id, args.chunk)
+        units = sequences(np.arange(len(self.units)), 1, step * self.question_rows, args.seed)
+        texts = sequences(self.text, args.chunk, step * self.text_rows, args.seed)
+        while True:
+            examples = []
+            for i in range(step * self.question_rows, (step + 1) * self.question_rows):
+                unit = self.units[next(units)]
+                examples.append(instruction_example(self.tokenizer, self.documents, self.tasks, unit, args, 1, i))
+            for i in range(step * self.text_rows, (step + 1) * self.text_rows):
+                length = context_length(args.chunks * args.chunk, np.random.default_rng((args.seed, 3, i)))
+                ids = next(texts).tolist()[:length]
+                examples.append(Example(context=ids, ids=ids, labels=ids))
+            yield instruction_batch(examples, self.tokenizer.pad_token_id, args.chunk)
+            step += 1
 
 
-def short_enough(documents, tokenizer, limit):
-    """The documents of up to limit tokens: the end of a longer one would be cut off, and some answers with it."""
-    first, _ = document_marks(tokenizer)
-    encoded = tokenize(tokenizer, [text for _, text, _ in documents])
-    kept = []
-    for document, ids in zip(documents, encoded):
-        if len(first + ids) <= limit:
-            kept.append(document)
-    return kept
-
-
-def instruction_units(documents, tasks):
-    """The units of an epoch: the index of every document, and the name of a task once for each 20 of its examples."""
-    units = list(range(len(documents)))
-    for task, (_, examples) in tasks.items():
-        if len(examples) > 1:
-            units += [task] * math.ceil(len(examples) / ITEMS_A_UNIT)
-    return units
-
-
-def control_items(texts):
-    """For each item the index of another whose context shares no text with its own, None where each shares one. texts:
-    those in each item's context, as sets. Neighbours may be alike: item i takes from i + n/2 on."""
-    n = len(texts)
-    controls = []
-    for i in range(n):
-        control = None
-        for j in range(i + n // 2, i + n // 2 + n):
-            if not texts[i] & texts[j % n]:
-                control = j % n
-                break
-        controls.append(control)
-    return controls
+def usable(documents, tokenizer, args):
+    """The documents with questions, of up to args.chunks x args.chunk tokens, shuffled: a longer one's end, and answers
+    with it, would be cut off."""
+    found = []
+    for document in documents:
+        _, context, pairs = document
+        if pairs and len(context_ids(tokenizer, context)) <= args.chunks * args.chunk:
+            found.append(document)
+    Random(args.seed).shuffle(found)
+    return found
 
 
 # --------------------------------------------------------------------------------------------------------------------
 # packing: text -> one memory-mapped token file, and sequences out of it
 
 
-def tokenizer_facts(tokenizer):
-    """What tells two tokenizers apart: a token file belongs to one."""
+def open_tokens(sources, tokenizer, path=None):
+    """Memory-mapped tokens (T,) of sources: a packed .bin file as it is, anything else packed once, into path or CACHE.
+    A token file belongs to one tokenizer."""
     probe = tokenizer("The quick brown fox, 1234.", add_special_tokens=False)["input_ids"]
-    return {"vocabulary": len(tokenizer), "probe": probe, "marks": list(document_marks(tokenizer))}
-
-
-def pack(sources, tokenizer, path):
-    """Tokenise every document of sources into one flat file of uint16 (uint32 for a vocabulary beyond 65,536) and a
-    .json beside it. Rows whose text is null are left out and counted. The token file is written aside and renamed; one
-    document is in memory at a time."""
-    facts = tokenizer_facts(tokenizer)
-    before, after = facts["marks"]
-    dtype = "uint32"
+    facts = {"vocabulary": len(tokenizer), "probe": probe, "marks": list(document_marks(tokenizer)), "dtype": "uint32"}
     if len(tokenizer) <= 65_536:
-        dtype = "uint16"
-    documents, tokens, null, empty = 0, 0, 0, True
-    part = f"{path}.{platform.node()}.{os.getpid()}.part"      # machines may share the directory
-    try:
-        with open(part, "wb") as file:
-            for source in sources:
-                for where, row in tqdm(read_rows(source), unit="doc", desc=f"packing {source}"):
+        facts["dtype"] = "uint16"
+    if len(sources) == 1 and sources[0].endswith(".bin"):
+        path = sources[0]
+    elif path is not None:
+        pack(sources, tokenizer, facts, path)
+    else:
+        files = [stamps(source) for source in sources]
+        key = hashlib.sha256(json.dumps([facts, sources, files]).encode()).hexdigest()[:16]
+        path = os.path.join(CACHE, key + ".bin")
+        os.makedirs(CACHE, exist_ok=True)
+        with FileLock(path + ".lock"):                  # one process of a machine packs, the others wait for it
+            if not os.path.isfile(path):
+                pack(sources, tokenizer, facts, path)
+
+    with bad_input(f"{path} is not a packed token file"), open(path + ".json") as file:
+        packed = json.load(file)
+        tokens = np.memmap(path, dtype=facts["dtype"], mode="r")
+        facts["tokens"] = len(tokens)
+        if packed | facts != packed:
+            raise InputError(f"{path}: the token file is cut short or was packed with another tokenizer; pack it again")
+    return tokens
+
+
+def pack(sources, tokenizer, facts, path):
+    """Tokenise every document of sources into one flat file, uint16 where the vocabulary fits, and a .json with the
+    facts beside it. Rows whose text is null are left out and counted. The token file is written aside and renamed;
+    PACKED documents are in memory at a time."""
+    before, after = facts["marks"]
+    tokens = 0
+    null = 0
+    total = sum(count_rows(source) or 0 for source in sources)
+    rows = itertools.chain.from_iterable(map(read_rows, sources))
+    with tempfile.TemporaryDirectory(dir=os.path.dirname(path) or ".") as part:
+        part = os.path.join(part, "tokens")
+        with open(part, "wb") as file, tqdm(rows, total=total or None, unit="row", desc="packing") as bar:
+            rows = iter(bar)
+            some = list(itertools.islice(rows, PACKED))
+            while some:
+                texts = []
+                for where, row in some:
                     text = row.get("text")
                     if text is None and "text" in row:
                         null += 1
                         continue
                     if not isinstance(text, str):
                         raise InputError(f"{where}: field 'text' is missing or is not a text")
-                    ids = tokenize(tokenizer, [text])[0]
-                    empty = empty and not ids
+                    texts.append(text)
+                for ids in tokenize(tokenizer, texts):
                     ids = before + ids + after
-                    np.array(ids, dtype=dtype).tofile(file)
+                    np.array(ids, dtype=facts["dtype"]).tofile(file)
                     tokens += len(ids)
-                    documents += 1
-        if empty:
-            raise InputError(f"{', '.join(sources)}: no text to pack")
-        facts |= {"dtype": dtype, "tokens": tokens, "documents": documents, "sources": sources}
+                some = list(itertools.islice(rows, PACKED))
         with open(path + ".json", "w") as file:
-            json.dump(facts, file)
+            json.dump({**facts, "tokens": tokens, "sources": sources}, file)
         os.replace(part, path)
-    finally:
-        if os.path.exists(part):
-            os.remove(part)
     if null:
         print(f"{null} rows whose text is null were left out")
 
 
-def load_tokens(path, tokenizer):
-    """The token file as a read-only memory map (tokens,)."""
-    with bad_input(f"{path} is not a packed token file"), open(path + ".json") as file:
-        meta = json.load(file)
-        if meta["dtype"] not in ("uint16", "uint32"):
-            raise ValueError(f"dtype {meta['dtype']!r}")
-        tokens = np.memmap(path, dtype=meta["dtype"], mode="r")
-    facts = {"tokens": len(tokens), **tokenizer_facts(tokenizer)}
-    if any(meta.get(key) != value for key, value in facts.items()):
-        raise InputError(f"{path}: the token file is cut short or was packed with another tokenizer; pack it again")
-    return tokens
-
-
-def open_tokens(sources, tokenizer):
-    """Memory-mapped tokens of sources: a .bin file as it is, anything else packed once into CACHE."""
-    if len(sources) == 1 and sources[0].endswith(".bin"):
-        return load_tokens(sources[0], tokenizer)
-    facts = [tokenizer_facts(tokenizer)]
-    for source in sources:
-        if os.path.isfile(source):
-            facts += [os.path.abspath(source), os.path.getsize(source), os.path.getmtime(source)]
-        elif is_file_source(source):
-            raise InputError(f"{source}: no such file")
-        else:
-            facts.append(source)
-    key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
-    path = os.path.join(CACHE, key + ".bin")
-    os.makedirs(CACHE, exist_ok=True)
-    with FileLock(path + ".lock"):                      # one process of a machine packs, the others wait for it
-        if not os.path.isfile(path):
-            pack(sources, tokenizer, path)
-    return load_tokens(path, tokenizer)
-
-
-@functools.lru_cache(maxsize=2)
-def epoch_order(n_tokens, length, seed, epoch):
-    """Starts of one epoch's sequences, shuffled, from a fresh offset below length. With length 1, a permutation."""
-    random = np.random.default_rng((seed, epoch))
-    offset = int(random.integers(length))
-    return offset + length * random.permutation((n_tokens - length + 1) // length)
-
-
-def sequences(tokens, length, first, count, seed):
-    """Training sequences first .. first+count-1 of the endless stream of epochs: (count, length) long.
-    Sequence i is the same for any number of processes, so the data position is one integer."""
+def sequences(tokens, length, first, seed):
+    """Yield the training sequences (length,) from number `first` on of the endless stream of epochs: each shuffles
+    tokens (T,) cut into pieces, from a fresh offset below length. Sequence i is the same for any number of processes,
+    so the data position is one integer."""
     per_epoch = (len(tokens) - length + 1) // length                           # as many as fit at any offset
     if per_epoch < 1:
         raise InputError(f"the training text has {len(tokens)} tokens, fewer than two sequences of {length}: give more "
                          "text or a shorter --chunk or --chunks (without --validation, --eval-sequences are held out)")
-    rows = np.empty((count, length), dtype=np.int64)
-    for i in range(count):
-        epoch, k = divmod(first + i, per_epoch)
-        start = epoch_order(len(tokens), length, seed, epoch)[k]
-        rows[i] = tokens[start:start + length]
-    return torch.from_numpy(rows)
+    epoch, done = divmod(first, per_epoch)
+    while True:
+        random = np.random.default_rng((seed, epoch))
+        offset = random.integers(length)
+        for k in random.permutation(per_epoch)[done:]:
+            start = offset + length * k
+            piece = tokens[start:start + length].astype(np.int64)
+            yield torch.from_numpy(piece)
+        epoch += 1
+        done = 0
 
 
 def main():
@@ -559,7 +486,7 @@ def main():
     if written or not args.out.endswith(".bin") or not os.path.isdir(os.path.dirname(args.out) or "."):
         raise InputError(f"--out {args.out}: name a new file ending in .bin, in a directory that exists")
     path, options = locate_base(args.base)
-    pack(args.sources, tokenizer_at(args.base, path, **options), args.out)
+    open_tokens(args.sources, tokenizer_at(args.base, path, **options), args.out)
 
 
 if __name__ == "__main__":

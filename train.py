@@ -14,33 +14,42 @@ of a segment.
 """
 
 import argparse
+import ctypes
+import itertools
 import json
 import math
 import os
+import re
+import shutil
 import signal
+import sys
 import time
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import save_file
 from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
+from tqdm import tqdm
 
 from data import TABLE_3, InstructionData, PretrainingData, sequences
 from generator import NORMS, GeneratorConfig
 from model import DEFAULT_BASE, AdaptedLM, load_base
-from support.checkpoints import checkpoints, cut_log, load_checkpoint, save_checkpoint, share_state
-from support.files import InputError, make_directory, run_command
-from support.machine import peak_memory, prepare_cpu
+from support.files import InputError, make_directory, read_json, read_safetensors, run_command
 
 CLIP = 1.0                # largest gradient norm (appendix B)
 WEIGHT_DECAY = 0.01       # AdamW's (appendix B)
 MAX_SKIPPED = 10          # steps in a row without a finite gradient before the run gives up
+KEPT = 2                  # the newest checkpoints that a run keeps
 SHAPE = ("d_r", "rank", "scale", "targets")             # of a generator: a --checkpoint decides them
 NOT_OF_STAGE = {
     "pretrain": ["documents", "epochs"],
     "instruct": ["objective", "init"],
     "finetune": ["objective", "init", "checkpoint", "resume", "steps", "chunk", "chunks", "micro_batch", "warmup",
                  "norm", "damping", "eval_every", "save_every", *SHAPE]}
+# flags that a resumed run may change: they change no result, but for rounding
+FREE = ("out", "resume", "micro_batch", "device", "checkpointing", "eval_every", "save_every")
 
 
 def loss_weights(labels, C, objective):
@@ -66,13 +75,16 @@ def learning_rate(args, step):
 
 
 def train(args):
-    check_sources(args)
     rank = int(os.environ.get("RANK", 0))               # torchrun sets these three
     world = int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if torch.cuda.is_available() and args.device in (None, "cuda"):
         args.device = f"cuda:{local_rank}"
         torch.cuda.set_device(local_rank)
+    saved = checkpoints(args.out)
+    if saved and not args.resume:
+        raise InputError(f"--out {args.out} already holds checkpoints: add --resume to continue that run, or name "
+                         "another directory")
 
     base, tokenizer = load_base(args.base, args.dtype and getattr(torch, args.dtype), args.device)
     device = base.device
@@ -85,7 +97,8 @@ def train(args):
     model.checkpointing = args.checkpointing
     if args.batch % world:
         raise InputError(f"--batch {args.batch} must be a multiple of the {world} processes")
-    prepare_cpu(base, args.chunk)
+    if device.type == "cpu" and args.dtype == "bfloat16" and args.chunk <= 256:
+        base.set_attn_implementation("eager")           # the backward pass of the fused attention is far slower
     if device.type == "cuda" and args.dtype == "bfloat16":
         # holds the bf16 factors of S exactly; norm avoids it
         torch.backends.cuda.matmul.fp32_precision = "tf32"
@@ -96,6 +109,7 @@ def train(args):
         args.steps = args.steps or max(1, int((args.epochs or 2) * data.steps_per_epoch))
     else:
         data = PretrainingData(args, tokenizer)
+    next(data.batches(0))                               # too little text: say so before anything is written
     often = min(200, max(1, args.steps // 4))
     args.eval_every = args.eval_every or often
     args.save_every = args.save_every or often
@@ -104,10 +118,7 @@ def train(args):
 
     parameters = list(model.generator.parameters())
     layers = model.generator.layers
-    beta2 = 0.999
-    if not is_wide(base):
-        beta2 = 0.98                                    # for runs of a few hundred steps
-    betas = (0.9, beta2)
+    betas = (0.9, args.beta2)
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=betas, weight_decay=WEIGHT_DECAY, fused=True)
     for p in parameters:                                # as its first step would make it; a checkpoint fills it
         p.grad = torch.zeros_like(p)
@@ -116,43 +127,49 @@ def train(args):
             "exp_avg": torch.zeros_like(p),
             "exp_avg_sq": torch.zeros_like(p)}
 
-    step, tokens = 0, 0
+    step = 0
     if rank == 0:                                       # it alone may have the directory
         make_directory(args.out)
-        if checkpoints(args.out):
-            step, tokens = load_checkpoint(checkpoints(args.out)[-1], args, model, optimizer)
+        if saved:
+            step = load_checkpoint(saved[-1], args, model, optimizer)
         elif args.init == "aligned" and args.checkpoint is None:
             from extras.aligned import aligned_start
             length = min(128, (len(data.tokens) + 1) // 2)      # a short text has two sequences of these
-            aligned_start(model, sequences(data.tokens, length, 0, 96, args.seed).split(16))
+            texts = itertools.islice(sequences(data.tokens, length, 0, args.seed), 96)
+            aligned_start(model, torch.stack(list(texts)).split(16))
         cut_log(os.path.join(args.out, "log.jsonl"), step)
         cut_log(os.path.join(args.out, "validation.jsonl"), step - 1)
         print(f"{args.base}, {args.dtype}, {device}; {data.about}; steps of {args.batch} x {args.chunks} x {args.chunk} "
               f"tokens, from step {step}; processes: {world}", flush=True)
-    if world > 1:
-        step, tokens = share_state(optimizer, [step, tokens])
+    if world > 1:                                       # process 0's weights, moments and place in the data
+        place = torch.tensor(step, device=device)
+        state = model.generator.state_dict() | moments(model, optimizer)
+        for t in (place, *state.values()):
+            dist.broadcast(t, 0)
+        step = place.item()
 
     stopping = []
     for kind in (signal.SIGTERM, signal.SIGINT):
         signal.signal(kind, lambda number, frame: stopping.append(number))
     stop, skipped = False, 0
     mine = range(args.batch)[rank::world]               # rows of the global batch
+    batches = data.batches(step)
+    bar = tqdm(total=args.steps, initial=step, unit="step", disable=rank != 0)
     while True:
         if (step % args.eval_every == 0 or step == args.steps) and not stop:
-            losses = validate(args, model, data, rank, world)
+            losses = validate(args, model, data.validation, rank, world)
             if rank == 0:
-                report_validation(args, step, losses)
+                report(args, step, losses)
         if step == args.steps or stop:
             break
 
         began = time.time()
-        batch = data.batch(step)                                # (B, N, L), the same on every process
+        batch = next(batches)                                   # (B, N, L), the same on every process
         C = int(batch.visible.max())
         weights = loss_weights(batch.labels, C, args.objective)         # (B, N)
         no_weight = weights[:, :, None] == 0
         targets = batch.labels.masked_fill(no_weight, -100)             # no lm_head for them
-        # losses of reconstruction, answers and completion; tokens read; processes to stop; passes that failed
-        sums = torch.zeros(6, device=device)
+        sums = torch.zeros(4, device=device)            # loss of completion, all loss, tokens read, processes to stop
         for at in range(0, len(mine), args.micro_batch):
             rows = list(mine[at:at + args.micro_batch])
             segments = batch.segments[rows].to(device)                  # (b, N, L)
@@ -162,29 +179,24 @@ def train(args):
                 nll, _ = model.segment_losses(segments, mask, batch.visible, labels)    # (b, N)
                 losses = nll * weights[rows].to(device)     # their sum over the global batch is eq. 5
                 losses.sum().backward()
-            except torch.linalg.LinAlgError:            # NaN in S: every process skips the step below
-                sums[5] += 1
-                continue
-            losses = losses.detach()
-            texts = labels[:, -1, 0] != -100            # (b,): a conversation begins with a question, no target
-            sums[0] += losses[texts, C:].sum()
-            sums[1] += losses[~texts, C:].sum()
-            sums[2] += losses[:, :C].sum()
-            sums[3] += mask[:, :C].sum()
-        sums[4] = len(stopping)
+                sums[0] += losses[:, :C].detach().sum()
+                sums[1] += losses.detach().sum()
+            except torch.linalg.LinAlgError:            # NaN in S
+                sums[1] = math.nan                      # every process skips the step below
+            sums[2] += mask[:, :C].sum()
+        sums[3] = len(stopping)
         if world > 1:
             gradient = parameters_to_vector(p.grad for p in parameters)
             dist.all_reduce(gradient)       # a sum: the weights already divide by the global token counts
             vector_to_parameters(gradient, [p.grad for p in parameters])
             dist.all_reduce(sums)
-        reconstruction, answer, completion, read, stop, failed = sums.tolist()
-        loss = reconstruction + answer + completion
+        completion, loss, read, stop = sums.tolist()
 
         # layer by layer, where the paper clips all at once: a jump in one layer's gradient should not cost all the step
         norms = [clip_grad_norm_(layer.parameters(), CLIP / len(layers) ** 0.5) for layer in layers]
         norm = torch.stack(norms).norm().item()
         lr = learning_rate(args, step)
-        skip = failed > 0 or not math.isfinite(norm + loss)
+        skip = not math.isfinite(norm + loss)
         if skip:
             skipped += 1
         else:
@@ -193,27 +205,32 @@ def train(args):
             optimizer.step()
         optimizer.zero_grad(set_to_none=False)
         step += 1
-        tokens += int(read)
 
+        speed = read / (time.time() - began)
+        bar.set_postfix_str(f"loss {loss:.4f}, {speed:.0f} context tokens/s", refresh=False)
+        bar.update()
         if rank == 0:
-            speed = read / (time.time() - began)
-            row = {"step": step, "loss": loss, "reconstruction": reconstruction, "completion": completion}
-            if instruct:
-                row = {"step": step, "loss": loss, "answer": answer, "text": reconstruction}
-            row |= {"lr": lr, "grad_norm": norm, "tokens": tokens, "skipped": skip}
-            row |= {"tokens_per_s": speed, "memory_gb": peak_memory(device)}
+            row = {"step": step, "loss": loss, "completion": completion, "lr": lr, "grad_norm": norm}
+            row |= {"tokens": int(read), "tokens_per_s": speed, "skipped": skip}
+            if device.type == "cuda":
+                row["memory_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
             append(os.path.join(args.out, "log.jsonl"), row)
-            print(f"step {step:6d}   loss {loss:.4f}   {speed:.0f} context tokens/s", flush=True)
         if skipped == MAX_SKIPPED:
+            bar.close()
             raise InputError(f"the loss or its gradient was not finite {MAX_SKIPPED} steps in a row (step {step}): "
                              "lower --lr or raise --damping; checkpoints already written are good")
         if rank == 0 and (step % args.save_every == 0 or step == args.steps or stop):
-            save_checkpoint(args, step, tokens, model, optimizer)
+            saved.append(save_checkpoint(args, step, model, optimizer))
+            for old in saved[:-KEPT]:
+                shutil.rmtree(old)
+            saved = saved[-KEPT:]
+    bar.close()
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()
     if rank == 0:
-        print(f"stopped at step {step} of {args.steps}; generators in {args.out}")
+        print(f"stopped at step {step} of {args.steps}. Next: train.py --stage instruct --checkpoint {saved[-1]}, or "
+              f"evaluate.py --checkpoint {saved[-1]}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -221,65 +238,117 @@ def train(args):
 
 
 @torch.no_grad()
-def validate(args, model, data, rank, world):
-    """Token-mean loss of each fixed validation item, (n, 3): second half (reconstruction, or the answers); completion,
-    NaN where there is none; the second half under the adapter of a control context, which tells memory from a mere
-    change of style, NaN where an item has none."""
-    items = range(len(data.controls))[rank::world]
-    losses = torch.zeros(len(data.controls), 3, dtype=torch.float64, device=model.base.device)
-    for at in range(0, len(items), args.micro_batch):
-        rows = list(items[at:at + args.micro_batch])
-        losses[rows, 0], losses[rows, 1] = item_losses(model, data.validation, rows, rows)
-        having = [row for row in rows if data.controls[row] is not None]
-        losses[rows, 2] = math.nan
-        if having:
-            controls = [data.controls[row] for row in having]
-            losses[having, 2], _ = item_losses(model, data.validation, having, controls)
+def validate(args, model, batch, rank, world):
+    """Token-mean losses (n, 3) of the n items of a fixed batch: of the second half (reconstruction, or the answers); of
+    the context itself (completion); of the second half under the context of another item, the control, which tells
+    memory from a mere change of style. NaN where there is no target."""
+    n = len(batch.segments)
+    C = int(batch.visible.max())
+    device = model.base.device
+    losses = torch.zeros(n, 3, dtype=torch.float64, device=device)
+    mine = range(n)[rank::world]
+    for at in tqdm(range(0, len(mine), args.micro_batch), desc="validation", leave=False, disable=rank != 0):
+        rows = list(mine[at:at + args.micro_batch])
+        controls = [(row + n // 2) % n for row in rows]             # neighbours may be alike
+        for column, contexts in ((2, controls), (0, rows)):
+            inputs = []
+            for t in (batch.segments, batch.mask, batch.labels):
+                t = torch.cat([t[contexts, :C], t[rows, C:]], dim=1)            # (b, N, L)
+                inputs.append(t.to(device))
+            segments, mask, labels = inputs
+            nll, count = model.segment_losses(segments, mask, batch.visible, labels)            # (b, N)
+            nll = nll.double()
+            losses[rows, column] = nll[:, C:].sum(1) / count[:, C:].sum(1)
+            losses[rows, 1] = nll[:, 1:C].sum(1) / count[:, 1:C].sum(1)         # in the end the own context's
     if world > 1:
         dist.all_reduce(losses)
     return losses.cpu()
 
 
-def item_losses(model, batch, rows, contexts):
-    """Token-mean losses of these rows of a batch, each under the context of another (or the same) row: of the second
-    half, and of the context itself, which is completion (b,)."""
-    C = int(batch.visible.max())
-    inputs = []
-    for t in (batch.segments, batch.mask, batch.labels):
-        t = torch.cat([t[contexts, :C], t[rows, C:]], dim=1)            # (b, N, L)
-        inputs.append(t.to(model.base.device))
-    segments, mask, labels = inputs
-    nll, count = model.segment_losses(segments, mask, batch.visible, labels)            # (b, N)
-    nll = nll.double()
-    second = nll[:, C:].sum(1) / count[:, C:].sum(1)
-    completion = nll[:, 1:C].sum(1) / count[:, 1:C].sum(1)
-    return second, completion
-
-
-def report_validation(args, step, losses):
-    """Append to validation.jsonl (null where an item has no value) and print, with what is remembered: how much better
-    the own context is than the control, its mean and standard error over the items that have one."""
+def report(args, step, losses):
+    """Append the means of losses (n, 3) to validation.jsonl and print them, with what is remembered: how much better
+    the own context is than the control, its mean and standard error over the items."""
     second = "reconstruction"
     if args.stage == "instruct":
         second = "answer"
+    gap = losses[:, 2] - losses[:, 0]
+    gap = gap[~gap.isnan()]
     row = {"step": step}
-    sequences = {}
-    words = f"step {step:6d}"
     for name, column in zip((second, "completion", second + "_shuffled"), losses.T):
         if not column.isnan().all():
             row[name] = column.nanmean().item()
-            sequences[name] = [None if math.isnan(loss) else loss for loss in column.tolist()]
-            words += f"   {name} {row[name]:.4f}"
-    append(os.path.join(args.out, "validation.jsonl"), {**row, "sequences": sequences})
-    gap = losses[:, 2] - losses[:, 0]
-    gap = gap[~gap.isnan()]
-    stderr = gap.std() / len(gap) ** 0.5
-    print(f"{words}   control - own {gap.mean():.4f} +- {stderr:.4f} nats", flush=True)
+    row["gap"] = gap.mean().item()
+    row["gap_stderr"] = (gap.std() / len(gap) ** 0.5).item()
+    append(os.path.join(args.out, "validation.jsonl"), row)
+    tqdm.write("   ".join(f"{name} {value:.4g}" for name, value in row.items()))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the directory of a run: logs, and checkpoints written aside
 
 
 def append(path, row):
     with open(path, "a") as file:
         file.write(json.dumps(row) + "\n")
+
+
+def cut_log(path, last):
+    """Drop the lines of steps after the last one, which a killed run wrote, and what it left of half a line."""
+    if not os.path.exists(path):
+        return
+    lines = Path(path).read_text().split("\n")[:-1]
+    good = [line + "\n" for line in lines if json.loads(line)["step"] <= last]
+    Path(path + ".part").write_text("".join(good))
+    os.replace(path + ".part", path)
+
+
+def checkpoints(out):
+    """Complete checkpoints of a run, oldest first: directories of the names that save_checkpoint writes. Whatever else
+    is there, a copy of one too, is not ours."""
+    found = []
+    for path in Path(out).glob("step-*"):
+        if re.fullmatch(r"step-([0-9]{6}|[1-9][0-9]{6,})", path.name) and path.is_dir():
+            found.append(str(path))
+    return sorted(found, key=lambda path: (len(path), path))
+
+
+def moments(model, optimizer):
+    """{"<moment>/<parameter>": tensor} of AdamW's state, as a checkpoint file names them."""
+    found = {}
+    for name, layer in model.layers.items():
+        for key, p in layer.named_parameters():
+            for moment, t in optimizer.state[p].items():
+                found[f"{moment}/{name}.{key}"] = t
+    return found
+
+
+def save_checkpoint(args, step, model, optimizer):
+    """out/step-NNNNNN, written aside and renamed: a kill at any moment leaves the last complete."""
+    part = os.path.join(args.out, "checkpoint.part")
+    shutil.rmtree(part, ignore_errors=True)
+    model.save_pretrained(part)
+    save_file(moments(model, optimizer), os.path.join(part, "optimizer.safetensors"))
+    facts = {"step": step, "args": vars(args)}
+    Path(part, "trainer.json").write_text(json.dumps(facts, indent=1))
+    path = os.path.join(args.out, f"step-{step:06d}")
+    os.rename(part, path)
+    return path
+
+
+def load_checkpoint(path, args, model, optimizer):
+    """Restore generator and optimiser -> step. A run is resumed with the flags it was started with."""
+    facts = read_json(os.path.join(path, "trainer.json"))
+    for name, value in vars(args).items():
+        earlier = facts["args"].get(name, value)            # an older version had other flags
+        if name not in FREE and earlier != value:
+            raise InputError(f"--resume: {args.out} was trained with {flag(name)} {earlier}, not {value}; repeat its "
+                             "flags or choose another --out")
+    tensors, _ = read_safetensors(os.path.join(path, "generator.safetensors"))
+    model.generator.load_tensors(tensors, path)
+    state, _ = read_safetensors(os.path.join(path, "optimizer.safetensors"))
+    for key, moment in moments(model, optimizer).items():
+        moment.copy_(state[key])
+    return facts["step"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -335,39 +404,47 @@ def arguments(argv=None):
     add("--save-every", type=int, help="steps; default 200, but at most a quarter of --steps")
     add("--eval-sequences", type=int, default=50, help="validation items")
     add("--seed", type=int, default=0)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    check(args)
+    return args
 
 
 def flag(name):
     return "--" + name.replace("_", "-")
 
 
-def check_sources(args):
+def check(args):
     """Refuse what can be refused before anything is loaded; fill in --data."""
+    for name in NOT_OF_STAGE[args.stage]:               # refused, not ignored
+        if getattr(args, name) not in (None, False):
+            raise InputError(f"{flag(name)} does not belong to --stage {args.stage}: leave it out")
+    least = {"chunk": 2, "chunks": 1, "batch": 1, "micro_batch": 1, "steps": 1, "epochs": 1, "eval_every": 1,
+             "save_every": 1, "eval_sequences": 2, "seed": 0}
+    if args.documents:
+        least["batch"] = 2                              # a question and a text
+    for name, value in least.items():
+        if getattr(args, name) is not None and getattr(args, name) < value:
+            raise InputError(f"{flag(name)} must be at least {value}")
+    if args.lr is not None and not args.lr > 0:
+        raise InputError("--lr must be positive")
     if args.stage == "instruct":
         args.data = args.data or TABLE_3
         if args.checkpoint is None:
             raise InputError("--stage instruct starts from a pretrained generator: name it with --checkpoint")
-    if not args.data:
+    if not args.data and not args.documents:
         raise InputError("--data is missing: name text files, a hub data set id, or a packed .bin file")
-    if args.init and args.checkpoint:
-        raise InputError("--init is how a new generator begins: leave it out beside --checkpoint")
-    if checkpoints(args.out) and not args.resume:
-        raise InputError(f"--out {args.out} already holds checkpoints: add --resume to continue that run, or name "
-                         "another directory")
-
-
-def is_wide(base):
-    """Whether a base gets the paper's recipe, made for 7B, or one for minutes on a CPU."""
-    return base.config.get_text_config().hidden_size >= 2048
+    for name in ("init", *SHAPE):
+        if args.checkpoint and getattr(args, name) is not None:
+            raise InputError(f"{flag(name)} is decided by --checkpoint {args.checkpoint}: leave it out")
 
 
 def fill_recipe(args, base):
-    """Fill what the command line left open. A wide base gets the paper's recipe (appendix B; model_type llama stands
-    for Llama2), but damping 0.01; a smaller one a recipe for minutes on a CPU: one chunk, so no completion."""
+    """Fill what the command line left open. A base of width 2,048 or more gets the paper's recipe (appendix B;
+    model_type llama stands for Llama2), but damping 0.01; a smaller one a recipe for minutes on a CPU: one chunk, so no
+    completion, and for its few hundred steps another beta2 of AdamW, which is no flag."""
     instruct = args.stage == "instruct"
     defaults = {"norm": "svd", "damping": 1e-2, "objective": "both"}
-    if is_wide(base):
+    if base.config.get_text_config().hidden_size >= 2048:
         defaults |= {"d_r": 1024, "rank": 128, "scale": 1 / 16, "targets": ["o_proj"], "init": "random"}
         defaults |= {"chunk": 1024, "chunks": 8, "batch": 8, "micro_batch": 1, "warmup": 100, "lr": 5e-5}
         if base.config.model_type == "llama":
@@ -378,6 +455,7 @@ def fill_recipe(args, base):
             defaults["batch"] = 32
         else:
             defaults["steps"] = 15_259                                      # 1 B tokens
+        args.beta2 = 0.999
     else:
         defaults |= {"d_r": 192, "rank": 64, "scale": 1.0, "targets": ["down_proj"], "init": "aligned"}
         defaults |= {"chunk": 16, "chunks": 1, "batch": 32, "micro_batch": 32, "warmup": 15, "lr": 6e-3}
@@ -385,22 +463,22 @@ def fill_recipe(args, base):
             defaults |= {"chunk": 1024, "batch": 8, "micro_batch": 4, "lr": 1e-3}
         else:
             defaults["steps"] = 100
+        args.beta2 = 0.98
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
 
 
-def check_numbers(args):
-    """Refuse flags that no run can have."""
-    least = {"chunk": 2, "chunks": 1, "batch": 1, "micro_batch": 1, "steps": 1, "epochs": 1, "eval_every": 1,
-             "save_every": 1, "eval_sequences": 2, "warmup": 0, "seed": 0}
-    if args.documents:
-        least["batch"] = 2                                                  # a question and a text
-    for name, value in least.items():
-        if getattr(args, name) is not None and getattr(args, name) < value:
-            raise InputError(f"{flag(name)} must be at least {value}")
-    if not args.lr > 0:
-        raise InputError("--lr must be positive")
+def adapted_model(args, base):
+    """The model to train: a fresh generator, or that of --checkpoint, whose config then fills flags. The recipe fills
+    the others."""
+    model = None
+    if args.checkpoint:
+        model = AdaptedLM.from_pretrained(base, args.checkpoint)
+        for name in (*SHAPE, "norm", "damping"):
+            if getattr(args, name) is None:
+                setattr(args, name, getattr(model.config, name))
+    fill_recipe(args, base)
     if args.objective == "completion" and args.chunks < 2:
         raise InputError("--objective completion needs --chunks of at least 2: the first chunk has no adapter")
     if args.norm == "svd" and args.damping < 1e-4:
@@ -408,24 +486,6 @@ def check_numbers(args):
     if args.norm == "svd-exact" and (args.stage == "instruct" or args.chunk < args.d_r):
         raise InputError(f"norm svd-exact has no gradient where a context is shorter than d_r = {args.d_r} tokens: use "
                          "--norm svd, or in pretraining a longer --chunk")
-
-
-def adapted_model(args, base):
-    """The model to train: a fresh generator, or that of --checkpoint, whose config then fills the flags."""
-    model = None
-    if args.checkpoint:
-        model = AdaptedLM.from_pretrained(base, args.checkpoint)
-        for name in SHAPE:
-            given, trained = getattr(args, name), getattr(model.config, name)
-            if given not in (None, trained):
-                raise InputError(f"{flag(name)} {given} is not what --checkpoint {args.checkpoint} was trained with "
-                                 f"({trained}); leave the flag out")
-            setattr(args, name, trained)
-        args.norm = args.norm or model.config.norm
-        if args.damping is None:
-            args.damping = model.config.damping
-    fill_recipe(args, base)
-    check_numbers(args)
     if model is None:
         model = AdaptedLM(base, GeneratorConfig(args.d_r, args.rank, args.scale, args.norm, args.damping, args.targets))
     model.config.norm = args.norm                       # neither changes a shape, so both may differ from --checkpoint's
@@ -434,11 +494,16 @@ def adapted_model(args, base):
     return model
 
 
+def keep_freed_memory():
+    """glibc gives large freed blocks back to the system: a step on a CPU then spends a fifth of its time on them."""
+    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
+        ctypes.CDLL(None).mallopt(-4, 0)                # M_MMAP_MAX: never by mmap
+        ctypes.CDLL(None).mallopt(-1, -1)               # M_TRIM_THRESHOLD: never trim
+
+
 def main():
     args = arguments()
-    for name in NOT_OF_STAGE[args.stage]:               # refused, not ignored
-        if getattr(args, name) not in (None, False):
-            raise InputError(f"{flag(name)} does not belong to --stage {args.stage}: leave it out")
+    keep_freed_memory()
     if args.stage == "finetune":
         from extras.finetune import finetune
         finetune(args)

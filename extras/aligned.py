@@ -40,64 +40,56 @@ def aligned_start(model, batches):
         d_in = model.base.get_submodule(name).in_features
         floats += d_in**2 + d_h * d_in                                          # C_zz, C_hz of a target
     group = max(1, int(MEMORY / (8 * floats)))
-    all_blocks = range(len(model.blocks))
-    for first in all_blocks[::group]:
-        blocks = all_blocks[first:first + group]
-        C = defaultdict(float)
-        for ids in tqdm(batches, desc="aligned start, statistics", unit="batch", leave=False):
-            add_moments(C, model, blocks, ids.to(model.base.device))
-        tokens = C.pop("tokens")
-        for total in C.values():
-            total /= tokens
+    for first in range(0, len(model.blocks), group):
+        blocks = range(len(model.blocks))[first:first + group]
+        C, mean = second_moments(model, blocks, batches)
         for l in tqdm(blocks, desc="aligned start", unit="block", leave=False):
-            hh = C[l, "hh"]
-            h = C[l, "h"]
-            he = C[l, "he"]
-            values, _ = canonical(he, hh, C["ee"], h, C["e"])                   # (d_h, k)
+            values, _ = canonical(C, mean, l, "e")                              # (d_h, k)
             for name in model.block_targets[l]:
-                layer = model.generator[name]
-                hz = C[name, "hz"]
-                zz = C[name, "zz"]
-                z = C[name, "z"]
-                keys, queries = canonical(hz, hh, zz, h, z)
-                set_rows(layer.A2, values, hh, 1)
-                set_rows(layer.B1.T, keys, hh, 1)
-                set_rows(layer.B2, queries, zz, QUERY_SCALE)
+                keys, queries = canonical(C, mean, l, name)                     # (d_h, k), (d_in, k)
+                layer = model.layers[name]
+                set_rows(layer.A2, values, C[l, l], 1)
+                set_rows(layer.B1.T, keys, C[l, l], 1)
+                set_rows(layer.B2, queries, C[name, name], QUERY_SCALE)
 
 
-def add_moments(C, model, blocks, ids):
-    """Add the sums over tokens of h, z, e and their products, of one forward pass of ids (B, L), for these blocks. The
-    products are fp32."""
+def second_moments(model, blocks, batches):
+    """C[x, y] (d_x, d_y), the mean of x y^T over the tokens of batches, and mean[x] (d_x,), float64. x and y: "e", the
+    number of one of these blocks for its h, the name of a target for its z."""
     watched = {}
+    pairs = [("e", "e")]
     for l in blocks:
         watched[l] = model.blocks[l]
+        pairs += [(l, l), (l, "e")]
         for name in model.block_targets[l]:
             watched[name] = model.base.get_submodule(name)
+            pairs += [(name, name), (l, name)]
     inputs, hooks = {}, []
     for key, module in watched.items():
         keep = lambda module, args, key=key: inputs.update({key: args[0]})
         hooks.append(module.register_forward_pre_hook(keep))
-    model.base.get_decoder()(input_ids=ids, use_cache=False)
+
+    C, mean = defaultdict(float), defaultdict(float)
+    tokens = 0
+    for ids in tqdm(batches, desc="aligned start, statistics", unit="batch", leave=False):
+        ids = ids.to(model.base.device)
+        model.base.get_decoder()(input_ids=ids, use_cache=False)
+        rows = {"e": model.base.get_input_embeddings()(ids[:, 2:])}             # positions i+1
+        for l in blocks:
+            rows[l] = rms_norm(inputs[l][:, 2:].float())                        # positions i+1
+            for name in model.block_targets[l]:
+                rows[name] = inputs[name][:, 1:-1]                              # positions i
+        for key, x in rows.items():
+            rows[key] = x.flatten(0, 1).float()                                 # (T, d_x)
+            mean[key] += rows[key].sum(0).double()
+        for x, y in pairs:
+            C[x, y] += (rows[x].mT @ rows[y]).double()                          # the products are fp32
+        tokens += len(rows["e"])
     for hook in hooks:
         hook.remove()
-
-    e = model.base.get_input_embeddings()(ids)
-    e = e[:, 2:].flatten(0, 1).float()                                          # (T, d_h)
-    C["tokens"] += len(e)
-    C["e"] += e.sum(0).double()
-    C["ee"] += (e.mT @ e).double()
-    for l in blocks:
-        h = rms_norm(inputs[l].float())
-        h = h[:, 2:].flatten(0, 1)                                              # (T, d_h), positions i+1
-        C[l, "h"] += h.sum(0).double()
-        C[l, "hh"] += (h.mT @ h).double()
-        C[l, "he"] += (h.mT @ e).double()
-        for name in model.block_targets[l]:
-            z = inputs[name].float()
-            z = z[:, 1:-1].flatten(0, 1)                                        # (T, d_in), positions i
-            C[name, "z"] += z.sum(0).double()
-            C[name, "zz"] += (z.mT @ z).double()
-            C[name, "hz"] += (h.mT @ z).double()
+    for total in (*C.values(), *mean.values()):
+        total /= tokens
+    return C, mean
 
 
 def set_rows(weight, K, C, factor):
@@ -107,40 +99,31 @@ def set_rows(weight, K, C, factor):
     k, d = K.shape
     energy = (K @ C * K).sum()                                                  # E|K x|^2
     random = C.trace() * k / (3 * d)                                            # random rows have variance 1 / 3d
-    amplitude = factor * (random / energy).sqrt()
-    weight[:k] = amplitude * K
+    weight[:k] = factor * (random / energy).sqrt() * K
 
 
-def canonical(C_hx, C_hh, C_xx, mean_h, mean_x):
+def canonical(C, mean, h, x):
     """Canonical directions of h and x without their mean directions, each column times rho^(1/2): K_h (d_h, k) and
     K_x (d_x, k), k = min(d_h, d_x)."""
-    P = without(mean_h)
-    R = without(mean_x)
-    F_h = factor_of(P @ C_hh @ P)
-    F_x = factor_of(R @ C_xx @ R)
-    M = solve_triangular(F_h, P @ C_hx @ R, upper=False)
+    P, F_h = without_mean(C[h, h], mean[h])
+    R, F_x = without_mean(C[x, x], mean[x])
+    M = solve_triangular(F_h, P @ C[h, x] @ R, upper=False)
     M = solve_triangular(F_x, M.mT, upper=False).mT                             # F_h^-1 C_hx F_x^-T (d_h, d_x)
     square, U = torch.linalg.eigh(M @ M.mT)                                     # rho^2, ascending; an SVD takes longer
     k = min(M.shape)
     U = U.flip(-1)[:, :k]                                                       # (d_h, k)
-    rho = square.flip(-1)[:k]
-    rho = rho.clamp(min=1e-30).sqrt()                                           # (k,)
+    rho = square.flip(-1)[:k].clamp(min=1e-30).sqrt()                           # (k,)
     V = M.mT @ U / rho                                                          # (d_x, k)
-    root = rho.sqrt()
-    K_h = solve_triangular(F_h.mT, U * root, upper=True)                        # (d_h, k)
-    K_x = solve_triangular(F_x.mT, V * root, upper=True)                        # (d_x, k)
+    K_h = solve_triangular(F_h.mT, U * rho.sqrt(), upper=True)                  # (d_h, k)
+    K_x = solve_triangular(F_x.mT, V * rho.sqrt(), upper=True)                  # (d_x, k)
     return P @ K_h, R @ K_x
 
 
-def without(mean):
-    """I - u u^T, u the direction of the mean."""
+def without_mean(C, mean):
+    """P = I - u u^T, u the direction of the mean, and the Cholesky factor of P C P + ridge."""
     u = mean / mean.norm().clamp(min=1e-30)
-    return torch.eye(len(u)).to(u) - torch.outer(u, u)
-
-
-def factor_of(C):
-    """The Cholesky factor of C + ridge."""
+    P = torch.eye(len(C)).to(C) - torch.outer(u, u)
+    C = P @ C @ P
     ridge = RIDGE * C.trace() / len(C) + 1e-30
-    C = C.clone()
     C.diagonal().add_(ridge)
-    return torch.linalg.cholesky(C)
+    return P, torch.linalg.cholesky(C)

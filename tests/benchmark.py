@@ -33,7 +33,7 @@ from generator import GeneratorConfig, svd_norm
 from model import AdaptedLM
 from support.bases import default_dtype
 from support.fast import HeadLoss
-from support.machine import peak_memory, prepare_cpu
+from train import keep_freed_memory
 
 # base, its config, generator, chunks of a training sequence, tokens of a chunk, tokens of each of two contexts
 SHAPES = {
@@ -52,6 +52,23 @@ SHAPES = {
 def synchronize(device):
     if device.type == "cuda":
         torch.cuda.synchronize()
+
+
+def prepare_cpu(base, L):
+    """What train.py sets for chunks of L tokens."""
+    if base.device.type == "cpu":
+        keep_freed_memory()
+        if base.dtype == torch.bfloat16 and L <= 256:
+            base.set_attn_implementation("eager")
+
+
+def peak_memory(device):
+    """Peak memory of this process in GB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    import resource                                     # which Windows has not
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9
 
 
 def best_time(function, device, repeats):

@@ -16,10 +16,10 @@ import torch._dynamo  # noqa: F401   the first step of an optimiser would import
 
 import data
 import support.bases
-import support.checkpoints
-import train  # noqa: F401
+import train
 from conftest import ROOT, make_base, make_tokenizer
 from model import load_base
+from support.files import run_command
 
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(["processes", "pytest"])
@@ -30,7 +30,7 @@ with tempfile.TemporaryDirectory() as directory:                # what transform
 
 
 def start(line, printed, cwd=ROOT, cache=None, life=0, kept=2, **environment):
-    """A multiprocessing.Process that runs python with the command line `line`, train.py or -c, in cwd; what it prints
+    """A multiprocessing.Process that runs python with the command line `line`, a script or -c, in cwd; what it prints
     goes to the file `printed`. cache: the project's, by default beside that file; life: see kill_at; kept: checkpoints."""
     cache = str(cache or os.path.join(os.path.dirname(printed), "cache"))
     process = context.Process(target=child, args=(line, str(printed), str(cwd), cache, life, kept, environment))
@@ -47,18 +47,20 @@ def child(line, printed, cwd, cache, life, kept, environment):
     os.chdir(cwd)
     torch.set_num_threads(1)
     data.CACHE = support.bases.CACHE = cache
-    support.checkpoints.KEPT = kept
+    train.KEPT = kept
     sys.argv = line if line[0] != "-c" else ["-c", *line[2:]]
     if life:
         kill_at(life)
     if line[0] == "-c":
         exec(line[1], {"__name__": "__main__"})
+    elif line[0] == "train.py":
+        run_command(train.main)
     else:
         runpy.run_path(os.path.join(ROOT, line[0]), run_name="__main__")
 
 
 def kill_at(life):
-    """SIGKILL this process at the life-th of its optimiser steps, flushes, renames and removals."""
+    """SIGKILL this process at the life-th of its optimiser steps, renames and removals."""
     events = itertools.count(1)
 
     def counted(function):
@@ -68,7 +70,7 @@ def kill_at(life):
             return function(*args, **kwargs)
         return call
 
-    for owner, name in ((os, "fsync"), (os, "rename"), (shutil, "rmtree"), (torch.optim.AdamW, "step")):
+    for owner, name in ((os, "replace"), (os, "rename"), (shutil, "rmtree"), (torch.optim.AdamW, "step")):
         setattr(owner, name, counted(getattr(owner, name)))
 
 

@@ -1,9 +1,8 @@
-"""Packing, the doubled sequence, chunks and the conversation loader."""
+"""Packing, the doubled sequence, chunks, instruction rows and the contexts and conversations made of them."""
 
 import gzip
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -11,82 +10,86 @@ import time
 from argparse import Namespace
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 
 import data
-from data import (Example, InstructionData, doubled, instruction_batch, instruction_example,
-                  load_instructions, load_tokens, open_tokens, pack, sequences, split_into_chunks)
-import train
-from conftest import ROOT, make_model
+from conftest import ROOT
+from data import (Example, InstructionData, conversation, doubled, instruction_batch, instruction_example,
+                  load_instructions, open_tokens, sequences, split_into_chunks)
 from support.files import InputError, read_rows, run_command
-from support.text import document_marks
+from support.text import document_marks, user_turn
 
 GOLDEN = json.load(open(os.path.join(os.path.dirname(__file__), "golden", "text_golden.json"), encoding="utf-8"))
-TEXTS = ["Eine Zeile.", "naïve — ≠ ascii\n\nsecond paragraph", "x" * 700]
+CHATML = ("{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}</s>\n{% endfor %}"
+          "{% if add_generation_prompt %}<s>assistant: {% endif %}")
 
 
-def write_sources(directory):
-    """The same three documents as .jsonl, .jsonl.gz, .parquet and .txt.gz files."""
-    import pyarrow
-    import pyarrow.parquet
-    lines = "".join(json.dumps({"text": t, "source": "here"}) + "\n" for t in TEXTS)
-    paths = [str(directory / name) for name in ("a.jsonl", "a.jsonl.gz", "a.parquet", "a.txt.gz")]
-    (directory / "a.jsonl").write_text(lines)
-    with gzip.open(paths[1], "wt") as file:
-        file.write(lines)
-    pyarrow.parquet.write_table(pyarrow.table({"text": TEXTS}), paths[2])
-    with gzip.open(paths[3], "wt") as file:
-        file.write(TEXTS[1])
-    return paths
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "CACHE", str(tmp_path / "cache"))
 
 
-def test_pack_every_kind_of_file(tmp_path, tokenizer):
-    paths = write_sources(tmp_path)
-    want = [t for text in TEXTS for t in [257, *text_ids(tokenizer, text), 258]]
-    for path in paths[:3]:
-        pack([path], tokenizer, str(tmp_path / "t.bin"))
-        tokens = load_tokens(str(tmp_path / "t.bin"), tokenizer)
-        assert tokens.dtype == np.uint16 and tokens.tolist() == want
-        assert tokenizer.decode(tokens[1:len(TEXTS[0]) + 1]) == TEXTS[0]
-    pack([paths[3], paths[0]], tokenizer, str(tmp_path / "t.bin"))
-    one = [257, *text_ids(tokenizer, TEXTS[1]), 258]
-    assert load_tokens(str(tmp_path / "t.bin"), tokenizer).tolist() == one + want
-    assert not list(tmp_path.glob("*.part"))
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
 
 
-def test_pack_many_rows_and_null_ones(tmp_path, tokenizer, capsys):
-    """512 documents are in memory at a time; a row whose text is null is left out and counted."""
-    (tmp_path / "many.jsonl").write_text('{"text": ""}\n{"text": null}\n{"text": "ab"}\n' * 300)
-    pack([str(tmp_path / "many.jsonl")], tokenizer, str(tmp_path / "t.bin"))
-    want = [257, 258, 257, *text_ids(tokenizer, "ab"), 258] * 300
-    assert load_tokens(str(tmp_path / "t.bin"), tokenizer).tolist() == want
-    assert json.load(open(tmp_path / "t.bin.json"))["documents"] == 600
-    assert "300 rows whose text is null were left out" in capsys.readouterr().out
+# --------------------------------------------------------------------------------------------------------------------
+# packing
 
 
-def text_ids(tokenizer, text):
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+def test_pack_every_kind_of_file(tmp_path, tokenizer, monkeypatch):
+    """Documents between <s> and </s>, PACKED of them in memory at a time; rows of null text are left out. Packed once."""
+    texts = ["Eine Zeile.", "naïve — ≠ ascii\n\nsecond paragraph", "x" * 700, ""]
+    packed = [[257, *tokenizer(text, add_special_tokens=False)["input_ids"], 258] for text in texts]
+    monkeypatch.setattr(data, "PACKED", 3)
+    jsonl = write_rows(tmp_path / "a.jsonl", [{"text": text, "source": "here"} for text in (*texts, None)])
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress((tmp_path / "a.jsonl").read_bytes()))
+    pyarrow.parquet.write_table(pyarrow.table({"text": [*texts, None]}), tmp_path / "a.parquet")
+    for path in (jsonl, jsonl + ".gz", str(tmp_path / "a.parquet")):
+        tokens = open_tokens([path], tokenizer)
+        assert tokens.dtype == np.uint16 and tokens.tolist() == sum(packed, [])
+    (tmp_path / "b.txt.gz").write_bytes(gzip.compress(texts[1].encode()))
+    mine = str(tmp_path / "t.bin")
+    assert open_tokens([str(tmp_path / "b.txt.gz"), jsonl], tokenizer, mine).tolist() == sum([packed[1], *packed], [])
+    assert open_tokens([mine], tokenizer).tolist() == sum([packed[1], *packed], [])
+    monkeypatch.setattr(data, "pack", lambda *_: pytest.fail("packed twice"))
+    assert open_tokens([jsonl], tokenizer).tolist() == sum(packed, [])
 
 
-def test_a_token_file_belongs_to_its_tokenizer(tmp_path, tokenizer):
-    pack([write_sources(tmp_path)[0]], tokenizer, str(tmp_path / "t.bin"))
+def test_bad_token_files(tmp_path, tokenizer):
+    """Of another tokenizer, cut short, or none; sources that are missing or damaged leave nothing behind."""
+    (tmp_path / "a.txt").write_text("Some words.")
+    path = str(tmp_path / "t.bin")
+    open_tokens([str(tmp_path / "a.txt")], tokenizer, path)
     tokenizer.eos_token = "<unused>"
     with pytest.raises(InputError, match="another tokenizer"):
-        load_tokens(str(tmp_path / "t.bin"), tokenizer)
-    with open(tmp_path / "t.bin", "ab") as file:
-        file.write(b"12")
+        open_tokens([path], tokenizer)
     tokenizer.eos_token = "</s>"
+    with open(path, "ab") as file:
+        file.write(b"12")
     with pytest.raises(InputError, match="cut short"):
-        load_tokens(str(tmp_path / "t.bin"), tokenizer)
-
-
-def test_packed_once(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr(data, "CACHE", str(tmp_path / "cache"))
-    path = write_sources(tmp_path)[0]
-    first = open_tokens([path], tokenizer).tolist()
-    monkeypatch.setattr(data, "pack", lambda *_: pytest.fail("packed twice"))
-    assert open_tokens([path], tokenizer).tolist() == first
+        open_tokens([path], tokenizer)
+    (tmp_path / "x.bin").write_bytes(b"12345")
+    (tmp_path / "bad.parquet").write_bytes(b"nonsense")
+    (tmp_path / "bad.jsonl.gz").write_bytes(b"nonsense")
+    damaged = gzip.compress(b'{"text": "a"}\n' * 2000)
+    (tmp_path / "cut.jsonl.gz").write_bytes(damaged[:30] + b"????" + damaged[34:])
+    (tmp_path / "f.jsonl").write_text('{"text": "a"}\n{"txt": "b"}\n')
+    (tmp_path / "bytes.jsonl").write_bytes(b'{"text": "a"}\n' * 89 + b'{"text": "\xff"}\n')
+    for name, words in (("no.parquet", "no.parquet: no such file"), ("no.jsonl", "no.jsonl: no such file"),
+                        ("no.txt", "no.txt: no such file"), ("bad.parquet", "bad.parquet.*cannot be read"),
+                        ("bad.jsonl.gz", "cannot be read"), ("cut.jsonl.gz", "cannot be read"),
+                        ("f.jsonl", "f.jsonl line 2: field 'text'"), ("bytes.jsonl", "bytes.jsonl line 90"),
+                        ("x.bin", "x.bin is not a packed token file")):
+        with pytest.raises(InputError, match=words):
+            open_tokens([str(tmp_path / name)], tokenizer)
+    assert {path.suffix for path in (tmp_path / "cache").iterdir()} == {".lock"}
+    with pytest.raises(InputError, match="fewer than two sequences"):
+        next(sequences(np.zeros(5, dtype=np.uint16), 10, 0, 0))
 
 
 def test_chat_tokens_do_not_mark_documents(tokenizer):
@@ -99,14 +102,22 @@ def test_chat_tokens_do_not_mark_documents(tokenizer):
 def test_sequences_are_an_endless_shuffled_stream():
     tokens, length = np.arange(1003, dtype=np.uint16), 10
     per_epoch = 99  # a fresh offset of up to 9 tokens may cost one
-    seen = sequences(tokens, length, 0, 3 * per_epoch, seed=1)
+
+    def take(first, count, seed=1):
+        stream = sequences(tokens, length, first, seed)
+        return torch.stack([next(stream) for _ in range(count)])
+
+    seen = take(0, 3 * per_epoch)
     assert (seen[:, 1:] - seen[:, :-1] == 1).all()                             # each is a run of the text
     epochs = seen[:, 0].view(3, per_epoch)
     assert all(len(set(e.tolist())) == per_epoch for e in epochs)              # each epoch reads a sequence once
     assert len({e[0].item() % length for e in epochs}) > 1                     # and cuts elsewhere
-    pieces = torch.cat([sequences(tokens, length, first, 7, seed=1) for first in range(0, 70, 7)])
-    assert torch.equal(pieces, seen[:70])                                      # the position alone decides
-    assert not torch.equal(sequences(tokens, length, 0, 70, seed=2), pieces)
+    assert torch.equal(torch.cat([take(first, 7) for first in range(0, 280, 7)]), seen[:280])
+    assert not torch.equal(take(0, 70, seed=2), seen[:70])                     # position and seed alone decide
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# segments
 
 
 def test_doubled_copy():
@@ -122,7 +133,7 @@ def test_chunks_as_the_authors_cut_them(case):
     ids = list(range(1, case["n"] + 1))
     chunks = split_into_chunks(ids, case["window"])
     assert sum(chunks, []) == ids and len(chunks) == case["num_chunks"] and len(chunks[0]) == case["chunk_len"]
-    segments, mask, *_ = instruction_batch([Example(ids, [7], [7], frozenset())], 0, case["window"])
+    segments, mask, *_ = instruction_batch([Example(ids, [7], [7])], 0, case["window"])
     segments, mask = segments[0, :-1], mask[0, :-1]
     assert segments.shape == (case["num_chunks"], case["chunk_len"]) and (mask == 0).sum() == case["pads"]
     assert segments[mask.bool()].tolist() == ids
@@ -132,7 +143,7 @@ def test_chunks_as_the_authors_cut_them(case):
 
 def test_instruction_batch():
     """Contexts of several lengths and their conversations, padded to one shape."""
-    examples = [Example([1, 2, 3, 4, 5], [7, 8], [-100, 8], frozenset()), Example([6], [9, 9, 9, 9], [-100] * 4, None)]
+    examples = [Example([1, 2, 3, 4, 5], [7, 8], [-100, 8]), Example([6], [9, 9, 9, 9], [-100] * 4)]
     segments, mask, visible, labels = instruction_batch(examples, pad=0, chunk=4)
     assert segments.tolist() == [[[1, 2, 3, 0], [4, 5, 0, 0], [7, 8, 0, 0]], [[6, 0, 0, 0], [0] * 4, [9] * 4]]
     assert mask.tolist() == [[[1, 1, 1, 0], [1, 1, 0, 0], [1, 1, 0, 0]], [[1, 0, 0, 0], [0] * 4, [1] * 4]]
@@ -142,34 +153,78 @@ def test_instruction_batch():
         split_into_chunks([])
 
 
-def test_bad_files(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr(data, "CACHE", str(tmp_path / "cache"))
-    for name in ("no.parquet", "no.jsonl", "no.txt"):
-        with pytest.raises(InputError, match=f"{name}: no such file"):
-            open_tokens([str(tmp_path / name)], tokenizer)
-    for name in ("bad.parquet", "bad.jsonl.gz"):
-        (tmp_path / name).write_bytes(b"nonsense")
-        with pytest.raises(InputError, match=f"{name}.*cannot be read"):
-            list(read_rows(str(tmp_path / name)))
-    (tmp_path / "f.jsonl").write_text('{"text": "a"}\n{"txt": "b"}\n')
-    with pytest.raises(InputError, match="f.jsonl line 2: field 'text'"):
-        open_tokens([str(tmp_path / "f.jsonl")], tokenizer)
-    (tmp_path / "e.txt").write_text("")
-    with pytest.raises(InputError, match="no text to pack"):
-        open_tokens([str(tmp_path / "e.txt")], tokenizer)
-    assert {path.suffix for path in (tmp_path / "cache").iterdir()} == {".lock"}
-    damaged = gzip.compress(b'{"text": "a"}\n' * 2000)
-    (tmp_path / "cut.jsonl.gz").write_bytes(damaged[:30] + b"????" + damaged[34:])
-    (tmp_path / "bytes.jsonl").write_bytes(b'{"text": "a"}\n' * 89 + b'{"text": "\xff"}\n')
-    for name, words in (("bad.jsonl.gz", "cannot be read"), ("cut.jsonl.gz", "cannot be read"),
-                        ("bytes.jsonl", "bytes.jsonl line 90")):
-        with pytest.raises(InputError, match=words):
-            open_tokens([str(tmp_path / name)], tokenizer)
-    (tmp_path / "t.bin").write_bytes(b"12345")
-    with pytest.raises(InputError, match="t.bin is not a packed token file"):
-        open_tokens([str(tmp_path / "t.bin")], tokenizer)
-    with pytest.raises(InputError, match="fewer than two sequences"):
-        sequences(np.zeros(5, dtype=np.uint16), 10, 0, 1, 0)
+# --------------------------------------------------------------------------------------------------------------------
+# instruction tuning
+
+
+def test_conversation_labels(tokenizer):
+    """Only the answers and the token that ends each are targets; the first question is the prompt of evaluation."""
+    def answers(labels):
+        return tokenizer.decode([t for t in labels if t != -100])
+
+    tokenizer.chat_template = CHATML
+    ids, labels = conversation(tokenizer, [("Who?", "Ana."), ("x" * 200, "y"), ("Où?", "Nîmes")], limit=100)
+    assert tokenizer.decode(ids) == ("<s>user: Who?</s>\n<s>assistant: Ana.</s>\n"
+                                     "<s>user: Où?</s>\n<s>assistant: Nîmes</s>\n")
+    assert answers(labels) == "Ana.</s>Nîmes</s>" and all(t in (-100, i) for t, i in zip(labels, ids))
+    prompt = user_turn(tokenizer, "Who?")
+    assert ids[:len(prompt)] == prompt and len(conversation(tokenizer, [("x" * 200, "y")], limit=100)[0]) == 100
+    repeated = [("x" * 200, "y"), ("b", "c"), ("x" * 200, "y")]             # too long first and last: the other is kept
+    assert conversation(tokenizer, repeated, limit=100) == conversation(tokenizer, repeated[1:2], limit=100)
+    # a template that writes the last turn in its own way (Qwen3's thinking): one question, its labels in place
+    tokenizer.chat_template = CHATML.replace(
+        "{{ m['content'] }}", "{% if loop.last and m['role'] == 'assistant' %}~{% endif %}{{ m['content'] }}")
+    ids, labels = conversation(tokenizer, [("Who?", "Ana."), ("b", "c")], limit=100)
+    assert tokenizer.decode(ids) == "<s>user: Who?</s>\n<s>assistant: ~Ana.</s>\n" and answers(labels) == "~Ana.</s>"
+    # Qwen3's template asks for thinking unless it is told not to: the prompt then ends with the empty thought
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "<s>assistant: {%", "<s>assistant: {% if enable_thinking is false %}~{% endif %}{%")
+    ids, labels = conversation(tokenizer, [("Who?", "Ana.")], limit=100)
+    assert tokenizer.decode(user_turn(tokenizer, "Who?")) == "<s>user: Who?</s>\n<s>assistant: ~"
+    assert answers(labels) == "Ana.</s>"
+    # Gemma's turns do not end with eos
+    tokenizer.chat_template = CHATML.replace("</s>", "<unused>")
+    ids, labels = conversation(tokenizer, [("Who?", "Ana."), ("b", "c")], limit=100)
+    assert answers(labels) == "Ana.<unused>c<unused>"
+    # a prompt that ends with a space, which joins the answer's first token: both stand as they do at test time
+    tokenizer.add_tokens([" Ana"])
+    tokenizer.chat_template = CHATML.replace("{{ m['content'] }}", " {{ m['content'] }}").replace("t: {%", "t:  {%")
+    ids, labels = conversation(tokenizer, [("Who?", "Ana."), ("b", "c")], limit=100)
+    prompt = user_turn(tokenizer, "Who?")
+    assert ids[:len(prompt)] == prompt and answers(labels) == "Ana.</s>"
+    tokenizer.chat_template = None
+    ids, labels = conversation(tokenizer, [("Who? ", "Ana"), ("b", "c")], limit=100)
+    assert tokenizer.decode(ids) == "<s>Who? Ana</s>" and answers(labels) == "Ana</s>"
+
+
+@pytest.mark.parametrize("row", [
+    {"story": "S", "questions": ["q1", "q2"], "answers": {"input_text": ["a1", "a2"]}},                         # CoQA
+    {"passage": "S", "question": "q1", "answers_spans": {"spans": ["a1", "b"], "types": ["span", "span"]}},     # DROP
+    {"document": {"summary": {"text": "S"}}, "question": {"text": "q1"}, "answers": [{"text": "a1"}, {"text": "b"}]},
+    {"question": "q1", "context": {"contexts": ["S", "T"]}, "long_answer": "a1", "final_decision": "yes"},      # PubMedQA
+    {"context": "S", "question": "q1", "answers": ["x", "a1"], "correct_answer_id": 1},                         # QuAIL
+    {"query": "q1", "passages": {"passage_text": ["S", "T"]}, "answers": ["a1"]},                               # MS MARCO
+    {"chapter": "S", "summary_text": "a1"},                                                                     # BookSum
+    {"input": "S", "prompt": "q1", "answer": "a1"},                                                             # PwC
+    {"context": "S", "question": "q1", "answers": {"text": ["a1"], "answer_start": [0]}},                       # SQuAD
+    {"context": "S", "qas": [{"question": "q1", "answers": "a1"}, {"question": " ", "answers": "no question"}]},
+    {"context": "S", "question": "q1", "answer": "a1"},
+    {"context": "S", "question": "q1", "answers": ["a1", ""]}])
+def test_instruction_schemas(tmp_path, row):
+    """A row of each set of Table 3 and of other forms; two rows of one context are one document."""
+    path = write_rows(tmp_path / "rows.jsonl", [row, row])
+    (source, context, pairs), = load_instructions([path])[0]
+    assert source == path and context.startswith("S") and len(pairs) in (2, 4)
+    assert pairs[0][0] in ("q1", "Write a summary of the text.") and pairs[0][1][0] == "a1" and "" not in pairs[0][1]
+
+
+@pytest.mark.parametrize("row, words", [
+    ({"line": "x"}, "known instruction set"), ({"context": "S", "question": "q"}, "missing or malformed"),
+    ({"context": "S", "qas": [{"question": "q"}]}, "missing or malformed"), ({"task": "t", "input": "x"}, "'output'"),
+    ({"task": "t", "input": 5, "output": "x"}, "malformed"), ({"task": "t", "input": "x", "output": []}, "malformed")])
+def test_malformed_instructions(tmp_path, row, words):
+    with pytest.raises(InputError, match=f"rows.jsonl line 1.*{words}"):
+        load_instructions([write_rows(tmp_path / "rows.jsonl", [row])])
 
 
 def instruction_flags(sources, **flags):
@@ -180,50 +235,84 @@ def instruction_flags(sources, **flags):
 
 def write_villages(path, count):
     """Documents of some 60 bytes, one question each; the village names its document."""
-    rows = [{"context": f"In village{k:02d} the baker is called Name{k:02d}. It rained all day.",
-             "qas": [{"question": f"Who bakes in village{k:02d}?", "answers": [f"Name{k:02d}"]}]} for k in range(count)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return [str(path)]
-
-
-def villages(tokenizer, batch, item):
-    """The documents in the context of an item, read back from its tokens."""
-    words = tokenizer.decode(batch.segments[item, :-1][batch.mask[item, :-1].bool()]).split()
-    return {word for word in words if word.startswith("village")}
+    return write_rows(path, [{"context": f"In village{k:02d} the baker is called Name{k:02d}. It rained all day.", "qas": [
+        {"question": f"Who bakes in village{k:02d}?", "answers": [f"Name{k:02d}"]}]} for k in range(count)])
 
 
 @pytest.mark.parametrize("chunks", [2, 12])
 def test_the_control_shares_no_document(tmp_path, tokenizer, chunks):
-    """Contexts of up to 12 of 30 documents: the context half the set away often holds the right document, the control
-    never."""
-    sources = write_villages(tmp_path / "qa.jsonl", 60)
-    instructions = InstructionData(instruction_flags(sources, chunks=chunks), tokenizer)
-    held = [villages(tokenizer, instructions.validation, i) for i in range(30)]
-    assert sum(control is not None for control in instructions.controls) >= 27
-    for i, control in enumerate(instructions.controls):
-        assert held[i] and not held[i] & (held[control] if control is not None else set())
-        if control is None:
-            assert all(held[i] & other for other in held)
-    if chunks == 12:
-        assert sum(bool(held[i] & held[(i + 15) % 30]) for i in range(30)) > 2 and max(map(len, held)) >= 9
+    """Contexts of up to 12 of 30 documents: that of the item half the set away holds others."""
+    source = write_villages(tmp_path / "qa.jsonl", 60)
+    validation = InstructionData(instruction_flags([source], chunks=chunks), tokenizer).validation
+    assert len(validation.segments) == 30
+    held = []
+    for segments, mask in zip(validation.segments, validation.mask):
+        words = tokenizer.decode(segments[:-1][mask[:-1].bool()]).split()
+        held.append({word for word in words if word.startswith("village")})
+    assert all(held[i] and not held[i] & held[(i + 15) % 30] for i in range(30))
+    assert chunks == 2 or max(map(len, held)) >= 9
 
 
-def test_items_without_a_control_are_counted(tmp_path, tokenizer):
-    """A context of all documents has no control: its value is null, and the others keep theirs."""
-    sources = write_villages(tmp_path / "qa.jsonl", 6)
-    flags = instruction_flags(sources, validation=sources, chunk=500, chunks=2, eval_sequences=6)
+def test_context_lengths_are_log_uniform(tmp_path, tokenizer):
+    """From a sentence to all chunks: of the lengths drawn for demonstrations of 20 tokens, each doubling has its share.
+    A document that is longer than the length drawn is not cut."""
+    args, tasks = instruction_flags([], chunks=16), {"t": ("", [("a", ["b"])] * 400)}
+    draws = [instruction_example(tokenizer, [], tasks, "t", args, number) for number in range(600)]
+    lengths = np.array([len(example.context) for example in draws])
+    shares = [((lengths >= low) & (lengths < 2 * low)).mean() for low in (32, 64, 128, 256, 512)]
+    assert all(abs(share - 1 / 6) < 0.06 for share in shares), shares
+    documents, _ = load_instructions([write_villages(tmp_path / "qa.jsonl", 12)])
+    args = instruction_flags([], chunks=1)
+    whole = [instruction_example(tokenizer, documents, {}, 3, args, number) for number in range(80)]
+    assert min(len(example.context) for example in whole) == 60
+
+
+def test_distractors_are_of_one_source(tmp_path, tokenizer):
+    """The document is always there, others of its source in any place, and what is asked is about documents there."""
+    rows = [{"dataset": "ab"[k % 2], "context": f"Item{k:02d} weighs {k}.", "qas": [
+        {"question": f"Item{k:02d}?", "answers": [str(k)]}]} for k in range(40)]
+    documents, _ = load_instructions([write_rows(tmp_path / "qa.jsonl", rows)])
+    places, counts = set(), set()
+    for number in range(100):
+        example = instruction_example(tokenizer, documents, {}, 6, instruction_flags([], chunks=4), number)
+        there = [int(text[4:6]) for text in tokenizer.decode(example.context[1:]).split("\n\n")]
+        assert len(set(there)) == len(there) and all(k % 2 == 0 for k in there)
+        assert int(tokenizer.decode(example.ids)[7:9]) in there
+        places.add(there.index(6))
+        counts.add(len(there))
+    assert places >= {0, 1, 2, 3} and 1 in counts and max(counts) > 9
+
+
+def test_a_document_of_all_chunks_leaves_room_for_bos(tmp_path, tokenizer):
+    """With its BOS a document of 64 bytes, here tokens, is longer than 64 tokens, and one of 63 is not cut."""
+    rows = [{"context": str(n) * (64 if n < 4 else 63), "qas": [{"question": "q", "answers": ["a"]}]} for n in range(9)]
+    flags = instruction_flags([write_rows(tmp_path / "qa.jsonl", rows)], chunk=32, chunks=2, batch=9, eval_sequences=2)
     instructions = InstructionData(flags, tokenizer)
-    contexts = [villages(tokenizer, instructions.validation, i) for i in range(6)]
-    lone = [i for i in range(6) if all(contexts[i] & other for other in contexts)]
-    assert lone and [i for i in range(6) if instructions.controls[i] is None] == lone
-    assert f"{len(lone)} of 6 validation items without a control" in instructions.about
-    args = Namespace(out=str(tmp_path), stage="instruct", micro_batch=3)
-    losses = train.validate(args, make_model(), instructions, 0, 1)
-    assert [i for i in range(6) if losses[i, 2].isnan()] == lone and not losses[:, 0].isnan().any()
-    for step in (0, 5):
-        train.report_validation(args, step, losses)
-    for row in map(json.loads, open(tmp_path / "validation.jsonl")):
-        assert [i for i in range(6) if row["sequences"]["answer_shuffled"][i] is None] == lone
+    assert instructions.about.startswith("5 of 9 documents")
+    assert sum(next(instructions.batches(0)).mask[0, :2].flatten().tolist()) == 64
+
+
+def test_units_of_an_epoch(tmp_path, tokenizer, monkeypatch):
+    """Every document once and a task once for each 20 of its examples; the second epoch comes to each again, in another
+    order."""
+    write_villages(tmp_path / "qa.jsonl", 9)
+    rows = [{"task": "up", "input": str(k), "output": "o", "definition": "Say o."} for k in range(30)]
+    flags = instruction_flags([str(tmp_path / "qa.jsonl"), write_rows(tmp_path / "t.jsonl", rows)], eval_sequences=2)
+    instructions = InstructionData(flags, tokenizer)
+    assert instructions.units == [0, 1, 2, 3, 4, 5, 6, "up", "up"] and instructions.steps_per_epoch == 4.5
+    asked = []
+    monkeypatch.setattr(data, "instruction_example", lambda *args: asked.append(args[3]) or instruction_example(*args))
+    batches = instructions.batches(0)
+    for step in range(9):
+        next(batches)
+    assert sorted(map(str, asked[:9])) == sorted(map(str, asked[9:])) == sorted(map(str, instructions.units))
+    assert asked[:9] != asked[9:]
+    example = instruction_example(tokenizer, [], instructions.tasks, "up", flags, 5)
+    assert tokenizer.decode(example.context[1:]).startswith("Say o.")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# commands
 
 
 def test_bad_input_is_told_by_the_first_process_of_a_machine(monkeypatch, capsys):
@@ -249,63 +338,3 @@ def test_data_set_libraries_wait_until_they_are_used():
               "print(sorted({'datasets', 'pyarrow', 'matplotlib', 'peft'} & set(sys.modules)))")
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "[]\n", done.stdout + done.stderr
-
-
-def test_context_lengths_are_log_uniform(tmp_path, tokenizer):
-    """From a sentence to all chunks: of the lengths drawn for demonstrations of 20 tokens, each doubling has its share.
-    A document that is longer than the length drawn is not cut."""
-    tasks = {"t": ("", [("a", ["b"])] * 400)}
-    draws = [instruction_example(tokenizer, [], tasks, "t", 64, 16, np.random.default_rng(seed)) for seed in range(600)]
-    lengths = np.array([len(example.context) for example in draws])
-    shares = [((lengths >= low) & (lengths < 2 * low)).mean() for low in (32, 64, 128, 256, 512)]
-    assert all(abs(share - 1 / 6) < 0.06 for share in shares), shares
-    documents, _ = load_instructions(write_villages(tmp_path / "qa.jsonl", 12))
-    whole = [instruction_example(tokenizer, documents, {}, 3, 64, 1, np.random.default_rng(seed)) for seed in range(80)]
-    assert min(len(example.context) for example in whole) == 60
-
-
-def test_distractors_are_of_one_source(tmp_path, tokenizer):
-    """The document is always there, others of its source in any place, and what is asked is about documents there."""
-    rows = [{"dataset": "ab"[k % 2], "context": f"Item{k:02d} weighs {k}.", "qas": [
-        {"question": f"Item{k:02d}?", "answers": [str(k)]}]} for k in range(40)]
-    (tmp_path / "qa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    documents, _ = load_instructions([str(tmp_path / "qa.jsonl")])
-    places, counts = set(), set()
-    for seed in range(100):
-        example = instruction_example(tokenizer, documents, {}, 6, 64, 4, np.random.default_rng(seed))
-        there = [int(text[4:6]) for text in tokenizer.decode(example.context[1:]).split("\n\n")]
-        assert len(set(there)) == len(there) and all(k % 2 == 0 for k in there)
-        assert int(tokenizer.decode(example.ids)[7:9]) in there
-        places.add(there.index(6))
-        counts.add(len(there))
-    assert places >= {0, 1, 2, 3} and 1 in counts and max(counts) > 9
-
-
-def test_a_document_of_all_chunks_leaves_room_for_bos(tmp_path, tokenizer):
-    """With its BOS a document of 64 bytes, here tokens, is longer than 64 tokens, and one of 63 is not cut."""
-    rows = [{"context": str(n) * (64 if n < 4 else 63), "qas": [{"question": "q", "answers": ["a"]}]} for n in range(9)]
-    (tmp_path / "qa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    flags = instruction_flags([str(tmp_path / "qa.jsonl")], chunk=32, chunks=2, batch=9, eval_sequences=2)
-    instructions = InstructionData(flags, tokenizer)
-    assert instructions.about.startswith("5 of 9 documents, others are longer than 64 tokens")
-    assert sum(instructions.batch(0).mask[0, :2].flatten().tolist()) == 64
-
-
-def test_units_of_an_epoch(tmp_path, tokenizer):
-    """Every document once and a task once for each 20 of its examples; the second epoch comes to each again, in another
-    order."""
-    write_villages(tmp_path / "qa.jsonl", 9)
-    rows = [{"task": "up", "input": str(k), "output": "o", "definition": "Say o."} for k in range(30)]
-    (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    flags = instruction_flags([str(tmp_path / "qa.jsonl"), str(tmp_path / "t.jsonl")], eval_sequences=2)
-    instructions = InstructionData(flags, tokenizer)
-    assert instructions.units == [0, 1, 2, 3, 4, 5, 6, "up", "up"] and instructions.steps_per_epoch == 4.5
-    asked = []
-    monkey = instructions.example
-    instructions.example = lambda documents, unit, *numbers: asked.append(unit) or monkey(documents, unit, *numbers)
-    for step in range(9):
-        instructions.batch(step)
-    assert sorted(map(str, asked[:9])) == sorted(map(str, asked[9:])) == sorted(map(str, instructions.units))
-    assert asked[:9] != asked[9:]
-    example = monkey(instructions.documents, "up", 5)
-    assert tokenizer.decode(example.context[1:]).startswith("Say o.\n\nInput: ") or len(example.texts) == 1

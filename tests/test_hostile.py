@@ -7,8 +7,8 @@ import json
 import os
 import random
 import struct
+from argparse import Namespace
 
-import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -107,19 +107,20 @@ ROWS = [{"text": "One text. " * 5}, {"context": "c" * 30, "qas": [{"question": "
 def read_everything(source, tokenizer, path):
     """Each reader of rows on one file; those of them that succeed."""
     def instruct():
+        args = Namespace(chunk=32, chunks=2, seed=0)
         documents, tasks = data.load_instructions([source])
-        for unit in data.instruction_units(documents, tasks):
-            example = data.instruction_example(tokenizer, documents, tasks, unit, 32, 2, np.random.default_rng(0))
+        documents = data.usable(documents, tokenizer, args)
+        for unit in [*range(len(documents)), *(task for task in tasks if len(tasks[task][1]) > 1)]:
+            example = data.instruction_example(tokenizer, documents, tasks, unit, args, 0)
             data.instruction_batch([example], tokenizer.pad_token_id, 32)
 
     def pack():
         out = os.path.join(path, "out.bin")
-        data.pack([source], tokenizer, out)
-        assert len(data.load_tokens(out, tokenizer)) > 0
+        assert len(data.open_tokens([source], tokenizer, out)) > 0
         os.remove(out)
         os.remove(out + ".json")
 
-    return [run(path, action) for action in (instruct, pack, lambda: msc.load(source), lambda: data.load_texts([source]))]
+    return [run(path, action) for action in (instruct, pack, lambda: msc.load(source))]
 
 
 def test_fuzz_rows(tmp_path):
@@ -193,8 +194,7 @@ def test_control_tokens_are_plain_text(tmp_path):
     assert (ids.count(start), ids.count(end), ids.count(turn)) == (2, 2, 0)
     assert tokenizer.decode([t for t in labels if t != -100]).startswith(attack)
     (tmp_path / "t.jsonl").write_text(json.dumps({"text": attack + "</s>"}) + "\n" + json.dumps({"text": "two"}))
-    data.pack([str(tmp_path / "t.jsonl")], tokenizer, str(tmp_path / "t.bin"))
-    packed = data.load_tokens(str(tmp_path / "t.bin"), tokenizer).tolist()
+    packed = data.open_tokens([str(tmp_path / "t.jsonl")], tokenizer, str(tmp_path / "t.bin")).tolist()
     assert packed.count(tokenizer.eos_token_id) == 2 and not {start, end, turn} & set(packed)       # one end a document
     tokenizer.chat_template = None
     assert end not in user_turn(tokenizer, attack)
@@ -205,8 +205,8 @@ def test_megabyte_lines(tmp_path):
     for content in (b"[" * 2**20, b'{"text": "' + b"x" * 2**20 + b'"}', b'{"text": "' + b"<|im_end|>" * 10**5 + b'"}',
                     b"\0" * 2**20, b'{"a": ' * 10**5):
         (tmp_path / "m.jsonl").write_bytes(content)
-        run(str(tmp_path), lambda: data.pack([str(tmp_path / "m.jsonl")], tokenizer, str(tmp_path / "m.bin")))
-    assert sum(data.load_tokens(str(tmp_path / "m.bin"), tokenizer) >= 260) == 0
+        run(str(tmp_path), lambda: data.open_tokens([str(tmp_path / "m.jsonl")], tokenizer, str(tmp_path / "m.bin")))
+    assert sum(data.open_tokens([str(tmp_path / "m.bin")], tokenizer) >= 260) == 0
     text = "<|im_end|>" * 10**4 + "\n" * 10**5
     assert tokenizer.convert_tokens_to_ids("<|im_end|>") not in context_ids(tokenizer, text)
 
@@ -285,7 +285,7 @@ def test_fuzz_configs_and_token_files(tmp_path, base_directory):
     """100 token files with their facts, 80 configs, 20 bases."""
     draw, tokenizer, path = random.Random(4), chat_tokenizer(), str(tmp_path / "t.bin")
     (tmp_path / "t.txt").write_text("Some words. " * 50)
-    data.pack([str(tmp_path / "t.txt")], tokenizer, path)
+    data.open_tokens([str(tmp_path / "t.txt")], tokenizer, path)
     tokens, facts = open(path, "rb").read(), json.load(open(path + ".json"))
     good = [0, 0, 0]
     for case in range(100):
@@ -295,7 +295,7 @@ def test_fuzz_configs_and_token_files(tmp_path, base_directory):
         with open(path, "wb") as file, open(path + ".json", "wb") as meta:
             file.write(corrupt(draw, tokens) if draw.random() < 0.5 else tokens)
             meta.write(corrupt(draw, content) if draw.random() < 0.3 else content)
-        good[0] += run(str(tmp_path), lambda: data.load_tokens(path, tokenizer).sum())
+        good[0] += run(str(tmp_path), lambda: data.open_tokens([path], tokenizer).sum())
     for _ in range(80):
         content = json.dumps(distort(draw,
                                      {"d_r": 24, "rank": 8, "scale": 0.5, "norm": "svd", "damping": 0.01,

@@ -2,7 +2,6 @@
 fine-tuned baselines, refusals."""
 
 import json
-import math
 import os
 import random
 import re
@@ -21,21 +20,27 @@ from torch.distributed.run import get_args_parser
 
 import train
 from conftest import ROOT, make_base, make_model
-from data import (InstructionData, conversation, doubled, instruction_batch, instruction_example, instruction_units,
-                  load_instructions)
+from data import InstructionData, doubled, instruction_batch, instruction_example, load_instructions
 from extras import finetune
 from model import load_base
 from processes import finish, start, start_group
-from support.checkpoints import checkpoints
 from support.files import InputError
-from support.text import user_turn
-from test_data import instruction_flags
+from test_data import CHATML, instruction_flags
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr("data.CACHE", str(tmp_path / "cache"))
 
 
 def command(base, text, out, *flags):
     return ["train.py", "--base", base, "--data", text, "--out", str(out), "--device", "cpu", "--dtype", "float32",
             "--chunk", "16", "--chunks", "2", "--batch", "4", "--d-r", "16", "--rank", "8", "--lr", "1e-2",
             "--warmup", "2", "--eval-sequences", "3", "--eval-every", "1000", *flags]
+
+
+def main(base, text, out, *flags):
+    train.train(train.arguments(command(base, text, out, *flags)[1:]))
 
 
 def weights(out, step):
@@ -75,33 +80,32 @@ def test_a_signal_leaves_a_checkpoint(tmp_path, base_directory, text_file, kind)
     assert weights(tmp_path / "run", step)
 
 
-def test_only_checkpoints_count_and_go(tmp_path, base_directory, text_file, monkeypatch):
+def test_only_checkpoints_count_and_go(tmp_path, base_directory, text_file):
     """Copies under longer names and files like checkpoints are neither the newest nor removed; 1,000,000 comes after
     999,800."""
-    monkeypatch.setattr("data.CACHE", str(tmp_path / "cache"))
     out = tmp_path / "run"
     foreign = ["step-000001-best", "step-000009 (copy)", "step-9", "step-", "step-notes", "step-000009.tar.gz"]
     for step in (1_000_000, 999_800, 200):
         (tmp_path / "long" / f"step-{step:06d}").mkdir(parents=True)
-    assert [int(path.rpartition("-")[2]) for path in checkpoints(str(tmp_path / "long"))] == [200, 999_800, 1_000_000]
+    assert [int(path.rpartition("-")[2]) for path in train.checkpoints(tmp_path / "long")] == [200, 999_800, 1_000_000]
     for name in foreign[:4]:
         (out / name).mkdir(parents=True)
     for name in foreign[4:]:
         (out / name).write_text("mine")
-    assert checkpoints(str(out)) == []
+    assert train.checkpoints(out) == []
     main(base_directory, text_file, out, "--steps", "3", "--save-every", "1")           # not refused: it is a new run
     assert sorted(p.name for p in out.glob("step-*")) == sorted([*foreign, "step-000002", "step-000003"])
     shutil.copytree(out / "step-000002", out / "step-000003-best")
     shutil.rmtree(out / "step-000003")
     main(base_directory, text_file, out, "--steps", "3", "--save-every", "1", "--resume")
-    assert len((out / "log.jsonl").read_text().splitlines()) == 3
-    assert checkpoints(str(out)) == [str(out / "step-000002"), str(out / "step-000003")]
+    assert len(read_log(out)) == 3
+    assert train.checkpoints(out) == [str(out / "step-000002"), str(out / "step-000003")]
     assert (out / "step-000003-best").exists() and all((out / name).exists() for name in foreign)
 
 
 def test_killed_twenty_times(tmp_path, base_directory, text_file):
-    """SIGKILL twenty times, between any two of a run's optimiser steps, flushes, renames and removals: each restart
-    resumes from a whole checkpoint, and the end is bit-identical to an unbroken run, which learns."""
+    """SIGKILL twenty times, between any two of a run's optimiser steps, renames and removals: each restart resumes from
+    a whole checkpoint, and the end is bit-identical to an unbroken run, which learns."""
     whole, broken = (command(base_directory, text_file, tmp_path / name, "--steps", "80", "--save-every", "2",
                              "--batch", "2") for name in ("whole", "broken"))
     draw = random.Random(0)
@@ -113,7 +117,7 @@ def test_killed_twenty_times(tmp_path, base_directory, text_file):
     assert_same_weights(tmp_path / "whole", tmp_path / "broken", 80)
     unbroken, resumed = read_log(tmp_path / "whole"), read_log(tmp_path / "broken")
     assert [(r["step"], r["loss"]) for r in unbroken] == [(r["step"], r["loss"]) for r in resumed]
-    assert unbroken[-1]["reconstruction"] < unbroken[0]["reconstruction"] - 0.1
+    assert unbroken[-1]["loss"] < unbroken[0]["loss"] - 0.1
     assert sorted(p.name for p in (tmp_path / "broken").glob("step-*")) == ["step-000078", "step-000080"]
     validated = [(tmp_path / name / "validation.jsonl").read_text() for name in ("whole", "broken")]
     assert validated[0] == validated[1] and len(validated[0].splitlines()) == 2
@@ -121,8 +125,8 @@ def test_killed_twenty_times(tmp_path, base_directory, text_file):
 
 def test_two_machines_without_a_shared_disk(tmp_path, base_directory, text_file):
     """Only the first has the checkpoints: the second resumes from them all the same, and both end where one would."""
-    disks, line = [tmp_path / "machine-0", tmp_path / "machine-1"], command(base_directory, text_file, "run", "--steps",
-                                                                            "6", "--save-every", "3")
+    disks = [tmp_path / "machine-0", tmp_path / "machine-1"]
+    line = command(base_directory, text_file, "run", "--steps", "6", "--save-every", "3")
     for disk in disks:
         disk.mkdir()
     assert finish(*start_group(line, tmp_path / "printed", disks, machines=True)) == [0, 0]
@@ -158,7 +162,7 @@ def test_processes_and_micro_batches_agree(tmp_path, base_directory, text_file):
             assert_same_gradient(tmp_path / "one", tmp_path / other)
         assert [row["loss"] for row in logs[other]] == pytest.approx([row["loss"] for row in logs["one"]], rel=1e-3)
         assert logs[other][0]["grad_norm"] == pytest.approx(logs["one"][0]["grad_norm"], rel=1e-4)
-    assert len(logs["two"]) == 5 and len(checkpoints(str(tmp_path / "two"))) == 2
+    assert len(logs["two"]) == 5 and len(train.checkpoints(tmp_path / "two")) == 2
 
 
 def test_torchrun_lets_every_option_pass(capsys):
@@ -179,31 +183,24 @@ def test_loss_is_eq_5():
     segments, mask, visible, labels = doubled(tokens, C)
     mask = mask.masked_fill(torch.arange(L) >= torch.tensor([[8, 3, 5, 8, 1, 6], [2, 8, 7, 4, 8, 8]])[..., None], 0)
     labels = labels.masked_fill(mask == 0, -100)
-    nats, count = make_model().segment_losses(segments, mask, visible, labels)
-    reconstruction = nats[:, C:].sum() / count[:, C:].sum()
-    completion = nats[:, 1:C].sum() / count[:, 1:C].sum()
+    nll, count = make_model().segment_losses(segments, mask, visible, labels)
+    reconstruction = nll[:, C:].sum() / count[:, C:].sum()
+    completion = nll[:, 1:C].sum() / count[:, 1:C].sum()
     for objective, want in (("both", reconstruction + completion), ("reconstruction", reconstruction),
                             ("completion", completion)):
-        torch.testing.assert_close((nats * train.loss_weights(labels, C, objective)).sum(), want)
+        torch.testing.assert_close((nll * train.loss_weights(labels, C, objective)).sum(), want)
 
 
 def test_learning_rate():
     args = train.arguments(["--data", "x", "--out", "y", "--steps", "110", "--warmup", "10", "--lr", "2"])
     rates = [train.learning_rate(args, step) for step in range(110)]
-    assert rates[0] == pytest.approx(0.2)
-    assert max(rates) == rates[9] == rates[10] == 2
-    assert rates[60] == pytest.approx(1)
-    assert 0 < rates[-1] <= 0.02
-
-
-def main(base, text, out, *flags):
-    train.train(train.arguments(command(base, text, out, *flags)[1:]))
+    assert rates[0] == pytest.approx(0.2) and rates[60] == pytest.approx(1)
+    assert max(rates) == rates[9] == rates[10] == 2 and 0 < rates[-1] <= 0.02
 
 
 def test_completion_alone_trains_nothing_of_the_second_half(tmp_path, base_directory, text_file, monkeypatch):
     """Its loss is that of the doubled sequence; the second half, which the model leaves out, is padding without
     targets."""
-    monkeypatch.setattr("data.CACHE", str(tmp_path / "cache"))
     original, wanted = train.AdaptedLM.segment_losses, []
 
     def watched(self, segments, mask, visible, labels):
@@ -220,32 +217,43 @@ def test_completion_alone_trains_nothing_of_the_second_half(tmp_path, base_direc
          "--micro-batch", "4")
     rows = read_log(tmp_path / "run")
     assert [row["completion"] for row in rows] == pytest.approx(wanted, rel=1e-5) and wanted[0] != wanted[2]
-    assert [row["reconstruction"] for row in rows] == [0, 0, 0] and rows[0]["tokens"] == 4 * 3 * 16
+    assert [row["loss"] for row in rows] == pytest.approx(wanted, rel=1e-5) and rows[0]["tokens"] == 4 * 3 * 16
 
 
 def test_a_bad_gradient_is_skipped_and_ten_in_a_row_stop_the_run(tmp_path, base_directory, text_file, monkeypatch):
-    monkeypatch.setattr("data.CACHE", str(tmp_path / "cache"))
+    """NaN, or what a factorisation raises that meets it."""
     original, calls = train.AdaptedLM.segment_losses, []
 
     def poisoned(self, *args):
         nll, count = original(self, *args)
         calls.append(torch.is_grad_enabled())
+        if sum(calls) in bad and calls[-1] and sum(calls) % 2:
+            raise torch.linalg.LinAlgError("NaN")
         return nll * (float("nan") if sum(calls) in bad else 1), count
 
     monkeypatch.setattr(train.AdaptedLM, "segment_losses", poisoned)
-    bad = {2}
-    main(base_directory, text_file, tmp_path / "one", "--steps", "3", "--micro-batch", "4")
-    assert [row["skipped"] for row in read_log(tmp_path / "one")] == [False, True, False]
-    assert all(t.isfinite().all() for t in weights(tmp_path / "one", 3).values())
+    bad = {2, 3}
+    main(base_directory, text_file, tmp_path / "one", "--steps", "4", "--micro-batch", "4")
+    assert [row["skipped"] for row in read_log(tmp_path / "one")] == [False, True, True, False]
+    assert all(t.isfinite().all() for t in weights(tmp_path / "one", 4).values())
     calls.clear()
     bad = set(range(1, 99))
     with pytest.raises(InputError, match="10 steps in a row"):
         main(base_directory, text_file, tmp_path / "all", "--steps", "30", "--micro-batch", "4")
 
 
-def test_refusals(tmp_path, base_directory, text_file, monkeypatch):
-    """One sentence each, and nothing overwritten."""
-    monkeypatch.setattr("data.CACHE", str(tmp_path / "cache"))
+def test_a_text_of_two_sequences_is_enough_for_the_default_start(tmp_path, base_directory, text_file):
+    """63 tokens are the fewest for 2 chunks of 16, and far below what the aligned start reads of a longer text."""
+    (tmp_path / "short.txt").write_text("Ana keeps nine bees; Bo walks to Oslo; Cy sings by the river.")   # + BOS, EOS
+    main(base_directory, str(tmp_path / "short.txt"), tmp_path / "x", "--validation", text_file, "--steps", "1")
+    assert read_log(tmp_path / "x")[0]["tokens"] == 4 * 32
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# refusals
+
+
+def test_a_run_is_not_overwritten(tmp_path, base_directory, text_file):
     main(base_directory, text_file, tmp_path / "run", "--steps", "2")
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*")}
     for flags, words in ((("--steps", "2"), "already holds checkpoints"),
@@ -254,149 +262,86 @@ def test_refusals(tmp_path, base_directory, text_file, monkeypatch):
         with pytest.raises(InputError, match=words):
             main(base_directory, text_file, tmp_path / "run", *flags)
     assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*")}
-    (tmp_path / "file").write_text("")
-    short = str(tmp_path / "short.txt")
-    (tmp_path / "short.txt").write_text("a line of text")
-    for args, words in (((base_directory, text_file, tmp_path / "file"), "cannot be a directory"),
-                        ((base_directory, str(tmp_path / "no.jsonl"), tmp_path / "x"), "no such file"),
-                        ((base_directory, text_file, tmp_path / "x", "--chunks", "200"), "the training text has"),
-                        ((base_directory, text_file, tmp_path / "x", "--validation", short),
-                         "validation needs at least 2"),
-                        ((base_directory, text_file, tmp_path / "x", "--targets", "z_proj"), "z_proj"),
-                        ((base_directory, text_file, tmp_path / "x", "--rank", "17"), "rank"),
-                        ((base_directory, text_file, tmp_path / "x", "--chunk", "1"), "--chunk"),
-                        ((base_directory, text_file, tmp_path / "x", "--lr", "nan"), "--lr must be positive"),
-                        ((base_directory, text_file, tmp_path / "x", "--damping", "1e-5"), "--damping of at least 1e-4"),
-                        ((base_directory, text_file, tmp_path / "x", "--norm", "svd-exact", "--d-r", "17"), "--norm svd"),
-                        ((base_directory, text_file, tmp_path / "x", "--chunks", "1", "--objective", "completion"),
-                         "--objective completion needs"),
-                        ((str(tmp_path), text_file, tmp_path / "x"), "config.json")):
-        with pytest.raises(InputError, match=words):
-            main(*args)
-        assert not (tmp_path / "x").exists()
-    with pytest.raises(InputError, match="--data is missing: name text files"):         # no data set is the default
-        train.train(train.arguments(["--base", base_directory, "--out", str(tmp_path / "x")]))
-    with pytest.raises(InputError, match="--init is how a new generator begins"):
-        main(base_directory, text_file, tmp_path / "x", "--init", "random", "--checkpoint", str(tmp_path))
-    for flags, words in ((["--epochs", "3"], "--epochs does not belong to --stage pretrain"),
-                         (["--documents", "x.txt"], "--documents"), (["--stage", "finetune", "--resume"], "--resume"),
-                         (["--stage", "finetune", "--d-r", "64"], "--d-r does not belong to --stage finetune"),
-                         (["--stage", "finetune", "--save-every", "1"], "--save-every"),
-                         (["--stage", "instruct", "--objective", "both"], "--objective does not belong to --stage")):
-        monkeypatch.setattr("sys.argv", ["train.py", "--out", str(tmp_path / "x"), *flags])
-        with pytest.raises(InputError, match=words):
-            train.main()
-
-
-def test_a_text_of_two_sequences_is_enough_for_the_default_start(tmp_path, base_directory, text_file, monkeypatch):
-    """63 tokens are the fewest for 2 chunks of 16, and far below what the aligned start reads of a longer text."""
-    monkeypatch.setattr("data.CACHE", str(tmp_path / "cache"))
-    (tmp_path / "short.txt").write_text("Ana keeps nine bees; Bo walks to Oslo; Cy sings by the river.")   # + BOS, EOS
-    main(base_directory, str(tmp_path / "short.txt"), tmp_path / "x", "--validation", text_file, "--steps", "1")
-    assert read_log(tmp_path / "x")[0]["tokens"] == 4 * 32
-
-
-def test_exit_code(tmp_path, base_directory):
     process = start(command(base_directory, "missing.jsonl", tmp_path / "x"), tmp_path / "printed")
     assert finish(process) == [2]
     assert (tmp_path / "printed").read_text().splitlines()[-1] == "error: missing.jsonl: no such file"
+
+
+INSTRUCT = "--stage instruct --checkpoint GENERATOR --data QA"
+FINETUNE = "--stage finetune --data QA"
+
+
+@pytest.mark.parametrize("flags, words", [
+    ("--out FILE", "cannot be a directory"),
+    ("--data no.jsonl", "no.jsonl: no such file"),
+    ("--chunks 200", "the training text has"),
+    ("--validation SHORT", "validation needs at least 2"),
+    ("--targets z_proj", "z_proj"),
+    ("--rank 17", "rank"),
+    ("--chunk 1", "--chunk must be at least 2"),
+    ("--lr nan", "--lr must be positive"),
+    ("--damping 1e-5", "--damping of at least 1e-4"),
+    ("--norm svd-exact --d-r 17", "--norm svd"),
+    ("--chunks 1 --objective completion", "--objective completion needs"),
+    ("--base BAD", "config.json"),
+    ("--checkpoint GENERATOR", "--data is missing: name text files"),
+    ("--checkpoint GENERATOR --data QA --init random", "--init is decided by --checkpoint"),
+    ("--epochs 3", "--epochs does not belong to --stage pretrain"),
+    ("--documents SHORT", "--documents does not belong"),
+    ("--stage instruct --data QA", "name it with --checkpoint"),
+    (f"{INSTRUCT} --objective both", "--objective does not belong to --stage instruct"),
+    (f"{INSTRUCT} --d-r 17", "--d-r is decided by --checkpoint"),
+    (f"{INSTRUCT} --chunk 4", "of at most 2 x 4 tokens"),
+    (f"{INSTRUCT} --data SHORT", "found 0, 0 of at most"),
+    (f"{INSTRUCT} --norm svd-exact", "norm svd-exact has no gradient"),
+    (f"{INSTRUCT} --chunk 256 --documents SHORT", "the training text has"),
+    (f"{INSTRUCT} --chunk 256 --documents QA --batch 1", "--batch must be at least 2"),
+    (f"{FINETUNE} --resume", "--resume does not belong"),
+    (f"{FINETUNE} --d-r 64", "--d-r does not belong to --stage finetune"),
+    (f"{FINETUNE} --lr -1", "--lr must be positive"),
+    (f"{FINETUNE} --data SHORT", "too few contexts with questions"),
+    (f"{FINETUNE} --out FILE", "exists already"),
+    (f"{FINETUNE} --out FILE/y", "y.part cannot be a directory"),
+])
+def test_refusals(tmp_path, base_directory, text_file, qa_file, monkeypatch, flags, words):
+    """One sentence each, and nothing is written."""
+    (tmp_path / "file").write_text("")
+    (tmp_path / "short.txt").write_text("a line of text")
+    make_model(base=load_base(base_directory, torch.float32, "cpu")[0]).save_pretrained(tmp_path / "generator")
+    names = {"FILE": tmp_path / "file", "SHORT": tmp_path / "short.txt", "BAD": tmp_path, "QA": qa_file,
+             "GENERATOR": tmp_path / "generator"}
+    for name, path in names.items():
+        flags = re.sub(rf"\b{name}\b", str(path), flags)
+    line = command(base_directory, text_file, tmp_path / "x")
+    if "--stage" in flags or "--checkpoint" in flags:               # these have a shape and steps of their own
+        line = ["train.py", "--base", base_directory, "--out", str(tmp_path / "x"), "--device", "cpu"]
+    if "--stage instruct" in flags:
+        line += ["--chunks", "2"]
+    monkeypatch.setattr("sys.argv", line + flags.split())
+    before = sorted(path for path in tmp_path.rglob("*") if "cache" not in str(path))
+    with pytest.raises(InputError, match=re.escape(words)):
+        train.main()
+    assert sorted(path for path in tmp_path.rglob("*") if "cache" not in str(path)) == before
 
 
 # --------------------------------------------------------------------------------------------------------------------
 # instruction tuning and fine-tuning
 
 
-CHATML = ("{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}</s>\n{% endfor %}"
-          "{% if add_generation_prompt %}<s>assistant: {% endif %}")
-
-
 @pytest.fixture(scope="module")
 def qa_file(tmp_path_factory):
     """Twelve documents with two questions each, and a task."""
     path = tmp_path_factory.mktemp("qa") / "qa.jsonl"
+    names = "Ana Bo Cy Di Ed Flo Gus Hal Ida Jo Kim Lea".split()
+    places = "Rome Oslo Bern Lima Cork Nice Bath Graz Linz Ghent Turin Vaasa".split()
     rows = [{"context": f"{name} lives in {place} and has {n} goats. " + "The hill is green. " * (n % 4),
              "qas": [{"question": f"Where does {name} live?", "answers": [place, f"in {place}"]},
                      {"question": f"How many goats has {name}?", "answers": [str(n)]}]}
-            for n, (name, place) in enumerate(zip(
-                "Ana Bo Cy Di Ed Flo Gus Hal Ida Jo Kim Lea".split(),
-                "Rome Oslo Bern Lima Cork Nice Bath Graz Linz Ghent Turin Vaasa".split()))]
+            for n, (name, place) in enumerate(zip(names, places))]
     rows += [{"task": "upper", "input": word, "output": word.upper(), "options": []}
              for word in "red green blue black white grey pink".split()]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
-
-
-def test_conversation_labels(tokenizer):
-    """Only the answers and the token that ends each are targets; the first question is the prompt of evaluation."""
-    tokenizer.chat_template = CHATML
-    ids, labels = conversation(tokenizer, [("Who?", "Ana."), ("x" * 200, "y"), ("Où?", "Nîmes")], limit=100)
-    assert tokenizer.decode(ids) == ("<s>user: Who?</s>\n<s>assistant: Ana.</s>\n"
-                                     "<s>user: Où?</s>\n<s>assistant: Nîmes</s>\n")
-    assert tokenizer.decode([t for t in labels if t != -100]) == "Ana.</s>Nîmes</s>"
-    assert all(t in (-100, i) for t, i in zip(labels, ids))
-    prompt = user_turn(tokenizer, "Who?")
-    assert ids[:len(prompt)] == prompt and len(conversation(tokenizer, [("x" * 200, "y")], limit=100)[0]) == 100
-    repeated = [("x" * 200, "y"), ("b", "c"), ("x" * 200, "y")]             # too long first and last: the other is kept
-    assert conversation(tokenizer, repeated, limit=100) == conversation(tokenizer, repeated[1:2], limit=100)
-    # a template that writes the last turn in its own way (Qwen3's thinking): one question, its labels in place
-    tokenizer.chat_template = CHATML.replace(
-        "{{ m['content'] }}", "{% if loop.last and m['role'] == 'assistant' %}~{% endif %}{{ m['content'] }}")
-    ids, labels = conversation(tokenizer, [("Who?", "Ana."), ("b", "c")], limit=100)
-    assert tokenizer.decode(ids) == "<s>user: Who?</s>\n<s>assistant: ~Ana.</s>\n"
-    assert tokenizer.decode([t for t in labels if t != -100]) == "~Ana.</s>"
-    # Qwen3's template asks for thinking unless it is told not to: the prompt then ends with the empty thought
-    tokenizer.chat_template = tokenizer.chat_template.replace(
-        "<s>assistant: {%", "<s>assistant: {% if enable_thinking is false %}~{% endif %}{%")
-    ids, labels = conversation(tokenizer, [("Who?", "Ana.")], limit=100)
-    assert tokenizer.decode(user_turn(tokenizer, "Who?")) == "<s>user: Who?</s>\n<s>assistant: ~"
-    assert tokenizer.decode([t for t in labels if t != -100]) == "Ana.</s>"
-    # Gemma's turns do not end with eos
-    tokenizer.chat_template = CHATML.replace("</s>", "<unused>")
-    ids, labels = conversation(tokenizer, [("Who?", "Ana."), ("b", "c")], limit=100)
-    assert tokenizer.decode([t for t in labels if t != -100]) == "Ana.<unused>c<unused>"
-    # a prompt that ends with a space, which joins the answer's first token: both stand as they do at test time
-    tokenizer.add_tokens([" Ana"])
-    tokenizer.chat_template = CHATML.replace("{{ m['content'] }}", " {{ m['content'] }}").replace("t: {%", "t:  {%")
-    ids, labels = conversation(tokenizer, [("Who?", "Ana."), ("b", "c")], limit=100)
-    prompt = user_turn(tokenizer, "Who?")
-    assert ids[:len(prompt)] == prompt and tokenizer.decode([t for t in labels if t != -100]) == "Ana.</s>"
-    tokenizer.chat_template = None
-    ids, labels = conversation(tokenizer, [("Who? ", "Ana"), ("b", "c")], limit=100)
-    assert tokenizer.decode(ids) == "<s>Who? Ana</s>"
-    assert tokenizer.decode([t for t in labels if t != -100]) == "Ana</s>"
-
-
-def test_instruction_schemas(tmp_path):
-    """One row of each set of Table 3, and what is asked of it."""
-    rows = {"stanfordnlp/coqa": {"story": "S", "questions": ["q1", "q2"], "answers": {"input_text": ["a1", "a2"]}},
-            "ucinlp/drop": {"passage": "S", "question": "q1",
-                            "answers_spans": {"spans": ["a1", "b"], "types": ["span", "span"]}},
-            "deepmind/narrativeqa": {"document": {"summary": {"text": "S"}}, "question": {"text": "q1"},
-                                     "answers": [{"text": "a1"}, {"text": "b"}]},
-            "qiaojin/PubMedQA": {"question": "q1", "context": {"contexts": ["S", "T"]}, "long_answer": "a1",
-                                 "final_decision": "yes"},
-            "textmachinelab/quail": {"context": "S", "question": "q1", "answers": ["x", "a1"], "correct_answer_id": 1},
-            "microsoft/ms_marco": {"query": "q1", "passages": {"passage_text": ["S", "T"]}, "answers": ["a1"]},
-            "kmfoda/booksum": {"chapter": "S", "summary_text": "a1"},
-            "sggetao/PwC": {"input": "S", "prompt": "q1", "answer": "a1"},
-            "rajpurkar/squad": {"context": "S", "question": "q1", "answers": {"text": ["a1"], "answer_start": [0]}},
-            "one answer, no list": {"context": "S", "qas": [{"question": "q1", "answers": "a1"}]},
-            "an answer beside it": {"context": "S", "question": "q1", "answer": "a1"},
-            "answers beside it": {"context": "S", "question": "q1", "answers": ["a1"]}}
-    for name, row in rows.items():
-        path = tmp_path / (name.replace("/", "_") + ".jsonl")
-        path.write_text(json.dumps(row) + "\n" + json.dumps(row) + "\n")
-        (source, context, pairs), = load_instructions([str(path)])[0]
-        assert source == str(path) and context.startswith("S") and pairs[0][1][0] == "a1", name
-        assert pairs[0][0] in ("q1", "Write a summary of the text."), name
-        assert len(pairs) in (2, 4)                     # two rows of one context are one document
-    for row, words in (({"text": "x"}, "known instruction set"),
-                       ({"context": "S", "question": "q"}, "missing or malformed"),
-                       ({"context": "S", "qas": [{"question": "q"}]}, "missing or malformed"),
-                       ({"task": "t", "input": "x"}, "'output'")):
-        (tmp_path / "bad.jsonl").write_text(json.dumps(row) + "\n")
-        with pytest.raises(InputError, match=words):
-            load_instructions([str(tmp_path / "bad.jsonl")])
 
 
 def test_instruction_loss_against_streaming(qa_file, tokenizer):
@@ -404,18 +349,16 @@ def test_instruction_loss_against_streaming(qa_file, tokenizer):
     each context by itself."""
     tokenizer.chat_template = CHATML
     model, (documents, tasks) = make_model(), load_instructions([qa_file])
-    units = instruction_units(documents, tasks)
-    assert units == [*range(12), "upper"]
-    examples = [instruction_example(tokenizer, documents, tasks, unit, 24, 6,
-                                    np.random.default_rng(unit if unit != "upper" else 98))
-                for unit in (0, 5, 7, "upper")]
+    args = instruction_flags([qa_file], chunk=24, chunks=6)
+    examples = [instruction_example(tokenizer, documents, tasks, unit, args, number)
+                for unit, number in ((0, 0), (5, 5), (7, 7), ("upper", 3))]
     assert len({-(-len(context) // 24) for context, *_ in examples}) > 1
     assert "Input: " in tokenizer.decode(examples[3][0]) and "\n\nInput: " in tokenizer.decode(examples[3][0])
     segments, mask, visible, labels = instruction_batch(examples, tokenizer.pad_token_id, 24)
     for rows in ([0, 1, 2, 3], [2], [1, 3]):
         nll, count = model.segment_losses(segments[rows], mask[rows], visible, labels[rows])
         for k, b in enumerate(rows):
-            context, ids, targets, _ = examples[b]
+            context, ids, targets = examples[b]
             memory, n = None, -(-len(context) // 24)
             size = -(-len(context) // n)
             for at in range(0, len(context), size):
@@ -433,8 +376,9 @@ def test_texts_beside_questions(qa_file, text_file, tokenizer):
     instructions = InstructionData(instruction_flags([qa_file], chunk=64, batch=8, eval_sequences=3,
                                                      documents=[text_file]), tokenizer)
     everything, seen = "".join(f"<s>{json.loads(line)['text']}</s>" for line in open(text_file)), set()
+    batches = instructions.batches(0)
     for step in range(3):
-        segments, mask, visible, labels = instructions.batch(step)
+        segments, mask, visible, labels = next(batches)
         for row in range(8):
             context, repeated = (segments[row, j][mask[row, j].bool()].tolist() for j in (0, 1))
             assert (context == repeated == labels[row, 1][:len(context)].tolist()) == (row >= 5)
@@ -442,6 +386,7 @@ def test_texts_beside_questions(qa_file, text_file, tokenizer):
                 seen.add(tuple(context))
                 assert 16 <= len(context) <= 64 and tokenizer.decode(context) in everything
     assert len(seen) == 9
+    assert torch.equal(next(instructions.batches(2)).segments, segments)        # the step alone decides
     model, sums = make_model(), {True: [0, 0], False: [0, 0]}
     for row in range(8):
         n = int(mask[row, 0].sum())
@@ -461,11 +406,10 @@ def test_instruct_stage(tmp_path, base_directory, qa_file, text_file):
     make_model(base=base, d_r=16).save_pretrained(tmp_path / "pretrained")
 
     def go(name, *more, processes=1):
-        flags = ["--stage", "instruct", "--checkpoint", str(tmp_path / "pretrained"), "--chunk", "64", "--chunks", "3",
-                 "--steps", "8", "--save-every", "1", *more]
-        line = command(base_directory, qa_file, tmp_path / name, *flags)
-        for flag in ("--d-r", "--rank"):                # the checkpoint's
-            del line[line.index(flag):line.index(flag) + 2]
+        line = ["train.py", "--stage", "instruct", "--checkpoint", str(tmp_path / "pretrained"), "--base",
+                base_directory, "--data", qa_file, "--out", str(tmp_path / name), "--device", "cpu", "--dtype",
+                "float32", "--chunk", "64", "--chunks", "3", "--batch", "4", "--lr", "1e-2", "--warmup", "2",
+                "--eval-sequences", "4", "--steps", "8", "--save-every", "1", *more]
         if processes == 2:
             started = start_group(line, tmp_path / "printed", [ROOT] * 2, kept=9)
         else:
@@ -474,13 +418,13 @@ def test_instruct_stage(tmp_path, base_directory, qa_file, text_file):
         return weights(tmp_path / name, 8)
 
     one, log = go("one"), read_log(tmp_path / "one")
-    assert log[-1]["answer"] < log[0]["answer"] - 0.1 and "completion" not in log[0]
+    assert log[-1]["loss"] < log[0]["loss"] - 0.1 and log[0]["completion"] == 0
     row = json.loads(open(tmp_path / "one" / "validation.jsonl").readline())
-    assert set(row) == {"step", "answer", "answer_shuffled", "sequences"}
+    assert set(row) == {"step", "answer", "answer_shuffled", "gap", "gap_stderr"}
     go("two", "--micro-batch", "2", processes=2)
     assert_same_gradient(tmp_path / "one", tmp_path / "two")
     for a, b in zip(read_log(tmp_path / "two"), log):
-        assert a["answer"] == pytest.approx(b["answer"], rel=2e-2) and a["tokens"] == b["tokens"]
+        assert a["loss"] == pytest.approx(b["loss"], rel=2e-2) and a["tokens"] == b["tokens"]
     shutil.copytree(tmp_path / "one" / "step-000004", tmp_path / "resumed" / "step-000004")
     config = json.loads((tmp_path / "resumed" / "step-000004" / "trainer.json").read_text())
     assert config["args"]["d_r"] == 16 and config["args"]["scale"] == 0.5
@@ -497,15 +441,17 @@ def test_fit_base_is_adamw_on_the_token_mean(monkeypatch):
     """One step in several passes equals one plain AdamW step on the whole batch; early stopping leaves the best
     weights."""
     random = torch.Generator().manual_seed(0)
-    examples = [(row := torch.randint(0, 256, (n,), generator=random).tolist(), [-100] * (n // 2) + row[n // 2:])
-                for n in (5, 9, 14, 7)]
+    examples = []
+    for n in (5, 9, 14, 7):
+        row = torch.randint(0, 256, (n,), generator=random).tolist()
+        examples.append((row, [-100] * (n // 2) + row[n // 2:]))
     base, plain = make_base(), make_base()
 
     def fit(validation, lr, batch_size, epochs):
-        return finetune.fit_base(base, examples, validation, lr, batch_size, epochs, seed=0, pad=259)
+        return finetune.fit_base(base, examples, validation, lr, batch_size, epochs, seed=0)
 
     monkeypatch.setattr(finetune, "PASS_TOKENS", 16)
-    history = fit([], 1e-3, batch_size=4, epochs=1)
+    assert fit([], 1e-3, batch_size=4, epochs=1) == []
     monkeypatch.undo()
     optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-3, weight_decay=0.01)
     logits = [plain(torch.tensor([ids])).logits[0, :-1] for ids, _ in examples]
@@ -515,7 +461,6 @@ def test_fit_base_is_adamw_on_the_token_mean(monkeypatch):
     for (name, p), q in zip(base.named_parameters(), plain.parameters()):
         torch.testing.assert_close(p, q, atol=2e-5, rtol=1e-4, msg=name)
         assert not p.requires_grad
-    assert len(history) == 2 and all(map(math.isnan, history))
     other = [(ids[::-1], labels) for ids, labels in examples]
     history = fit(other, 1e-2, batch_size=2, epochs=30)
     best = history.index(min(history))
@@ -530,44 +475,27 @@ def test_fit_base_is_adamw_on_the_token_mean(monkeypatch):
 
 
 def test_finetune_stage(tmp_path, base_directory, qa_file):
-    """CPT and SFT write a transformers directory that loads as a base and has learnt the documents and the answers;
-    nothing is overwritten."""
-    out = tmp_path / "sft"
-    flags = ["--stage", "finetune", "--base", base_directory, "--data", qa_file, "--documents",
-             qa_file.replace("qa.jsonl", "docs.jsonl"), "--validation", qa_file, "--out", str(out), "--device", "cpu",
-             "--lr", "3e-3", "--batch", "8", "--epochs", "4"]
+    """CPT and SFT write a transformers directory that loads as a base and has learnt the documents and the answers,
+    with activations recomputed or not."""
     rows = [json.loads(line) for line in open(qa_file)]
-    with open(qa_file.replace("qa.jsonl", "docs.jsonl"), "w") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows if "context" in row)
-    finetune.finetune(train.arguments(flags))
+    (tmp_path / "docs.jsonl").write_text("".join(json.dumps({"text": row["context"]}) + "\n" for row in rows[:12]))
+    flags = ["--stage", "finetune", "--base", base_directory, "--data", qa_file, "--documents",
+             str(tmp_path / "docs.jsonl"), "--validation", qa_file, "--device", "cpu", "--lr", "3e-3", "--batch", "8",
+             "--epochs", "4"]
+    finetune.finetune(train.arguments([*flags, "--out", str(tmp_path / "sft")]))
+    finetune.finetune(train.arguments([*flags, "--out", str(tmp_path / "again"), "--checkpointing"]))
+    for name, tensor in load_file(tmp_path / "sft" / "model.safetensors").items():
+        torch.testing.assert_close(load_file(tmp_path / "again" / "model.safetensors")[name], tensor)
     before, tokenizer = load_base(base_directory, torch.float32, "cpu")
-    after, _ = load_base(str(out), torch.float32, "cpu")
+    after, _ = load_base(str(tmp_path / "sft"), torch.float32, "cpu")
+    samples = finetune.samples_of([("", "x" * 1500, []), ("", "yes", [])], tokenizer)
+    assert [len(ids) for ids, _ in samples] == [1024, 1502 - 1024, 5]           # <s> and </s>
 
-    def nats(base, text):
+    def nll(base, text):
         ids = torch.tensor([tokenizer(text)["input_ids"]])
         with torch.no_grad():
             return F.cross_entropy(base(ids).logits[0, :-1], ids[0, 1:]).item()
 
-    assert nats(after, rows[3]["context"]) < nats(before, rows[3]["context"]) - 0.5
-    history = json.load(open(out / "finetune.json"))["validation_nats"]
+    assert nll(after, rows[3]["context"]) < nll(before, rows[3]["context"]) - 0.5
+    history = json.load(open(tmp_path / "sft" / "finetune.json"))["validation_nats"]
     assert min(history) < history[0] - 0.5
-    for change, words in (([], "exists already"), (["--out", str(tmp_path / "y"), "--lr", "-1"], "--lr"),
-                          (["--out", str(tmp_path / "y"), "--data", "no.jsonl"], "no.jsonl: no such file"),
-                          (["--out", qa_file + "/y", "--base", "not read yet"], "y.part cannot be a directory")):
-        with pytest.raises(InputError, match=words):
-            finetune.finetune(train.arguments(flags + change))
-    assert not (tmp_path / "y").exists()
-
-
-def test_instruct_refusals(tmp_path, base_directory, qa_file):
-    base, _ = load_base(base_directory, torch.float32, "cpu")
-    make_model(base=base).save_pretrained(tmp_path / "pretrained")
-    start = ("--stage", "instruct", "--checkpoint", str(tmp_path / "pretrained"))
-    for flags, words in ((("--stage", "instruct"), "--checkpoint"),
-                         ((*start, "--d-r", "17"), "--d-r 17 is not what --checkpoint"),
-                         ((*start, "--chunk", "4", "--d-r", "24"), "at most 8 tokens"),
-                         ((*start, "--norm", "svd-exact"), "norm svd-exact has no gradient"),
-                         ((*start, "--chunk", "256", "--documents", qa_file, "--batch", "1"), "--batch must be")):
-        with pytest.raises(InputError, match=words):
-            main(base_directory, qa_file, tmp_path / "x", "--d-r", "24", *flags)
-        assert not (tmp_path / "x").exists()
