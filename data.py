@@ -411,12 +411,16 @@ def open_tokens(sources, tokenizer, path=None):
             if not os.path.isfile(path):
                 pack(sources, tokenizer, facts, path)
 
-    with bad_input(f"{path} is not a packed token file"), open(path + ".json") as file:
-        packed = json.load(file)
+    try:
+        with open(path + ".json") as file:
+            packed = json.load(file)
         tokens = np.memmap(path, dtype=facts["dtype"], mode="r")
         facts["tokens"] = len(tokens)
-        if packed | facts != packed:
-            raise InputError(f"{path}: the token file is cut short or was packed with another tokenizer; pack it again")
+        fits = packed | facts == packed
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"{path} is not a packed token file: {error}") from None
+    if not fits:
+        raise InputError(f"{path}: the token file is cut short or was packed with another tokenizer; pack it again")
     return tokens
 
 

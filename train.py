@@ -315,7 +315,7 @@ def checkpoints(out):
 def moments(model, optimizer):
     """{"<moment>/<parameter>": tensor} of AdamW's state, as a checkpoint file names them."""
     found = {}
-    for name, layer in model.layers.items():
+    for name, layer in model.generator.by_name.items():
         for key, p in layer.named_parameters():
             for moment, t in optimizer.state[p].items():
                 found[f"{moment}/{name}.{key}"] = t

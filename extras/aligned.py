@@ -47,7 +47,7 @@ def aligned_start(model, batches):
             values, _ = canonical(C, mean, l, "e")                              # (d_h, k)
             for name in model.block_targets[l]:
                 keys, queries = canonical(C, mean, l, name)                     # (d_h, k), (d_in, k)
-                layer = model.layers[name]
+                layer = model.generator.by_name[name]
                 set_rows(layer.A2, values, C[l, l], 1)
                 set_rows(layer.B1.T, keys, C[l, l], 1)
                 set_rows(layer.B2, queries, C[name, name], QUERY_SCALE)

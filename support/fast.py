@@ -44,7 +44,7 @@ def svd_norm(S, rank, damping=1e-2):
     M = (Q.mT @ wide).double()                                                  # (..., r, d_r)
     Q = Q.to(S.dtype)
     if damping >= LEAST_DAMPING:
-        return PolarFactor.apply(S, Q, M, damping)
+        return PolarFactor.apply(S, Q, M, damping, wide.dtype)
     if S.requires_grad:
         raise ValueError(f"norm svd has no gradient for a damping of {damping}, below {LEAST_DAMPING}: use svd-exact")
     squares, E = torch.linalg.eigh(M @ M.mT)                                    # sigma^2 (..., r) ascending, (.., r, r)
@@ -90,7 +90,7 @@ def inverse_cholesky(gram):
 
 
 class PolarFactor(torch.autograd.Function):
-    """(S, Q, M, damping) -> (Q, P), P = Z M, M = Q^T S (r, d_r), Z = (M M^T + lambda^2)^(-1/2), lambda = damping
+    """(S, Q, M, damping, wide) -> (Q, P), P = Z M, M = Q^T S (r, d_r), Z = (M M^T + lambda^2)^(-1/2), lambda = damping
     sigma_1. One implementation for CPU and CUDA: matrix products but for r x r factorisations, in float64.
 
     Z by coupled Newton-Schulz, T = (3 a I - a^3 Z R) / 2, R <- R T, Z <- T Z, with the a that is best for a spectrum
@@ -108,7 +108,8 @@ class PolarFactor(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, S, Q, M, damping):
+    def forward(ctx, S, Q, M, damping, wide):
+        ctx.wide = wide                                                         # dtype of products over S
         gram = M @ M.mT                                                         # (..., r, r)
         eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
         # sigma_1^2 = tr(gram^k)^(1/k) with k = 4,096, at most r^(1/k) too large (0.1 % at r = 128): by two 64th powers,
@@ -141,20 +142,19 @@ class PolarFactor(torch.autograd.Function):
     def backward(ctx, grad_Q, grad_P):                                  # dN P^T (..., d_r, r), Q^T dN (..., r, d_r)
         Q, M, R, Z, top = ctx.saved_tensors                     # top: of the spectrum of R
         dtype = Q.dtype
-        wide = product_dtype(Q)
-        Q = Q.to(wide)
+        Q = Q.to(ctx.wide)
         M = M.double()
         X = grad_P.double()
-        grad_Q = grad_Q.to(wide)
+        grad_Q = grad_Q.to(ctx.wide)
         Y = Z @ (X @ M.mT) @ Z                                                  # (..., r, r)
         W = solve_lyapunov(R, (Y + Y.mT) / 2, top, ctx.low)
-        inside = (Z @ X - 2 * W @ M).to(wide)                                   # (..., r, d_r)
+        inside = (Z @ X - 2 * W @ M).to(ctx.wide)                               # (..., r, d_r)
         L_inverse = inverse_cholesky(M @ M.mT)
-        outside = (L_inverse.mT @ L_inverse @ M).to(wide)                       # (..., r, d_r)
+        outside = (L_inverse.mT @ L_inverse @ M).to(ctx.wide)                    # (..., r, d_r)
         inside = inside - Q.mT @ grad_Q @ outside
         # one product for both terms: on a CPU writing (d_r, d_r) is what takes time
         grad_S = torch.cat([Q, grad_Q], -1) @ torch.cat([inside, outside], -2)
-        return grad_S.to(dtype), None, None, None
+        return grad_S.to(dtype), None, None, None, None
 
 
 def solve_lyapunov(R, Y, top, low):
@@ -243,7 +243,10 @@ def hidden_states(model, segments, mask, visible):
         return S
 
     def adapters(block, H):
-        S = recompute(model, block, states, block, H)
+        if block < model.checkpointing and torch.is_grad_enabled():
+            S = checkpoint(states, block, H, use_reentrant=False, preserve_rng_state=False)
+        else:
+            S = states(block, H)
         lora = {}
         for name, S_name in zip(model.block_targets[block], S):
             # never recomputed: the pairs are small, and norm is slow
@@ -270,16 +273,10 @@ def hidden_states(model, segments, mask, visible):
     return hidden
 
 
-def recompute(model, l, function, *inputs):
-    """function(*inputs), in the first model.checkpointing blocks computed again in the backward pass: it reaches those
-    last, when the others' activations are freed. Not transformers' own checkpointing, which is off in eval mode."""
-    if l < model.checkpointing and torch.is_grad_enabled():
-        return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
-    return function(*inputs)
-
-
 def block_forward(model, l, lora, forward, H, *args, **kwargs):
-    """AdaptedLM.block_forward in training: block l perhaps recomputed, its RMSNorms torch's own, one kernel on CUDA.
+    """AdaptedLM.block_forward in training. The first model.checkpointing blocks are computed again in the backward pass,
+    which reaches those last, when the others' activations are freed (transformers' own checkpointing is off in eval
+    mode). The RMSNorms of the block are torch's own, one kernel on CUDA:
     transformers' RMSNorm is eight kernels and keeps an fp32 copy of H for the backward pass; torch's gives the same in
     fp32, and in bf16 rounds once where the other rounds twice."""
     norms = []
@@ -299,7 +296,9 @@ def block_forward(model, l, lora, forward, H, *args, **kwargs):
             for norm, own_forward in norms:
                 norm.forward = own_forward
 
-    return recompute(model, l, run, H)
+    if l < model.checkpointing:
+        return checkpoint(run, H, use_reentrant=False, preserve_rng_state=False)
+    return run(H)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

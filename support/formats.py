@@ -48,7 +48,7 @@ def checkpoint_base(name):
 
 def write_generator(directory, base_name, config, tensors):
     """generator.safetensors and generator_config.json in that directory. config: a GeneratorConfig."""
-    make_directory(directory)
+    os.makedirs(directory, exist_ok=True)
     save_tensors(tensors, os.path.join(directory, "generator.safetensors"))
     values = {"base": base_name, **asdict(config)}
     Path(directory, "generator_config.json").write_text(json.dumps(values, indent=1))

@@ -31,7 +31,20 @@ def write_table(args, rows, result):
     for keys in (scores, costs):
         table = [keys, ["---"] * len(keys)]
         for row in rows:
-            table.append([cell(row, key) for key in keys])
+            line = []
+            for key in keys:
+                value = row.get(key)
+                error = row.get(key + "_stderr")
+                text = str(value)
+                if value is None:
+                    text = ""
+                elif error:
+                    digits = max(0, 1 - math.floor(math.log10(error)))          # two of the error
+                    text = f"{value:.{digits}f} ± {error:.{digits}f}"
+                elif isinstance(value, float):
+                    text = f"{value:.4g}"
+                line.append(text)
+            table.append(line)
         widths = [max(map(len, column)) for column in zip(*table)]
         print()
         for line in table:
@@ -42,20 +55,6 @@ def write_table(args, rows, result):
         os.replace(args.output + ".part", args.output)
     if args.plot:
         plot(args.plot, rows)
-
-
-def cell(row, key):
-    """The text of a number, with its standard error where it has one."""
-    value = row.get(key)
-    error = row.get(key + "_stderr")
-    if value is None:
-        return ""
-    if error:
-        digits = max(0, 1 - math.floor(math.log10(error)))  # two of the error
-        return f"{value:.{digits}f} ± {error:.{digits}f}"
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return str(value)
 
 
 def plot(path, rows):
