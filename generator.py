@@ -69,14 +69,8 @@ class GeneratorConfig:
 
     @classmethod
     def from_dict(cls, values):
-        """A config from a json object; keys it does not know are ignored, chunk may be left out."""
-        known = {}
-        for each in fields(cls):
-            if each.name in values:
-                known[each.name] = values[each.name]
-            elif each.name != "chunk":
-                raise InputError(f"generator config: missing field {each.name}")
-        return cls(**known)
+        """A config from a json object; keys it does not know are ignored, those left out have their defaults."""
+        return cls(**{each.name: values[each.name] for each in fields(cls) if each.name in values})
 
 
 class LayerGenerator(nn.Module):

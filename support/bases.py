@@ -46,15 +46,11 @@ def load_base(name=DEFAULT_BASE, dtype=None, device=None):
     # the model's end token (a GGUF tokenizer's differs between versions of transformers, another's may be missing), and
     # a pad token within the model's embedding
     rows = model.get_input_embeddings().num_embeddings
-    ends = model.config.get_text_config().eos_token_id
-    if isinstance(ends, int):
-        ends = [ends]
-    elif tokenizer.eos_token is not None:               # of several the tokenizer knows which ends a turn
-        ends = []
-    for end in ends or []:
-        if end < rows:
-            tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
-            break
+    end = model.config.get_text_config().eos_token_id
+    if isinstance(end, list) and tokenizer.eos_token is None:
+        end = end[0]                                    # of several the tokenizer else knows which ends a turn
+    if isinstance(end, int) and end < rows:
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
     if tokenizer.eos_token is None:
         raise InputError(f"base {name!r}: neither its tokenizer nor its config names an eos token: add one")
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= rows:

@@ -40,10 +40,8 @@ def checkpoint_base(name):
     directory = name if os.path.isdir(name) else locate_checkpoint(os.fspath(name))
     theirs = os.path.join(directory, "adapter_config.json")
     if os.path.isfile(theirs):
-        base = read_json(theirs).get("base_model_name_or_path")
-    else:
-        base = read_json(os.path.join(directory, "generator_config.json")).get("base")
-    return base if isinstance(base, str) else None
+        return read_json(theirs).get("base_model_name_or_path")
+    return read_json(os.path.join(directory, "generator_config.json")).get("base")
 
 
 def write_generator(directory, base_name, config, tensors):
