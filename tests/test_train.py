@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -20,7 +19,7 @@ from torch.distributed.run import get_args_parser
 
 import train
 from conftest import ROOT, make_base, make_model
-from data import InstructionData, doubled, instruction_batch, instruction_example, load_instructions
+from data import InstructionData, doubled
 from extras import finetune
 from model import load_base
 from processes import finish, start, start_group
@@ -344,59 +343,43 @@ def qa_file(tmp_path_factory):
     return str(path)
 
 
-def test_instruction_loss_against_streaming(qa_file, tokenizer):
-    """A batch of contexts of 1 to 4 chunks: the loss of the padded pass equals plain cross-entropy after streaming
-    each context by itself."""
+def test_instruction_loss_against_streaming(qa_file, text_file, tokenizer):
+    """Of eight rows, contexts of 1 to 6 chunks, the last three repeat a text, a new one each time. The loss of the padded
+    pass is plain cross-entropy after streaming each context by itself; answers and texts have a token mean each."""
     tokenizer.chat_template = CHATML
-    model, (documents, tasks) = make_model(), load_instructions([qa_file])
-    args = instruction_flags([qa_file], chunk=24, chunks=6)
-    examples = [instruction_example(tokenizer, documents, tasks, unit, args, number)
-                for unit, number in ((0, 0), (5, 5), (7, 7), ("upper", 3))]
-    assert len({-(-len(context) // 24) for context, *_ in examples}) > 1
-    assert "Input: " in tokenizer.decode(examples[3][0]) and "\n\nInput: " in tokenizer.decode(examples[3][0])
-    segments, mask, visible, labels = instruction_batch(examples, tokenizer.pad_token_id, 24)
-    for rows in ([0, 1, 2, 3], [2], [1, 3]):
-        nll, count = model.segment_losses(segments[rows], mask[rows], visible, labels[rows])
-        for k, b in enumerate(rows):
-            context, ids, targets = examples[b]
-            memory, n = None, -(-len(context) // 24)
-            size = -(-len(context) // n)
-            for at in range(0, len(context), size):
-                memory = model.contextualize(torch.tensor([context[at:at + size]]), memory=memory)
-            want = F.cross_entropy(model(torch.tensor([ids]), memory=memory)[0, :-1], torch.tensor(targets[1:]),
-                                   ignore_index=-100, reduction="sum")
-            torch.testing.assert_close(nll[k].sum(), want, rtol=1e-4, atol=1e-4)
-            assert count[k, :-1].sum() == 0 and count[k, -1] == sum(t != -100 for t in targets[1:])
-
-
-def test_texts_beside_questions(qa_file, text_file, tokenizer):
-    """Of eight rows the last three repeat a text, a new one each time. Answers and texts have a token mean each, as in
-    plain cross-entropy after streaming."""
-    tokenizer.chat_template = CHATML
-    instructions = InstructionData(instruction_flags([qa_file], chunk=64, batch=8, eval_sequences=3,
-                                                     documents=[text_file]), tokenizer)
+    flags = instruction_flags([qa_file], chunk=24, chunks=6, batch=8, eval_sequences=3, documents=[text_file])
+    instructions = InstructionData(flags, tokenizer)
     everything, seen = "".join(f"<s>{json.loads(line)['text']}</s>" for line in open(text_file)), set()
     batches = instructions.batches(0)
+    model = make_model()
     for step in range(3):
         segments, mask, visible, labels = next(batches)
+        nll, count = model.segment_losses(segments, mask, visible, labels)
+        sums, lengths = {True: [], False: []}, set()
         for row in range(8):
-            context, repeated = (segments[row, j][mask[row, j].bool()].tolist() for j in (0, 1))
-            assert (context == repeated == labels[row, 1][:len(context)].tolist()) == (row >= 5)
+            chunks = [ids[real.bool()].tolist() for ids, real in zip(segments[row], mask[row])]
+            *chunks, ids = chunks
+            context = sum(chunks, [])
+            assert (context == ids) == (row >= 5)
             if row >= 5:
                 seen.add(tuple(context))
-                assert 16 <= len(context) <= 64 and tokenizer.decode(context) in everything
+                assert tokenizer.decode(context) in everything and labels[row, -1, :len(ids)].tolist() == ids
+            size = -(-len(context) // -(-len(context) // 24))
+            memory = None
+            for at in range(0, len(context), size):
+                memory = model.contextualize(torch.tensor([context[at:at + size]]), memory=memory)
+            targets = labels[row, -1, 1:len(ids)]
+            want = F.cross_entropy(model(torch.tensor([ids]), memory=memory)[0, :-1], targets, reduction="sum")
+            torch.testing.assert_close(nll[row].sum(), want, rtol=1e-4, atol=1e-4)
+            assert count[row, :-1].sum() == 0 and count[row, -1] == (targets != -100).sum()
+            sums[row >= 5].append((want, count[row, -1]))
+            lengths.add(-(-len(context) // size))
+        assert len(lengths) > 1
+        loss = (nll * train.loss_weights(labels, len(visible) - 1, "reconstruction")).sum()
+        want = sum(sum(loss for loss, _ in part) / sum(n for _, n in part) for part in sums.values())
+        torch.testing.assert_close(loss, want, rtol=1e-4, atol=1e-4)
     assert len(seen) == 9
     assert torch.equal(next(instructions.batches(2)).segments, segments)        # the step alone decides
-    model, sums = make_model(), {True: [0, 0], False: [0, 0]}
-    for row in range(8):
-        n = int(mask[row, 0].sum())
-        memory = model.contextualize(segments[row, :1, :n])
-        nll = F.cross_entropy(model(segments[row, 1:], memory=memory)[0, :-1], labels[row, 1, 1:], reduction="none")
-        kind = sums[row >= 5]
-        kind[0], kind[1] = kind[0] + nll.sum(), kind[1] + (labels[row, 1, 1:] != -100).sum()
-    nll, _ = model.segment_losses(segments, mask, visible, labels)
-    loss = (nll * train.loss_weights(labels, 1, "reconstruction")).sum()
-    torch.testing.assert_close(loss, sum(a / b for a, b in sums.values()), rtol=1e-4, atol=1e-4)
 
 
 def test_instruct_stage(tmp_path, base_directory, qa_file, text_file):
