@@ -420,7 +420,7 @@ def check(args):
             raise InputError(f"{flag(name)} does not belong to --stage {args.stage}: leave it out")
     least = {"chunk": 2, "chunks": 1, "batch": 1, "micro_batch": 1, "steps": 1, "epochs": 1, "eval_every": 1,
              "save_every": 1, "eval_sequences": 2, "seed": 0}
-    if args.documents:
+    if args.documents and args.stage == "instruct":
         least["batch"] = 2                              # a question and a text
     for name, value in least.items():
         if getattr(args, name) is not None and getattr(args, name) < value:
