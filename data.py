@@ -336,7 +336,8 @@ class InstructionData:
         held_out, _ = load_instructions(args.validation or [])
         self.documents = usable(documents, tokenizer, args)
         held_out = usable(held_out, tokenizer, args)
-        self.about = f"{len(self.documents)} of {len(documents)} documents can be used, {len(self.tasks)} tasks"
+        self.about = (f"{len(self.documents)} of {len(documents)} documents have questions and fit into a context, "
+                      f"{len(self.tasks)} tasks")
         if not args.validation:
             held_out = self.documents[:args.eval_sequences]
             del self.documents[:args.eval_sequences]

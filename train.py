@@ -273,14 +273,15 @@ def report(args, step, losses):
         second = "answer"
     gap = losses[:, 2] - losses[:, 0]
     gap = gap[~gap.isnan()]
-    row = {"step": step}
+    means = {}
     for name, column in zip((second, "completion", second + "_shuffled"), losses.T):
         if not column.isnan().all():
-            row[name] = column.nanmean().item()
-    row["gap"] = gap.mean().item()
-    row["gap_stderr"] = (gap.std() / len(gap) ** 0.5).item()
-    append(os.path.join(args.out, "validation.jsonl"), row)
-    tqdm.write("   ".join(f"{name} {value:.4g}" for name, value in row.items()))
+            means[name] = column.nanmean().item()
+    means["gap"] = gap.mean().item()
+    means["gap_stderr"] = (gap.std() / len(gap) ** 0.5).item()
+    append(os.path.join(args.out, "validation.jsonl"), {"step": step, **means})
+    words = [f"{name} {value:.4f}" for name, value in means.items()]
+    tqdm.write(f"step {step:6d}   " + "   ".join(words))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
