@@ -88,9 +88,9 @@ def fit_task(base, tokenizer, train, validation, seed):
 
 
 def finetune(args):
-    """CPT: 8 epochs of log-likelihood over --documents, each a sample or, where it is longer than 1,024 tokens, several;
-    batch 16. Then SFT: questions and answers, closed-book, early stopping. Writes a transformers directory. One process,
-    with four copies of the weights on its device: a 7B base takes 58 GB in bfloat16, 116 GB in float32."""
+    """CPT: 8 epochs of log-likelihood over --documents, each a sample or, where it is longer than 1,024 tokens,
+    several; batch 16. Then SFT: questions and answers, closed-book, early stopping. Writes a transformers directory.
+    One process, with four copies of the weights on its device: a 7B base takes 58 GB in bfloat16, 116 GB in float32."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise InputError("--stage finetune runs in one process: start it without torchrun")
     if os.path.exists(args.out):

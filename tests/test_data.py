@@ -42,7 +42,7 @@ def write_rows(path, rows):
 
 
 def test_pack_every_kind_of_file(tmp_path, tokenizer, monkeypatch):
-    """Documents between <s> and </s>, PACKED of them in memory at a time; rows of null text are left out. Packed once."""
+    """Documents between <s> and </s>, PACKED of them at a time; rows of null text are left out. Packed once."""
     texts = ["Eine Zeile.", "naïve — ≠ ascii\n\nsecond paragraph", "x" * 700, ""]
     packed = [[257, *tokenizer(text, add_special_tokens=False)["input_ids"], 258] for text in texts]
     monkeypatch.setattr(data, "PACKED", 3)
@@ -184,13 +184,13 @@ def test_conversation_labels(tokenizer):
 
 
 @pytest.mark.parametrize("row", [
-    {"story": "S", "questions": ["q1", "q2"], "answers": {"input_text": ["a1", "a2"]}},                         # CoQA
+    {"story": "S", "questions": ["q1", "q2"], "answers": {"input_text": ["a1", "a2"]}},                       # CoQA
     {"passage": "S", "question": "q1", "answers_spans": {"spans": ["a1", "b"], "types": ["span", "span"]}},     # DROP
     {"document": {"summary": {"text": "S"}}, "question": {"text": "q1"}, "answers": [{"text": "a1"}, {"text": "b"}]},
-    {"question": "q1", "context": {"contexts": ["S", "T"]}, "long_answer": "a1", "final_decision": "yes"},      # PubMedQA
+    {"question": "q1", "context": {"contexts": ["S", "T"]}, "long_answer": "a1", "final_decision": "yes"},    # PubMedQA
     {"context": "S", "question": "q1", "answers": ["x", "a1"], "correct_answer_id": 1},                         # QuAIL
-    {"query": "q1", "passages": {"passage_text": ["S", "T"]}, "answers": ["a1"]},                               # MS MARCO
-    {"chapter": "S", "summary_text": "a1"},                                                                     # BookSum
+    {"query": "q1", "passages": {"passage_text": ["S", "T"]}, "answers": ["a1"]},                             # MS MARCO
+    {"chapter": "S", "summary_text": "a1"},                                                                   # BookSum
     {"input": "S", "prompt": "q1", "answer": "a1"},                                                             # PwC
     {"context": "S", "question": "q1", "answers": {"text": ["a1"], "answer_start": [0]}},                       # SQuAD
     {"context": "S", "qas": [{"question": "q1", "answers": "a1"}, {"question": " ", "answers": "no question"}]},
@@ -221,8 +221,9 @@ def instruction_flags(sources, **flags):
 
 def write_villages(path, count):
     """Documents of some 60 bytes, one question each; the village names its document."""
-    return write_rows(path, [{"context": f"In village{k:02d} the baker is called Name{k:02d}. It rained all day.", "qas": [
-        {"question": f"Who bakes in village{k:02d}?", "answers": [f"Name{k:02d}"]}]} for k in range(count)])
+    numbers = [f"{k:02d}" for k in range(count)]
+    return write_rows(path, [{"context": f"In village{k} the baker is called Name{k}. It rained all day.", "qas": [
+        {"question": f"Who bakes in village{k}?", "answers": [f"Name{k}"]}]} for k in numbers])
 
 
 @pytest.mark.parametrize("chunks", [2, 12])

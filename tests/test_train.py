@@ -268,8 +268,8 @@ FINETUNE = "--stage finetune --data QA"
     ("--norm svd-exact --d-r 17", "--norm svd"), ("--chunks 1 --objective completion", "--objective completion needs"),
     ("--base BAD", "config.json"), ("--checkpoint GENERATOR", "--data is missing: name text files"),
     ("--checkpoint GENERATOR --data QA --init random", "--init is decided by --checkpoint"),
-    ("--epochs 3", "--epochs does not belong to --stage pretrain"), ("--documents SHORT", "--documents does not belong"),
-    ("--stage instruct --data QA", "name it with --checkpoint"), (f"{INSTRUCT} --objective both", "--objective does not"),
+    ("--epochs 3", "--epochs does not belong to --stage pretrain"), ("--documents SHORT", "--documents does not"),
+    ("--stage instruct --data QA", "name it with --checkpoint"), (f"{INSTRUCT} --objective both", "does not belong"),
     (f"{INSTRUCT} --d-r 17", "--d-r is decided by --checkpoint"), (f"{INSTRUCT} --chunk 4", "of at most 2 x 4 tokens"),
     (f"{INSTRUCT} --data SHORT", "found 0, 0 of at most"), (f"{INSTRUCT} --norm svd-exact", "has no gradient"),
     (f"{INSTRUCT} --chunk 256 --documents SHORT", "the training text has"),
@@ -282,7 +282,8 @@ def test_refusals(tmp_path, base_directory, text_file, qa_file, monkeypatch, fla
     (tmp_path / "file").write_text("")
     (tmp_path / "short.txt").write_text("a line of text")
     make_model(base=load_base(base_directory, torch.float32, "cpu")[0]).save_pretrained(tmp_path / "generator")
-    for name, path in {"FILE": "file", "SHORT": "short.txt", "BAD": "", "QA": qa_file, "GENERATOR": "generator"}.items():
+    names = {"FILE": "file", "SHORT": "short.txt", "BAD": "", "QA": qa_file, "GENERATOR": "generator"}
+    for name, path in names.items():
         flags = re.sub(rf"\b{name}\b", str(tmp_path / path), flags)
     line = command(base_directory, text_file, tmp_path / "x")
     if "--stage" in flags or "--checkpoint" in flags:               # these have a shape and steps of their own
@@ -317,8 +318,8 @@ def qa_file(tmp_path_factory):
 
 
 def test_instruction_loss_against_streaming(qa_file, text_file, tokenizer):
-    """Of eight rows, contexts of 1 to 6 chunks, the last three repeat a text, a new one each time. The loss of the padded
-    pass is plain cross-entropy after streaming each context by itself; answers and texts have a token mean each."""
+    """Of eight rows, contexts of 1 to 6 chunks, the last three repeat a text, a new one each time. The loss of the
+    padded pass is plain cross-entropy after streaming each context by itself; answers and texts have a token mean each."""
     tokenizer.chat_template = CHATML
     flags = instruction_flags([qa_file], chunk=24, chunks=6, batch=8, eval_sequences=3, documents=[text_file])
     instructions = InstructionData(flags, tokenizer)
