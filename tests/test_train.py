@@ -319,7 +319,7 @@ def qa_file(tmp_path_factory):
 
 def test_instruction_loss_against_streaming(qa_file, text_file, tokenizer):
     """Of eight rows, contexts of 1 to 6 chunks, the last three repeat a text, a new one each time. The loss of the
-    padded pass is plain cross-entropy after streaming each context by itself; answers and texts have a token mean each."""
+    padded pass is plain cross-entropy after streaming each context by itself; answers and texts have their own means."""
     tokenizer.chat_template = CHATML
     flags = instruction_flags([qa_file], chunk=24, chunks=6, batch=8, eval_sequences=3, documents=[text_file])
     instructions = InstructionData(flags, tokenizer)
