@@ -35,7 +35,7 @@ def losses(base, examples):
         part, rest = rest[:size], rest[size:]
         ids = [torch.tensor(ids) for ids, _ in part]
         ids = pad_sequence(ids, batch_first=True).to(base.device)                               # (B, L)
-        labels = [torch.tensor(labels[1:]) for _, labels in part]
+        labels = [torch.tensor(labels)[1:] for _, labels in part]
         labels = pad_sequence(labels, batch_first=True, padding_value=-100).to(base.device)     # (B, L-1)
         hidden = base.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
         at = labels != -100                                 # few, and lm_head is for them alone

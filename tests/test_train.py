@@ -319,7 +319,7 @@ def qa_file(tmp_path_factory):
 
 def test_instruction_loss_against_streaming(qa_file, text_file, tokenizer):
     """Of eight rows, contexts of 1 to 6 chunks, the last three repeat a text, a new one each time. The loss of the
-    padded pass is plain cross-entropy after streaming each context by itself; answers and texts have their own means."""
+    padded pass is plain cross-entropy after streaming each context by itself; answers and texts have a mean each."""
     tokenizer.chat_template = CHATML
     flags = instruction_flags([qa_file], chunk=24, chunks=6, batch=8, eval_sequences=3, documents=[text_file])
     instructions = InstructionData(flags, tokenizer)
@@ -406,6 +406,8 @@ def test_fit_base_is_adamw_on_the_token_mean(monkeypatch):
         return finetune.fit_base(base, examples, validation, lr, batch_size, epochs, seed=0)
 
     monkeypatch.setattr(finetune, "PASS_TOKENS", 16)
+    with torch.no_grad():                               # a document's last token, alone in its piece, is no target
+        assert sum(finetune.losses(base, [([5], [5]), ([6], [6])])) == 0
     assert fit([], 1e-3, batch_size=4, epochs=1) == []
     monkeypatch.undo()
     optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-3, weight_decay=0.01)
