@@ -244,8 +244,8 @@ def context_length(limit, random):
 def instruction_example(tokenizer, documents, tasks, unit, args, *numbers):
     """Example of a unit, which is the index of a document or the name of a task: a context of up to args.chunks x
     args.chunk tokens (see context_length) and a conversation about it. A document that is longer than the length drawn
-    stands there whole. Texts are joined by blank lines and raw, as in evaluation. args.seed and the numbers alone decide
-    what is drawn."""
+    stands there whole. Texts are joined by blank lines and raw, as in evaluation. args.seed and the numbers alone
+    decide what is drawn."""
     random = np.random.default_rng((args.seed, *numbers))
     limit = args.chunks * args.chunk
     length = context_length(limit, random)
@@ -336,7 +336,8 @@ class InstructionData:
         held_out, _ = load_instructions(args.validation or [])
         self.documents = usable(documents, tokenizer, args)
         held_out = usable(held_out, tokenizer, args)
-        self.about = f"{len(self.documents)} of {len(documents)} documents can be used, {len(self.tasks)} tasks"
+        self.about = (f"{len(self.documents)} of {len(documents)} documents have questions and fit into a context, "
+                      f"{len(self.tasks)} tasks")
         if not args.validation:
             held_out = self.documents[:args.eval_sequences]
             del self.documents[:args.eval_sequences]

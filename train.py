@@ -139,8 +139,8 @@ def train(args):
             aligned_start(model, torch.stack(list(texts)).split(16))
         cut_log(os.path.join(args.out, "log.jsonl"), step)
         cut_log(os.path.join(args.out, "validation.jsonl"), step - 1)
-        print(f"{args.base}, {args.dtype}, {device}; {data.about}; steps of {args.batch} x {args.chunks} x {args.chunk} "
-              f"tokens, from step {step}; processes: {world}", flush=True)
+        print(f"{args.base}, {args.dtype}, {device}; {data.about}; steps of {args.batch} x {args.chunks} x "
+              f"{args.chunk} tokens, from step {step}; processes: {world}", flush=True)
     if world > 1:                                       # process 0's weights, moments and place in the data
         place = torch.tensor(step, device=device)
         state = model.generator.state_dict() | moments(model, optimizer)
@@ -273,14 +273,15 @@ def report(args, step, losses):
         second = "answer"
     gap = losses[:, 2] - losses[:, 0]
     gap = gap[~gap.isnan()]
-    row = {"step": step}
+    means = {}
     for name, column in zip((second, "completion", second + "_shuffled"), losses.T):
         if not column.isnan().all():
-            row[name] = column.nanmean().item()
-    row["gap"] = gap.mean().item()
-    row["gap_stderr"] = (gap.std() / len(gap) ** 0.5).item()
-    append(os.path.join(args.out, "validation.jsonl"), row)
-    tqdm.write("   ".join(f"{name} {value:.4g}" for name, value in row.items()))
+            means[name] = column.nanmean().item()
+    means["gap"] = gap.mean().item()
+    means["gap_stderr"] = (gap.std() / len(gap) ** 0.5).item()
+    append(os.path.join(args.out, "validation.jsonl"), {"step": step, **means})
+    words = [f"{name} {value:.4f}" for name, value in means.items()]
+    tqdm.write(f"step {step:6d}   " + "   ".join(words))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -420,7 +421,7 @@ def check(args):
             raise InputError(f"{flag(name)} does not belong to --stage {args.stage}: leave it out")
     least = {"chunk": 2, "chunks": 1, "batch": 1, "micro_batch": 1, "steps": 1, "epochs": 1, "eval_every": 1,
              "save_every": 1, "eval_sequences": 2, "seed": 0}
-    if args.documents:
+    if args.documents and args.stage == "instruct":
         least["batch"] = 2                              # a question and a text
     for name, value in least.items():
         if getattr(args, name) is not None and getattr(args, name) < value:
@@ -482,13 +483,14 @@ def adapted_model(args, base):
     if args.objective == "completion" and args.chunks < 2:
         raise InputError("--objective completion needs --chunks of at least 2: the first chunk has no adapter")
     if args.norm == "svd" and args.damping < 1e-4:
-        raise InputError("norm svd has no gradient at this damping: use --norm svd-exact, or --damping of at least 1e-4")
+        raise InputError("norm svd has no gradient at this damping: use --norm svd-exact, or --damping of at least "
+                         "1e-4")
     if args.norm == "svd-exact" and (args.stage == "instruct" or args.chunk < args.d_r):
         raise InputError(f"norm svd-exact has no gradient where a context is shorter than d_r = {args.d_r} tokens: use "
                          "--norm svd, or in pretraining a longer --chunk")
     if model is None:
         model = AdaptedLM(base, GeneratorConfig(args.d_r, args.rank, args.scale, args.norm, args.damping, args.targets))
-    model.config.norm = args.norm                       # neither changes a shape, so both may differ from --checkpoint's
+    model.config.norm = args.norm                       # neither changes a shape: both may differ from --checkpoint's
     model.config.damping = args.damping
     model.config.chunk = args.chunk                     # evaluate.py reads contexts in chunks of this length
     return model

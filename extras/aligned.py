@@ -1,4 +1,5 @@
-"""The aligned start of a generator, for train.py --init aligned: A2, B1, B2 from the base's own statistics. Ours, not in the paper.
+"""The aligned start of a generator, for train.py --init aligned: A2, B1, B2 from the base's own statistics. It is ours,
+not the paper's.
 
 S = sum_i a_i b_i^T holds values a_i = A2 h_i under keys b_i = B1^T h_i, and W_Delta z = s A1 norm(S) (B2 z) reads with
 the query B2 z. The residual stream h_{i+1} before a block knows the token before it, and the input z_i of a target

@@ -33,10 +33,11 @@ def losses(base, examples):
         longest, _ = rest[0]
         size = max(1, PASS_TOKENS // len(longest))
         part, rest = rest[:size], rest[size:]
-        ids = pad_sequence([torch.tensor(ids) for ids, _ in part], batch_first=True)
-        labels = pad_sequence([torch.tensor(labels) for _, labels in part], batch_first=True, padding_value=-100)
-        labels = labels[:, 1:].to(base.device)                                                  # (B, L-1)
-        hidden = base.get_decoder()(input_ids=ids.to(base.device), use_cache=False).last_hidden_state
+        ids = [torch.tensor(ids) for ids, _ in part]
+        ids = pad_sequence(ids, batch_first=True).to(base.device)                               # (B, L)
+        labels = [torch.tensor(labels)[1:] for _, labels in part]
+        labels = pad_sequence(labels, batch_first=True, padding_value=-100).to(base.device)     # (B, L-1)
+        hidden = base.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
         at = labels != -100                                 # few, and lm_head is for them alone
         logits = base.get_output_embeddings()(hidden[:, :-1][at]).float()                       # (T, V)
         yield F.cross_entropy(logits, labels[at], reduction="sum") / max(1, targets)
@@ -88,9 +89,9 @@ def fit_task(base, tokenizer, train, validation, seed):
 
 
 def finetune(args):
-    """CPT: 8 epochs of log-likelihood over --documents, each a sample or, where it is longer than 1,024 tokens, several;
-    batch 16. Then SFT: questions and answers, closed-book, early stopping. Writes a transformers directory. One process,
-    with four copies of the weights on its device: a 7B base takes 58 GB in bfloat16, 116 GB in float32."""
+    """CPT: 8 epochs of log-likelihood over --documents, each a sample or, where it is longer than 1,024 tokens,
+    several; batch 16. Then SFT: questions and answers, closed-book, early stopping. Writes a transformers directory.
+    One process, with four copies of the weights on its device: a 7B base takes 58 GB in bfloat16, 116 GB in float32."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise InputError("--stage finetune runs in one process: start it without torchrun")
     if os.path.exists(args.out):

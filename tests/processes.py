@@ -31,7 +31,7 @@ with tempfile.TemporaryDirectory() as directory:                # what transform
 
 def start(line, printed, cwd=ROOT, cache=None, life=0, kept=2, **environment):
     """A multiprocessing.Process that runs python with the command line `line`, a script or -c, in cwd; what it prints
-    goes to the file `printed`. cache: the project's, by default beside that file; life: see kill_at; kept: checkpoints."""
+    goes to the file `printed`. cache: the project's, by default beside that file; life: see kill_at."""
     cache = str(cache or os.path.join(os.path.dirname(printed), "cache"))
     process = context.Process(target=child, args=(line, str(printed), str(cwd), cache, life, kept, environment))
     # the server that forks, started with the first process, looks for its preload here and nowhere else

@@ -6,7 +6,7 @@ import torch
 
 import generator
 from conftest import make_base, make_model
-from count import Counter, on_meta
+from count import on_meta
 from generator import Memory
 
 
@@ -27,21 +27,6 @@ def test_backward_on_meta(dtype, blocks, monkeypatch):
         logits = model(segments[:, :2].flatten(0, 1), memory=both)
         assert all(t.is_meta for t in (nll, count, logits, *both.states.values())) and logits.dtype == dtype
     assert {(p.grad.device.type, p.grad.dtype) for p in model.generator.parameters()} == {("meta", torch.float32)}
-
-
-def test_counter():
-    """By hand: FLOPs, bytes, kernels and peak of a few operations, and what a view or a freed tensor costs."""
-    x, w = torch.empty(10, 20, device="meta"), torch.empty(20, 30, device="meta")
-    with Counter(targets=7) as counter:
-        y = x @ w                                               # reads 200 + 600 floats, writes 300
-        z = y.view(300)[:100].clone()                           # reads 100, writes 100
-        del y
-        z.mul_(2), z.view(50, 2).t(), torch.empty_like(x)       # reads 100, writes 100
-        found = (z > 0).nonzero()                               # 100 floats, 100 bytes; those again, 7 longs
-    assert found.shape == (7, 1)
-    assert dict(counter.rows)["float32 products"][:3] == [1, 2 * 10 * 20 * 30, 4 * 1100]
-    assert dict(counter.rows)["elementwise"][:3] == [4, 0, 4 * 200 + 4 * 200 + (400 + 100) + (100 + 56)]
-    assert counter.peak == 4 * (300 + 100) and counter.live == 4 * 100 + 56
 
 
 def test_count_of_a_step_is_that_of_a_real_one():

@@ -10,8 +10,8 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ from torch.distributed.run import get_args_parser
 
 import train
 from conftest import ROOT, make_base, make_model
-from data import InstructionData, doubled, instruction_batch, instruction_example, load_instructions
+from data import InstructionData, PretrainingData, doubled
 from extras import finetune
 from model import load_base
 from processes import finish, start, start_group
@@ -84,23 +84,21 @@ def test_only_checkpoints_count_and_go(tmp_path, base_directory, text_file):
     """Copies under longer names and files like checkpoints are neither the newest nor removed; 1,000,000 comes after
     999,800."""
     out = tmp_path / "run"
-    foreign = ["step-000001-best", "step-000009 (copy)", "step-9", "step-", "step-notes", "step-000009.tar.gz"]
-    for step in (1_000_000, 999_800, 200):
-        (tmp_path / "long" / f"step-{step:06d}").mkdir(parents=True)
-    assert [int(path.rpartition("-")[2]) for path in train.checkpoints(tmp_path / "long")] == [200, 999_800, 1_000_000]
-    for name in foreign[:4]:
+    for name in ("step-1000000", "step-999800", "step-000200"):
+        (tmp_path / "long" / name).mkdir(parents=True)
+    assert [path.rpartition("-")[2] for path in train.checkpoints(tmp_path / "long")] == ["000200", "999800", "1000000"]
+    foreign = ["step-", "step-000001-best", "step-000009 (copy)", "step-9", "step-notes"]
+    for name in foreign:
         (out / name).mkdir(parents=True)
-    for name in foreign[4:]:
-        (out / name).write_text("mine")
-    assert train.checkpoints(out) == []
+    (out / "step-000009").write_text("mine")
     main(base_directory, text_file, out, "--steps", "3", "--save-every", "1")           # not refused: it is a new run
-    assert sorted(p.name for p in out.glob("step-*")) == sorted([*foreign, "step-000002", "step-000003"])
     shutil.copytree(out / "step-000002", out / "step-000003-best")
     shutil.rmtree(out / "step-000003")
     main(base_directory, text_file, out, "--steps", "3", "--save-every", "1", "--resume")
     assert len(read_log(out)) == 3
     assert train.checkpoints(out) == [str(out / "step-000002"), str(out / "step-000003")]
-    assert (out / "step-000003-best").exists() and all((out / name).exists() for name in foreign)
+    assert {path.name for path in out.glob("step-*")} == {*foreign, "step-000002", "step-000003", "step-000003-best",
+                                                          "step-000009"}
 
 
 def test_killed_twenty_times(tmp_path, base_directory, text_file):
@@ -198,26 +196,17 @@ def test_learning_rate():
     assert max(rates) == rates[9] == rates[10] == 2 and 0 < rates[-1] <= 0.02
 
 
-def test_completion_alone_trains_nothing_of_the_second_half(tmp_path, base_directory, text_file, monkeypatch):
-    """Its loss is that of the doubled sequence; the second half, which the model leaves out, is padding without
-    targets."""
-    original, wanted = train.AdaptedLM.segment_losses, []
-
-    def watched(self, segments, mask, visible, labels):
-        if torch.is_grad_enabled():
-            assert not mask[:, 3:].any() and mask[:, :3].all() and (labels[:, 3:] == -100).all()
-            whole = doubled(segments[:, :3].flatten(1), 3)
-            with torch.no_grad():
-                nll, count = original(self, *whole)
-            wanted.append((nll[:, 1:3].sum() / count[:, 1:3].sum()).item())
-        return original(self, segments, mask, visible, labels)
-
-    monkeypatch.setattr(train.AdaptedLM, "segment_losses", watched)
-    main(base_directory, text_file, tmp_path / "run", "--chunks", "3", "--objective", "completion", "--steps", "3",
-         "--micro-batch", "4")
-    rows = read_log(tmp_path / "run")
-    assert [row["completion"] for row in rows] == pytest.approx(wanted, rel=1e-5) and wanted[0] != wanted[2]
-    assert [row["loss"] for row in rows] == pytest.approx(wanted, rel=1e-5) and rows[0]["tokens"] == 4 * 3 * 16
+def test_completion_alone_trains_nothing_of_the_second_half(text_file, tokenizer):
+    """The second half, which the pass leaves out, is padding; the loss is that of the doubled sequence."""
+    flags = Namespace(data=[text_file], validation=None, chunk=16, chunks=3, batch=4, seed=0, eval_sequences=3,
+                      objective="completion")
+    batch = next(PretrainingData(flags, tokenizer).batches(0))
+    assert not batch.mask[:, 3:].any() and batch.mask[:, :3].all()
+    weights = train.loss_weights(batch.labels, 3, "completion")
+    nll, _ = make_model().segment_losses(*batch)
+    whole, _ = make_model().segment_losses(*doubled(batch.segments[:, :3].flatten(1), 3))
+    torch.testing.assert_close((nll * weights).sum(), (whole * weights).sum())
+    assert (weights[:, 1:3] > 0).all() and weights[:, 3:].sum() == 0
 
 
 def test_a_bad_gradient_is_skipped_and_ten_in_a_row_stop_the_run(tmp_path, base_directory, text_file, monkeypatch):
@@ -272,56 +261,40 @@ FINETUNE = "--stage finetune --data QA"
 
 
 @pytest.mark.parametrize("flags, words", [
-    ("--out FILE", "cannot be a directory"),
-    ("--data no.jsonl", "no.jsonl: no such file"),
-    ("--chunks 200", "the training text has"),
-    ("--validation SHORT", "validation needs at least 2"),
-    ("--targets z_proj", "z_proj"),
-    ("--rank 17", "rank"),
-    ("--chunk 1", "--chunk must be at least 2"),
-    ("--lr nan", "--lr must be positive"),
-    ("--damping 1e-5", "--damping of at least 1e-4"),
-    ("--norm svd-exact --d-r 17", "--norm svd"),
-    ("--chunks 1 --objective completion", "--objective completion needs"),
-    ("--base BAD", "config.json"),
-    ("--checkpoint GENERATOR", "--data is missing: name text files"),
+    ("--out FILE", "cannot be a directory"), ("--data no.jsonl", "no.jsonl: no such file"),
+    ("--chunks 200", "the training text has"), ("--validation SHORT", "validation needs at least 2"),
+    ("--targets z_proj", "z_proj"), ("--rank 17", "rank"), ("--chunk 1", "--chunk must be at least 2"),
+    ("--lr nan", "--lr must be positive"), ("--damping 1e-5", "--damping of at least 1e-4"),
+    ("--norm svd-exact --d-r 17", "--norm svd"), ("--chunks 1 --objective completion", "--objective completion needs"),
+    ("--base BAD", "config.json"), ("--checkpoint GENERATOR", "--data is missing: name text files"),
     ("--checkpoint GENERATOR --data QA --init random", "--init is decided by --checkpoint"),
-    ("--epochs 3", "--epochs does not belong to --stage pretrain"),
-    ("--documents SHORT", "--documents does not belong"),
-    ("--stage instruct --data QA", "name it with --checkpoint"),
-    (f"{INSTRUCT} --objective both", "--objective does not belong to --stage instruct"),
-    (f"{INSTRUCT} --d-r 17", "--d-r is decided by --checkpoint"),
-    (f"{INSTRUCT} --chunk 4", "of at most 2 x 4 tokens"),
-    (f"{INSTRUCT} --data SHORT", "found 0, 0 of at most"),
-    (f"{INSTRUCT} --norm svd-exact", "norm svd-exact has no gradient"),
+    ("--epochs 3", "--epochs does not belong to --stage pretrain"), ("--documents SHORT", "--documents does not"),
+    ("--stage instruct --data QA", "name it with --checkpoint"), (f"{INSTRUCT} --objective both", "does not belong"),
+    (f"{INSTRUCT} --d-r 17", "--d-r is decided by --checkpoint"), (f"{INSTRUCT} --chunk 4", "of at most 2 x 4 tokens"),
+    (f"{INSTRUCT} --data SHORT", "found 0, 0 of at most"), (f"{INSTRUCT} --norm svd-exact", "has no gradient"),
     (f"{INSTRUCT} --chunk 256 --documents SHORT", "the training text has"),
     (f"{INSTRUCT} --chunk 256 --documents QA --batch 1", "--batch must be at least 2"),
-    (f"{FINETUNE} --resume", "--resume does not belong"),
-    (f"{FINETUNE} --d-r 64", "--d-r does not belong to --stage finetune"),
-    (f"{FINETUNE} --lr -1", "--lr must be positive"),
-    (f"{FINETUNE} --data SHORT", "too few contexts with questions"),
-    (f"{FINETUNE} --out FILE", "exists already"),
-    (f"{FINETUNE} --out FILE/y", "y.part cannot be a directory"),
-])
+    (f"{FINETUNE} --resume", "--resume does not belong"), (f"{FINETUNE} --d-r 64", "--d-r does not belong to --stage"),
+    (f"{FINETUNE} --lr -1", "--lr must be positive"), (f"{FINETUNE} --data SHORT", "too few contexts with questions"),
+    (f"{FINETUNE} --out FILE", "exists already"), (f"{FINETUNE} --out FILE/y", "y.part cannot be a directory")])
 def test_refusals(tmp_path, base_directory, text_file, qa_file, monkeypatch, flags, words):
     """One sentence each, and nothing is written."""
     (tmp_path / "file").write_text("")
     (tmp_path / "short.txt").write_text("a line of text")
     make_model(base=load_base(base_directory, torch.float32, "cpu")[0]).save_pretrained(tmp_path / "generator")
-    names = {"FILE": tmp_path / "file", "SHORT": tmp_path / "short.txt", "BAD": tmp_path, "QA": qa_file,
-             "GENERATOR": tmp_path / "generator"}
+    names = {"FILE": "file", "SHORT": "short.txt", "BAD": "", "QA": qa_file, "GENERATOR": "generator"}
     for name, path in names.items():
-        flags = re.sub(rf"\b{name}\b", str(path), flags)
+        flags = re.sub(rf"\b{name}\b", str(tmp_path / path), flags)
     line = command(base_directory, text_file, tmp_path / "x")
     if "--stage" in flags or "--checkpoint" in flags:               # these have a shape and steps of their own
         line = ["train.py", "--base", base_directory, "--out", str(tmp_path / "x"), "--device", "cpu"]
     if "--stage instruct" in flags:
         line += ["--chunks", "2"]
     monkeypatch.setattr("sys.argv", line + flags.split())
-    before = sorted(path for path in tmp_path.rglob("*") if "cache" not in str(path))
+    before = {path for path in tmp_path.rglob("*") if "cache" not in str(path)}
     with pytest.raises(InputError, match=re.escape(words)):
         train.main()
-    assert sorted(path for path in tmp_path.rglob("*") if "cache" not in str(path)) == before
+    assert {path for path in tmp_path.rglob("*") if "cache" not in str(path)} == before
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -344,59 +317,43 @@ def qa_file(tmp_path_factory):
     return str(path)
 
 
-def test_instruction_loss_against_streaming(qa_file, tokenizer):
-    """A batch of contexts of 1 to 4 chunks: the loss of the padded pass equals plain cross-entropy after streaming
-    each context by itself."""
+def test_instruction_loss_against_streaming(qa_file, text_file, tokenizer):
+    """Of eight rows, contexts of 1 to 6 chunks, the last three repeat a text, a new one each time. The loss of the
+    padded pass is plain cross-entropy after streaming each context by itself; answers and texts have a mean each."""
     tokenizer.chat_template = CHATML
-    model, (documents, tasks) = make_model(), load_instructions([qa_file])
-    args = instruction_flags([qa_file], chunk=24, chunks=6)
-    examples = [instruction_example(tokenizer, documents, tasks, unit, args, number)
-                for unit, number in ((0, 0), (5, 5), (7, 7), ("upper", 3))]
-    assert len({-(-len(context) // 24) for context, *_ in examples}) > 1
-    assert "Input: " in tokenizer.decode(examples[3][0]) and "\n\nInput: " in tokenizer.decode(examples[3][0])
-    segments, mask, visible, labels = instruction_batch(examples, tokenizer.pad_token_id, 24)
-    for rows in ([0, 1, 2, 3], [2], [1, 3]):
-        nll, count = model.segment_losses(segments[rows], mask[rows], visible, labels[rows])
-        for k, b in enumerate(rows):
-            context, ids, targets = examples[b]
-            memory, n = None, -(-len(context) // 24)
-            size = -(-len(context) // n)
-            for at in range(0, len(context), size):
-                memory = model.contextualize(torch.tensor([context[at:at + size]]), memory=memory)
-            want = F.cross_entropy(model(torch.tensor([ids]), memory=memory)[0, :-1], torch.tensor(targets[1:]),
-                                   ignore_index=-100, reduction="sum")
-            torch.testing.assert_close(nll[k].sum(), want, rtol=1e-4, atol=1e-4)
-            assert count[k, :-1].sum() == 0 and count[k, -1] == sum(t != -100 for t in targets[1:])
-
-
-def test_texts_beside_questions(qa_file, text_file, tokenizer):
-    """Of eight rows the last three repeat a text, a new one each time. Answers and texts have a token mean each, as in
-    plain cross-entropy after streaming."""
-    tokenizer.chat_template = CHATML
-    instructions = InstructionData(instruction_flags([qa_file], chunk=64, batch=8, eval_sequences=3,
-                                                     documents=[text_file]), tokenizer)
+    flags = instruction_flags([qa_file], chunk=24, chunks=6, batch=8, eval_sequences=3, documents=[text_file])
+    instructions = InstructionData(flags, tokenizer)
     everything, seen = "".join(f"<s>{json.loads(line)['text']}</s>" for line in open(text_file)), set()
     batches = instructions.batches(0)
+    model = make_model()
     for step in range(3):
         segments, mask, visible, labels = next(batches)
+        nll, count = model.segment_losses(segments, mask, visible, labels)
+        sums, lengths = {True: [], False: []}, set()
         for row in range(8):
-            context, repeated = (segments[row, j][mask[row, j].bool()].tolist() for j in (0, 1))
-            assert (context == repeated == labels[row, 1][:len(context)].tolist()) == (row >= 5)
+            chunks = [ids[real.bool()].tolist() for ids, real in zip(segments[row], mask[row])]
+            *chunks, ids = chunks
+            context = sum(chunks, [])
+            assert (context == ids) == (row >= 5)
             if row >= 5:
                 seen.add(tuple(context))
-                assert 16 <= len(context) <= 64 and tokenizer.decode(context) in everything
+                assert tokenizer.decode(context) in everything and labels[row, -1, :len(ids)].tolist() == ids
+            size = -(-len(context) // -(-len(context) // 24))
+            memory = None
+            for at in range(0, len(context), size):
+                memory = model.contextualize(torch.tensor([context[at:at + size]]), memory=memory)
+            targets = labels[row, -1, 1:len(ids)]
+            want = F.cross_entropy(model(torch.tensor([ids]), memory=memory)[0, :-1], targets, reduction="sum")
+            torch.testing.assert_close(nll[row].sum(), want, rtol=1e-4, atol=1e-4)
+            assert count[row, :-1].sum() == 0 and count[row, -1] == (targets != -100).sum()
+            sums[row >= 5].append((want, count[row, -1]))
+            lengths.add(-(-len(context) // size))
+        assert len(lengths) > 1
+        loss = (nll * train.loss_weights(labels, len(visible) - 1, "reconstruction")).sum()
+        want = sum(sum(loss for loss, _ in part) / sum(n for _, n in part) for part in sums.values())
+        torch.testing.assert_close(loss, want, rtol=1e-4, atol=1e-4)
     assert len(seen) == 9
     assert torch.equal(next(instructions.batches(2)).segments, segments)        # the step alone decides
-    model, sums = make_model(), {True: [0, 0], False: [0, 0]}
-    for row in range(8):
-        n = int(mask[row, 0].sum())
-        memory = model.contextualize(segments[row, :1, :n])
-        nll = F.cross_entropy(model(segments[row, 1:], memory=memory)[0, :-1], labels[row, 1, 1:], reduction="none")
-        kind = sums[row >= 5]
-        kind[0], kind[1] = kind[0] + nll.sum(), kind[1] + (labels[row, 1, 1:] != -100).sum()
-    nll, _ = model.segment_losses(segments, mask, visible, labels)
-    loss = (nll * train.loss_weights(labels, 1, "reconstruction")).sum()
-    torch.testing.assert_close(loss, sum(a / b for a, b in sums.values()), rtol=1e-4, atol=1e-4)
 
 
 def test_instruct_stage(tmp_path, base_directory, qa_file, text_file):
@@ -439,18 +396,18 @@ def test_instruct_stage(tmp_path, base_directory, qa_file, text_file):
 
 def test_fit_base_is_adamw_on_the_token_mean(monkeypatch):
     """One step in several passes equals one plain AdamW step on the whole batch; early stopping leaves the best
-    weights."""
+    weights, which may be those it began with."""
     random = torch.Generator().manual_seed(0)
-    examples = []
-    for n in (5, 9, 14, 7):
-        row = torch.randint(0, 256, (n,), generator=random).tolist()
-        examples.append((row, [-100] * (n // 2) + row[n // 2:]))
+    rows = [torch.randint(0, 256, (n,), generator=random).tolist() for n in (5, 9, 14, 7)]
+    examples = [(row, [-100] * (len(row) // 2) + row[len(row) // 2:]) for row in rows]
     base, plain = make_base(), make_base()
 
     def fit(validation, lr, batch_size, epochs):
         return finetune.fit_base(base, examples, validation, lr, batch_size, epochs, seed=0)
 
     monkeypatch.setattr(finetune, "PASS_TOKENS", 16)
+    with torch.no_grad():                               # a document's last token, alone in its piece, is no target
+        assert sum(finetune.losses(base, [([5], [5]), ([6], [6])])) == 0
     assert fit([], 1e-3, batch_size=4, epochs=1) == []
     monkeypatch.undo()
     optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-3, weight_decay=0.01)
@@ -463,15 +420,12 @@ def test_fit_base_is_adamw_on_the_token_mean(monkeypatch):
         assert not p.requires_grad
     other = [(ids[::-1], labels) for ids, labels in examples]
     history = fit(other, 1e-2, batch_size=2, epochs=30)
-    best = history.index(min(history))
-    assert len(history) == best + 1 + finetune.PATIENCE
+    assert len(history) == history.index(min(history)) + 1 + finetune.PATIENCE
     again = fit(other, 1e-9, batch_size=4, epochs=1)
     assert again[0] == pytest.approx(min(history), rel=1e-4)
-    monkeypatch.setattr(finetune, "PATIENCE", 2)
     worse = fit([(ids, [1] * len(ids)) for ids, _ in examples], 1e-1, batch_size=4, epochs=9)
-    unchanged = fit(other, 1e-9, batch_size=4, epochs=1)
-    # it only got worse, and left what it was given
-    assert len(worse) == 3 and unchanged[0] == pytest.approx(again[0], rel=1e-4)
+    assert len(worse) == 1 + finetune.PATIENCE and min(worse) == worse[0]
+    assert fit(other, 1e-9, batch_size=4, epochs=1)[0] == pytest.approx(again[0], rel=1e-4)
 
 
 def test_finetune_stage(tmp_path, base_directory, qa_file):
