@@ -383,7 +383,10 @@ def fine_tuned(model, tokenizer, task, template, examples, questions, args):
     base = model.base
     weights = [p.data for p in base.parameters()]           # fit_task trains copies of them, which it puts in p.data
     train, validation = examples
-    costs = fit_task(base, tokenizer, train, validation, args.seed)
+    began = clock(base.device)
+    fit_task(base, tokenizer, train, validation, args.seed)
+    costs = {"contextualisation_seconds": clock(base.device) - began,
+             "storage_mfloats": sum(p.numel() for p in base.parameters()) / 1e6}
     records = []
     for start in range(0, len(questions), args.batch_size):
         batch = questions[start:start + args.batch_size]
