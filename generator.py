@@ -209,12 +209,9 @@ class Memory:
     states: {module name: S (B, d_r, d_r) fp32}, its rows A2's, its columns B1's; tokens: (B,) real tokens read;
     fingerprint: of the generator that wrote it. Memories of different generators cannot be put together.
     """
-    states: dict
+    states: dict = field(repr=False)
     tokens: torch.Tensor
     fingerprint: str = None
-
-    def __repr__(self):
-        return f"Memory(tokens={self.tokens.tolist()}, layers={len(self.states)}, fingerprint={self.fingerprint!r})"
 
     def __add__(self, other):
         """The memory of contexts read apart, neither under the adapter of the other: S is a sum over tokens (eq. 3).
@@ -265,8 +262,8 @@ class Memory:
         tensors, metadata = read_safetensors(path)
         if metadata.get("format") != "generative-adapter-memory":
             raise InputError(f"{path} is a safetensors file but not a saved memory")
-        tokens = tensors.pop("tokens", None)
-        sound = tokens is not None and tokens.dtype == torch.long and tokens.dim() == 1 and tokens.numel() > 0
+        tokens = tensors.pop("tokens", torch.zeros(0))
+        sound = tokens.dtype == torch.long and tokens.dim() == 1 and len(tokens) > 0
         states = {}
         for name, S in tensors.items():
             sound = sound and S.dtype == torch.float32 and S.dim() == 3 and len(S) == len(tokens) and S.isfinite().all()

@@ -91,9 +91,7 @@ def save_tensors(tensors, path, metadata=None):
     """Write {name: tensor} to one safetensors file, aside first and then renamed, so that a reader never meets half of
     it. Where that fails, on a full disk for one, nothing is left behind."""
     part = f"{path}.part"
-    contiguous = {}
-    for name, tensor in tensors.items():
-        contiguous[name] = tensor.detach().cpu().contiguous()
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
         save_file(contiguous, part, metadata=metadata)
         umask = os.umask(0)                                  # the only way to read it
@@ -194,8 +192,6 @@ def field(row, key, kind, where):
 def count_rows(source):
     """Rows that a local file will yield, for a progress bar; None where only reading would tell."""
     import pyarrow.parquet                                   # slow to import
-    if source.endswith((".txt", ".txt.gz")):
-        return 1
     try:
         if source.endswith(".parquet"):
             return pyarrow.parquet.ParquetFile(source).metadata.num_rows
@@ -203,5 +199,4 @@ def count_rows(source):
             with open(source, "rb") as file:
                 return sum(1 for _ in file)
     except (OSError, pyarrow.ArrowException):                # read_rows will say what is wrong
-        pass
-    return None
+        return None

@@ -81,12 +81,12 @@ def document_marks(tokenizer):
     known = tokenizer.added_tokens_encoder
     if "<|endoftext|>" in known:
         return [], [known["<|endoftext|>"]]
-    before = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    after = tokenizer.eos_token_id
     for name in ("<|end_of_text|>", "<eos>"):           # Llama 3, Gemma
-        if name in known:
-            return before, [known[name]]
-    after = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    return before, after
+        after = known.get(name, after)
+    if tokenizer.bos_token_id is None:
+        return [], [after]
+    return [tokenizer.bos_token_id], [after]
 
 
 def context_ids(tokenizer, text):
