@@ -1,4 +1,5 @@
-"""The aligned start of a generator, for train.py --init aligned: A2, B1, B2 from the base's own statistics. Ours, not in the paper.
+"""The aligned start of a generator, for train.py --init aligned: A2, B1, B2 from the base's own statistics. It is ours,
+not in the paper.
 
 S = sum_i a_i b_i^T holds values a_i = A2 h_i under keys b_i = B1^T h_i, and W_Delta z = s A1 norm(S) (B2 z) reads with
 the query B2 z. The residual stream h_{i+1} before a block knows the token before it, and the input z_i of a target
@@ -35,10 +36,9 @@ def aligned_start(model, batches):
     plain text, some 12,000 tokens in all; the same text gives the same start. Second moments are summed in float64 over
     the batches, for as many blocks at a time as MEMORY allows."""
     d_h = model.base.config.get_text_config().hidden_size
-    floats = 2 * d_h**2                                                         # C_hh, C_he of a block
+    floats = 0
     for name in model.block_targets[0]:
-        d_in = model.base.get_submodule(name).in_features
-        floats += d_in**2 + d_h * d_in                                          # C_zz, C_hz of a target
+        floats += (d_h + model.base.get_submodule(name).in_features) ** 2       # C_hh, C_he, C_zz, C_hz
     group = max(1, int(MEMORY / (8 * floats)))
     for first in range(0, len(model.blocks), group):
         blocks = range(len(model.blocks))[first:first + group]

@@ -80,21 +80,23 @@ def fit_task(base, tokenizer, train, validation, seed):
     """MetaICL's fine-tuned baseline (appendix C): fit the base to rows with question and golds. Its parameters get new
     data: the caller, who kept the old, puts it back."""
     limit = base.config.get_text_config().max_position_embeddings
-    train = [conversation(tokenizer, [(row["question"], row["golds"][0])], limit) for row in train]
-    validation = [conversation(tokenizer, [(row["question"], row["golds"][0])], limit) for row in validation]
+    examples = []
+    for row in train + validation:
+        examples.append(conversation(tokenizer, [(row["question"], row["golds"][0])], limit))
     for p in base.parameters():                         # steps of 1e-5 would be lost in bfloat16
         p.data = p.data.to(torch.float32, copy=True)
-    fit_base(base, train, validation, lr=1e-5, batch_size=16, epochs=40, seed=seed)
+    count = len(train)
+    fit_base(base, examples[:count], examples[count:], lr=1e-5, batch_size=16, epochs=40, seed=seed)
 
 
 def finetune(args):
-    """CPT: 8 epochs of log-likelihood over --documents, each a sample or, where it is longer than 1,024 tokens, several;
-    batch 16. Then SFT: questions and answers, closed-book, early stopping. Writes a transformers directory. One process,
-    with four copies of the weights on its device: a 7B base takes 58 GB in bfloat16, 116 GB in float32."""
+    """CPT: 8 epochs of log-likelihood over --documents, each a sample or, where it is longer than 1,024 tokens,
+    several; batch 16. Then SFT: questions and answers, closed-book, early stopping. Writes a transformers directory.
+    One process, with four copies of the weights on its device: a 7B base takes 58 GB in bfloat16, 116 GB in float32."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise InputError("--stage finetune runs in one process: start it without torchrun")
     if os.path.exists(args.out):
-        raise InputError(f"--out {args.out} exists already: name a new directory for the fine-tuned base")
+        raise InputError("--out exists already: name a new directory for the fine-tuned base")
     for name, value in {"dtype": "float32", "lr": 1e-5, "batch": 64, "epochs": 10}.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -128,7 +130,7 @@ def finetune(args):
         print("validation nats an answer token, before and after each epoch:", history)
     base.save_pretrained(part)
     tokenizer.save_pretrained(part)
-    with open(os.path.join(part, "finetune.json"), "w") as file:
+    with open(f"{part}/finetune.json", "w") as file:
         json.dump({"args": vars(args), "validation_nats": history}, file, indent=1)
     os.rename(part, args.out)
     print(f"fine-tuned base in {args.out}: evaluate.py --base {args.out} --method closed-book")
