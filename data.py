@@ -243,9 +243,9 @@ def context_length(limit, random):
 
 def instruction_example(tokenizer, documents, tasks, unit, args, *numbers):
     """Example of a unit, which is the index of a document or the name of a task: a context of up to args.chunks x
-    args.chunk tokens (see context_length) and a conversation about it. A document that is longer than the length drawn
-    stands there whole. Texts are joined by blank lines and raw, as in evaluation. args.seed and numbers alone decide what
-    is drawn."""
+    args.chunk tokens (see context_length) and a conversation about it. A document that is longer than the length
+    drawn stands there whole. Texts are joined by blank lines and raw, as in evaluation. args.seed and the numbers alone
+    decide what is drawn."""
     random = np.random.default_rng((args.seed, *numbers))
     limit = args.chunks * args.chunk
     length = context_length(limit, random)

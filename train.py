@@ -83,7 +83,8 @@ def train(args):
         torch.cuda.set_device(local_rank)
     saved = checkpoints(args.out)
     if saved and not args.resume:
-        raise InputError("--out already holds checkpoints: add --resume to continue that run, or name another directory")
+        raise InputError("--out already holds checkpoints: add --resume to continue that run, or name another "
+                         "directory")
 
     base, tokenizer = load_base(args.base, args.dtype and getattr(torch, args.dtype), args.device)
     device = base.device
@@ -215,8 +216,8 @@ def train(args):
             append(f"{args.out}/log.jsonl", row)
         if skipped == MAX_SKIPPED:
             bar.close()
-            raise InputError(f"the loss or its gradient was not finite {MAX_SKIPPED} steps in a row: lower --lr or raise "
-                             "--damping; checkpoints already written are good")
+            raise InputError(f"the loss or its gradient was not finite {MAX_SKIPPED} steps in a row: lower --lr or "
+                             "raise --damping; checkpoints already written are good")
         if rank == 0 and (step % args.save_every == 0 or step == args.steps or stop):
             save_checkpoint(args, step, model, optimizer)
             saved = checkpoints(args.out)
@@ -336,8 +337,8 @@ def load_checkpoint(path, args, model, optimizer):
     for name, value in vars(args).items():
         earlier = facts["args"].get(name, value)            # an older version had other flags
         if name not in FREE and earlier != value:
-            raise InputError(f"--resume: the run was trained with {flag(name)} {earlier}, not {value}; repeat its flags "
-                             "or choose another --out")
+            raise InputError(f"--resume: the run was trained with {flag(name)} {earlier}, not {value}; repeat its "
+                             "flags or choose another --out")
     tensors, _ = read_safetensors(f"{path}/generator.safetensors")
     model.generator.load_tensors(tensors, path)
     state, _ = read_safetensors(f"{path}/optimizer.safetensors")
@@ -371,19 +372,23 @@ def arguments(argv=None):
              "sequences, in instruct as many documents, in finetune a tenth of the contexts")
     add("--out", required=True, help="directory for checkpoints, log.jsonl and validation.jsonl")
     add("--resume", action="store_true", help="continue from the newest checkpoint in --out, where there is one")
-    # None: fill_recipe chooses for the size of the base
-    add("--steps", type=int, help="optimiser steps")
-    add("--epochs", type=int, help="passes over the data: instruct 2 (unless --steps), finetune at most 10")
-    add("--chunk", type=int, help="tokens of a chunk (L)")
-    add("--chunks", type=int, help="chunks of a sequence (C); the pass holds 2C segments")
-    add("--batch", type=int, help="sequences of a step over all processes")
-    add("--micro-batch", type=int, help="sequences of one forward and backward pass")
+    integers = {
+        "--steps": "optimiser steps",
+        "--epochs": "passes over the data: instruct 2 (unless --steps), finetune at most 10",
+        "--chunk": "tokens of a chunk (L)",
+        "--chunks": "chunks of a sequence (C); the pass holds 2C segments",
+        "--batch": "sequences of a step over all processes",
+        "--micro-batch": "sequences of one forward and backward pass",
+        "--warmup": "steps of linear warm-up; then linear decay to 0",
+        "--eval-every": "steps; default 200, but at most a quarter of --steps",
+        "--save-every": "steps; default 200, but at most a quarter of --steps",
+        "--d-r": "width of the memory S",
+        "--rank": "rank of the adapter"}
+    for name, words in integers.items():                # None: fill_recipe chooses for the size of the base
+        add(name, type=int, help=words)
     add("--lr", type=float, help="learning rate")
-    add("--warmup", type=int, help="steps of linear warm-up; then linear decay to 0")
     add("--objective", choices=["both", "reconstruction", "completion"],
         help="pretrain: eq. 5 (default) or Table 2's ablations; one chunk has no completion")
-    add("--d-r", type=int, help="width of the memory S")
-    add("--rank", type=int, help="rank of the adapter")
     add("--scale", type=float, help="of the adapter: s")
     add("--targets", nargs="+", help="linear layers with adapters, o_proj or down_proj for example")
     add("--norm", choices=NORMS, help="default svd")
@@ -395,8 +400,6 @@ def arguments(argv=None):
     add("--checkpointing", nargs="?", type=int, const=10_000, default=0, metavar="N",
         help="recompute the activations of the first N blocks (without a number: of all) in the backward pass; as few "
              "as memory allows")
-    add("--eval-every", type=int, help="steps; default 200, but at most a quarter of --steps")
-    add("--save-every", type=int, help="steps; default 200, but at most a quarter of --steps")
     add("--eval-sequences", type=int, default=50, help="validation items")
     add("--seed", type=int, default=0)
     args = parser.parse_args(argv)
@@ -478,8 +481,8 @@ def adapted_model(args, base):
         raise InputError("norm svd has no gradient at this damping: use --norm svd-exact, or a --damping of at least "
                          "1e-4")
     if args.norm == "svd-exact" and (args.stage == "instruct" or args.chunk < args.d_r):
-        raise InputError("norm svd-exact has no gradient where a context is shorter than d_r tokens: use --norm svd, or "
-                         "in pretraining a longer --chunk")
+        raise InputError("norm svd-exact has no gradient where a context is shorter than d_r tokens: use --norm svd, "
+                         "or in pretraining a longer --chunk")
     if model is None:
         model = AdaptedLM(base, GeneratorConfig(args.d_r, args.rank, args.scale, args.norm, args.damping, args.targets))
     model.config.norm = args.norm                       # as damping: may differ from --checkpoint's, it has no shape
