@@ -123,7 +123,7 @@ def load_instructions(sources):
     (definition, [(input, [outputs])])}. A source is the set that a row names as its "dataset", else the file."""
     documents, tasks = {}, {}
     for source in sources:
-        for where, row in tqdm(read_rows(source), desc=source, unit="row", leave=False):
+        for where, row in tqdm(read_rows(source), desc=source, leave=False):
             with bad_input(f"{where}: the row is of no known instruction set, or a field is missing or malformed (give "
                            "context and qas [{question, answers}], or task, input and output; answers and output are a "
                            "text or a list)"):
@@ -392,8 +392,11 @@ def usable(documents, tokenizer, args):
 def open_tokens(sources, tokenizer, path=None):
     """Memory-mapped tokens (T,) of sources: a packed .bin file as it is, anything else packed once, into path or CACHE.
     A token file belongs to one tokenizer."""
-    probe = tokenizer("The quick brown fox, 1234.", add_special_tokens=False)["input_ids"]
-    facts = {"vocabulary": len(tokenizer), "probe": probe, "marks": list(document_marks(tokenizer)), "dtype": "uint32"}
+    facts = {
+        "vocabulary": len(tokenizer),
+        "probe": tokenizer("The quick brown fox, 1234.", add_special_tokens=False)["input_ids"],
+        "marks": list(document_marks(tokenizer)),
+        "dtype": "uint32"}
     if len(tokenizer) <= 65_536:
         facts["dtype"] = "uint16"
     if len(sources) == 1 and sources[0].endswith(".bin"):
@@ -401,8 +404,8 @@ def open_tokens(sources, tokenizer, path=None):
     elif path is not None:
         pack(sources, tokenizer, facts, path)
     else:
-        files = [stamps(source) for source in sources]
-        key = hashlib.sha256(json.dumps([facts, sources, files]).encode()).hexdigest()[:16]
+        files = json.dumps([facts, sources, *map(stamps, sources)])
+        key = hashlib.sha256(files.encode()).hexdigest()[:16]
         path = os.path.join(CACHE, key + ".bin")
         os.makedirs(CACHE, exist_ok=True)
         with FileLock(path + ".lock"):                  # one process of a machine packs, the others wait for it

@@ -151,7 +151,7 @@ def train(args):
     for kind in (signal.SIGTERM, signal.SIGINT):
         signal.signal(kind, lambda number, frame: stopping.append(number))
     stop, skipped = False, 0
-    mine = range(args.batch)[rank::world]               # rows of the global batch
+    mine = torch.arange(args.batch)[rank::world]        # rows of the global batch
     batches = data.batches(step)
     bar = tqdm(total=args.steps, initial=step, unit="step", disable=rank != 0)
     while True:
@@ -166,11 +166,9 @@ def train(args):
         batch = next(batches)                                   # (B, N, L), the same on every process
         C = int(batch.visible.max())
         weights = loss_weights(batch.labels, C, args.objective)         # (B, N)
-        no_weight = weights[:, :, None] == 0
-        targets = batch.labels.masked_fill(no_weight, -100)             # no lm_head for them
+        targets = batch.labels.masked_fill(weights[:, :, None] == 0, -100)      # no lm_head for them
         sums = torch.zeros(4, device=device)            # loss of completion, all loss, tokens read, processes to stop
-        for at in range(0, len(mine), args.micro_batch):
-            rows = list(mine[at:at + args.micro_batch])
+        for rows in mine.split(args.micro_batch):
             segments = batch.segments[rows].to(device)                  # (b, N, L)
             mask = batch.mask[rows].to(device)
             labels = targets[rows].to(device)
@@ -244,18 +242,18 @@ def validate(args, model, batch, rank, world):
     n = len(batch.segments)
     C = int(batch.visible.max())
     device = model.base.device
-    losses = torch.zeros(n, 3, dtype=torch.float64, device=device)
-    mine = range(n)[rank::world]
-    for at in tqdm(range(0, len(mine), args.micro_batch), desc="validation", leave=False, disable=rank != 0):
-        rows = list(mine[at:at + args.micro_batch])
-        controls = [(row + n // 2) % n for row in rows]             # neighbours may be alike
+    losses = torch.zeros(n, 3, device=device)
+    mine = torch.arange(n)[rank::world]
+    for rows in tqdm(mine.split(args.micro_batch), desc="validation", leave=False, disable=rank != 0):
+        if len(rows) == 0:                                          # of more processes than items
+            break
+        controls = (rows + n // 2) % n                              # neighbours may be alike
         for column, contexts in ((2, controls), (0, rows)):
             inputs = []
             for t in (batch.segments, batch.mask, batch.labels):
                 inputs.append(torch.cat([t[contexts, :C], t[rows, C:]], dim=1).to(device))      # (b, N, L)
             segments, mask, labels = inputs
             nll, count = model.segment_losses(segments, mask, batch.visible, labels)            # (b, N)
-            nll = nll.double()
             losses[rows, column] = nll[:, C:].sum(1) / count[:, C:].sum(1)
             losses[rows, 1] = nll[:, 1:C].sum(1) / count[:, 1:C].sum(1)         # in the end the own context's
     if world > 1:
@@ -468,7 +466,6 @@ def fill_recipe(args, base):
 def adapted_model(args, base):
     """The model to train: a fresh generator, or that of --checkpoint, whose config then fills flags. The recipe fills
     the others."""
-    model = None
     if args.checkpoint:
         model = AdaptedLM.from_pretrained(base, args.checkpoint)
         for name in (*SHAPE, "norm", "damping"):
@@ -483,7 +480,7 @@ def adapted_model(args, base):
     if args.norm == "svd-exact" and (args.stage == "instruct" or args.chunk < args.d_r):
         raise InputError("norm svd-exact has no gradient where a context is shorter than d_r tokens: use --norm svd, "
                          "or in pretraining a longer --chunk")
-    if model is None:
+    if not args.checkpoint:
         model = AdaptedLM(base, GeneratorConfig(args.d_r, args.rank, args.scale, args.norm, args.damping, args.targets))
     model.config.norm = args.norm                       # as damping: may differ from --checkpoint's, it has no shape
     model.config.damping = args.damping

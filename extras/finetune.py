@@ -62,13 +62,12 @@ def fit_base(base, train, validation, lr, batch_size, epochs, seed):
         if epoch == epochs:
             break
         order = random.Random(f"{seed} {epoch}").sample(train, len(train))
-        about = f"epoch {epoch + 1} of {epochs}"
-        for at in tqdm(range(0, len(order), batch_size), desc=about, unit="step", leave=False):
+        for at in tqdm(range(0, len(order), batch_size), desc=f"epoch {epoch + 1} of {epochs}", leave=False):
             for loss in losses(base, order[at:at + batch_size]):
                 loss.backward()
             if not torch.nn.utils.clip_grad_norm_(base.parameters(), 1.0).isfinite():
-                raise InputError(f"fine-tuning: the gradient is not finite in epoch {epoch + 1} (train.py: lower "
-                                 "--lr or use --dtype float32; evaluate.py: leave fine-tuned out with --method)")
+                raise InputError("fine-tuning: the gradient is not finite (train.py: lower --lr or use --dtype "
+                                 "float32; evaluate.py: leave fine-tuned out with --method)")
             optimizer.step()
             optimizer.zero_grad()
     base.load_state_dict(best, strict=False)
