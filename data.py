@@ -28,8 +28,7 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from support.bases import DEFAULT_BASE, locate_base, tokenizer_at
-from support.files import (CACHE, InputError, bad_input, count_rows, field, make_directory, read_rows, run_command,
-                           stamps)
+from support.files import (CACHE, InputError, bad_input, count_rows, make_directory, read_rows, run_command, stamps)
 from support.text import apply_template, context_ids, document_marks, tokenize, user_turn
 
 # MetaICL is not among them: give its files
@@ -263,7 +262,7 @@ def instruction_batch(examples, pad, chunk):
     """Batch of N = C+1 segments: C context chunks, then the conversation under the adapter of all of them,
     visible = 0, 1, .., C-1, C. Shorter contexts end with chunks of padding, which add nothing to S."""
     contexts = [split_into_chunks(example.context, chunk) for example in examples]
-    C = max(len(chunks) for chunks in contexts)
+    C = max(map(len, contexts))
     L = max(max(len(chunks[0]), len(example.ids)) for chunks, example in zip(contexts, examples))
     segments = torch.full((len(examples), C + 1, L), pad)               # (B, N, L)
     mask = torch.zeros_like(segments)
@@ -330,11 +329,12 @@ class InstructionData:
         self.question_rows = args.batch - self.text_rows
 
         documents, self.tasks = load_instructions(args.data)
-        held_out, _ = load_instructions(args.validation or [])
         self.documents = usable(documents, tokenizer, args)
-        held_out = usable(held_out, tokenizer, args)
         self.about = f"{len(self.documents)} of {len(documents)} documents can be used, {len(self.tasks)} tasks"
-        if not args.validation:
+        if args.validation:
+            held_out, _ = load_instructions(args.validation)
+            held_out = usable(held_out, tokenizer, args)
+        else:
             held_out = self.documents[:args.eval_sequences]
             del self.documents[:args.eval_sequences]
         self.units = list(range(len(self.documents)))
@@ -434,18 +434,20 @@ def pack(sources, tokenizer, facts, path):
     null = 0
     total = sum(count_rows(source) or 0 for source in sources)
     rows = itertools.chain.from_iterable(map(read_rows, sources))
+    rows = iter(tqdm(rows, total=total or None, unit="row", desc="packing"))
     with tempfile.TemporaryDirectory(dir=os.path.dirname(path) or ".") as part:
-        part = os.path.join(part, "tokens")
-        with open(part, "wb") as file, tqdm(rows, total=total or None, unit="row", desc="packing") as bar:
-            rows = iter(bar)
+        with open(f"{part}/tokens", "wb") as file:
             some = list(itertools.islice(rows, PACKED))
             while some:
                 texts = []
                 for where, row in some:
-                    if row.get("text", "") is None:
+                    text = row.get("text", 0)
+                    if text is None:
                         null += 1
                         continue
-                    texts.append(field(row, "text", str, where))
+                    if not isinstance(text, str):
+                        raise InputError(f"{where}: field 'text' is missing or is not a text")
+                    texts.append(text)
                 for ids in tokenize(tokenizer, texts):
                     ids = before + ids + after
                     np.array(ids, dtype=facts["dtype"]).tofile(file)
@@ -453,7 +455,7 @@ def pack(sources, tokenizer, facts, path):
                 some = list(itertools.islice(rows, PACKED))
         with open(path + ".json", "w") as file:
             json.dump({**facts, "tokens": tokens, "sources": sources}, file)
-        os.replace(part, path)
+        os.replace(f"{part}/tokens", path)
     if null:
         print(f"{null} rows whose text is null were left out")
 

@@ -97,14 +97,13 @@ def train(args):
     model.checkpointing = args.checkpointing
     if args.batch % world:
         raise InputError("--batch must be a multiple of the number of processes")
-    if device.type == "cpu" and args.dtype == "bfloat16" and args.chunk <= 256:
-        base.set_attn_implementation("eager")           # the backward pass of the fused attention is far slower
-    if device.type == "cuda" and args.dtype == "bfloat16":
-        # holds the bf16 factors of S exactly; norm avoids it
-        torch.backends.cuda.matmul.fp32_precision = "tf32"
+    if args.dtype == "bfloat16":
+        if device.type == "cuda":                       # it holds the bf16 factors of S exactly; norm avoids it
+            torch.backends.cuda.matmul.fp32_precision = "tf32"
+        elif args.chunk <= 256:                         # the backward pass of the fused attention is far slower
+            base.set_attn_implementation("eager")
 
-    instruct = args.stage == "instruct"
-    if instruct:
+    if args.stage == "instruct":
         data = InstructionData(args, tokenizer)
         args.steps = args.steps or max(1, int((args.epochs or 2) * data.steps_per_epoch))
     else:
@@ -302,10 +301,10 @@ def checkpoints(out):
     """Complete checkpoints of a run, oldest first: directories of the names that save_checkpoint writes. Whatever else
     is there, a copy of one too, is not ours."""
     found = []
-    for path in Path(out).glob("step-*"):
+    for path in sorted(Path(out).glob("step-*")):
         if re.fullmatch(r"step-([0-9]{6}|[1-9][0-9]{6,})", path.name) and path.is_dir():
             found.append(str(path))
-    return sorted(found, key=lambda path: (len(path), path))
+    return sorted(found, key=len)                       # step-1000000 comes after step-999800
 
 
 def moments(model, optimizer):
@@ -395,9 +394,9 @@ def arguments(argv=None):
         help="of the base; generator and S stay fp32. Default bfloat16 where the hardware has it; finetune float32, "
              "where steps of 1e-5 do not round away")
     add("--device", help="default: CUDA where there is one")
-    add("--checkpointing", nargs="?", type=int, const=10_000, default=0, metavar="N",
-        help="recompute the activations of the first N blocks (without a number: of all) in the backward pass; as few "
-             "as memory allows")
+    add("--checkpointing", nargs="?", type=int, const=10_000, default=0,
+        help="recompute the activations of so many blocks (without a number: of all) in the backward pass; as few as "
+             "memory allows")
     add("--eval-sequences", type=int, default=50, help="validation items")
     add("--seed", type=int, default=0)
     args = parser.parse_args(argv)

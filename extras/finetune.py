@@ -101,8 +101,9 @@ def finetune(args):
             setattr(args, name, value)
     texts, _ = load_instructions(args.documents or [])
     documents, _ = load_instructions(args.data or [])
-    held_out, _ = load_instructions(args.validation or [])
-    if not args.validation:                             # other contexts, so that it measures what carries over
+    if args.validation:
+        held_out, _ = load_instructions(args.validation)
+    else:                                               # other contexts, so that it measures what carries over
         random.Random(args.seed).shuffle(documents)
         held_out = documents[:len(documents) // 10]
         documents = documents[len(held_out):]
