@@ -363,8 +363,8 @@ class InstructionData:
             examples = []
             for row in range(self.question_rows):
                 unit = self.units[next(units)]
-                example = instruction_example(self.tokenizer, self.documents, self.tasks, unit, args, 1, step, row)
-                examples.append(example)
+                examples.append(instruction_example(
+                    self.tokenizer, self.documents, self.tasks, unit, args, 1, step, row))
             random = np.random.default_rng((args.seed, 3, step))
             for ids in itertools.islice(texts, self.text_rows):
                 ids = ids[:context_length(args.chunks * args.chunk, random)].tolist()
@@ -434,14 +434,14 @@ def pack(sources, tokenizer, facts, path):
     null = 0
     total = sum(count_rows(source) or 0 for source in sources)
     rows = itertools.chain.from_iterable(map(read_rows, sources))
-    rows = iter(tqdm(rows, total=total or None, unit="row", desc="packing"))
     with tempfile.TemporaryDirectory(dir=os.path.dirname(path) or ".") as part:
-        with open(f"{part}/tokens", "wb") as file:
+        with open(f"{part}/tokens", "wb") as file, tqdm(rows, desc="packing", total=total or None) as bar:
+            rows = iter(bar)
             some = list(itertools.islice(rows, PACKED))
             while some:
                 texts = []
                 for where, row in some:
-                    text = row.get("text", 0)
+                    text = row.get("text", 0)           # 0: there is no such field
                     if text is None:
                         null += 1
                         continue

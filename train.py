@@ -105,7 +105,7 @@ def train(args):
 
     if args.stage == "instruct":
         data = InstructionData(args, tokenizer)
-        args.steps = args.steps or max(1, int((args.epochs or 2) * data.steps_per_epoch))
+        args.steps = args.steps or math.ceil((args.epochs or 2) * data.steps_per_epoch)
     else:
         data = PretrainingData(args, tokenizer)
     next(data.batches(0))                               # too little text: say so before anything is written
@@ -323,8 +323,7 @@ def save_checkpoint(args, step, model, optimizer):
     shutil.rmtree(part, ignore_errors=True)
     model.save_pretrained(part)
     save_file(moments(model, optimizer), f"{part}/optimizer.safetensors")
-    facts = {"step": step, "args": vars(args)}
-    Path(part, "trainer.json").write_text(json.dumps(facts, indent=1))
+    Path(part, "trainer.json").write_text(json.dumps({"step": step, "args": vars(args)}, indent=1))
     os.rename(part, f"{args.out}/step-{step:06d}")
 
 
