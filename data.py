@@ -28,7 +28,7 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from support.bases import DEFAULT_BASE, locate_base, tokenizer_at
-from support.files import CACHE, InputError, bad_input, count_rows, read_rows, run_command, stamps
+from support.files import (CACHE, InputError, bad_input, count_rows, make_directory, read_rows, run_command, stamps)
 from support.text import apply_template, context_ids, document_marks, tokenize, user_turn
 
 # MetaICL is not among them: give its files
@@ -72,7 +72,7 @@ def doubled(tokens, C):
 def split_into_chunks(ids, chunk=1024):
     """A context (a list of at least 1 id), cut evenly into C = ceil(n / chunk) lists of L = ceil(n / C) ids; the last
     may be shorter."""
-    if len(ids) == 0:
+    if not ids:
         raise InputError("the context is empty: it needs at least 1 token")
     C = math.ceil(len(ids) / chunk)
     L = math.ceil(len(ids) / C)
@@ -88,7 +88,7 @@ def demonstration(text, output):
     return f"Input: {text}\nOutput: {output}".rstrip()
 
 
-def question_answers(row, where):
+def question_answers(row):
     """(context, [(question, answers)]) of a row, answers a text or a list. Its fields tell which set it is from."""
     if "qas" in row:                                                           # this project's own
         return row["context"], [(qa["question"], qa["answers"]) for qa in row["qas"]]
@@ -111,9 +111,6 @@ def question_answers(row, where):
         return row["input"], [(row["prompt"], row["answer"])]
     if "text" in row:                                                          # nothing is asked
         return row["text"], []
-    if "context" not in row or "question" not in row:
-        raise InputError(f"{where}: the fields {', '.join(row)} are not of a known instruction set: give context and "
-                         "qas [{question, answers}], or task, input and output")
     answers = row.get("answers", row.get("answer"))
     if isinstance(answers, dict):                                              # SQuAD
         answers = answers["text"]
@@ -125,8 +122,10 @@ def load_instructions(sources):
     (definition, [(input, [outputs])])}. A source is the set that a row names as its "dataset", else the file."""
     documents, tasks = {}, {}
     for source in sources:
-        for where, row in tqdm(read_rows(source), unit="row", desc=os.path.basename(source), leave=False):
-            with bad_input(f"{where}: a field is missing or malformed (answers and output are a text or a list)"):
+        for where, row in tqdm(read_rows(source), desc=source, leave=False):
+            with bad_input(f"{where}: the row is of no known instruction set, or a field is missing or malformed (give "
+                           "context and qas [{question, answers}], or task, input and output; answers and output are a "
+                           "text or a list)"):
                 if "task" in row:
                     outputs = row["output"]
                     if isinstance(outputs, str):
@@ -136,7 +135,7 @@ def load_instructions(sources):
                     _, examples = tasks.setdefault(row["task"], (definition, []))
                     examples.append((row["input"], outputs))
                     continue
-                context, asked = question_answers(row, where)
+                context, asked = question_answers(row)
                 if not context.strip():
                     continue
                 pairs = documents.setdefault((row.get("dataset") or source, context), [])
@@ -243,8 +242,8 @@ def context_length(limit, random):
 
 def instruction_example(tokenizer, documents, tasks, unit, args, *numbers):
     """Example of a unit, which is the index of a document or the name of a task: a context of up to args.chunks x
-    args.chunk tokens (see context_length) and a conversation about it. A document that is longer than the length drawn
-    stands there whole. Texts are joined by blank lines and raw, as in evaluation. args.seed and the numbers alone
+    args.chunk tokens (see context_length) and a conversation about it. A document that is longer than the length
+    drawn stands there whole. Texts are joined by blank lines and raw, as in evaluation. args.seed and the numbers alone
     decide what is drawn."""
     random = np.random.default_rng((args.seed, *numbers))
     limit = args.chunks * args.chunk
@@ -263,10 +262,9 @@ def instruction_batch(examples, pad, chunk):
     """Batch of N = C+1 segments: C context chunks, then the conversation under the adapter of all of them,
     visible = 0, 1, .., C-1, C. Shorter contexts end with chunks of padding, which add nothing to S."""
     contexts = [split_into_chunks(example.context, chunk) for example in examples]
-    B = len(examples)
-    C = max(len(chunks) for chunks in contexts)
+    C = max(map(len, contexts))
     L = max(max(len(chunks[0]), len(example.ids)) for chunks, example in zip(contexts, examples))
-    segments = torch.full((B, C + 1, L), pad)
+    segments = torch.full((len(examples), C + 1, L), pad)               # (B, N, L)
     mask = torch.zeros_like(segments)
     labels = torch.full_like(segments, -100)
     for b, example in enumerate(examples):
@@ -291,18 +289,16 @@ class PretrainingData:
         if args.validation:
             held_out = open_tokens(args.validation, tokenizer)
         else:
-            end = -args.eval_sequences * self.length
-            held_out = self.tokens[end:]
-            self.tokens = self.tokens[:end]
+            self.tokens, held_out = np.split(self.tokens, [-args.eval_sequences * self.length])
         n = min(args.eval_sequences, len(held_out) // self.length)
         if n < 2:
-            raise InputError(f"validation needs at least 2 sequences of {self.length} tokens, the text gives {n}: give "
-                             "more text or shorter --chunks")
-        rows = np.empty((n, self.length), dtype=np.int64)
+            raise InputError(f"validation needs at least 2 sequences of {self.length} tokens: give more text or "
+                             "shorter --chunks")
+        rows = []
         for i in range(n):                                                       # fixed, and spread over the text
             start = i * (len(held_out) - self.length) // (n - 1)
-            rows[i] = held_out[start:start + self.length]
-        self.validation = doubled(torch.from_numpy(rows), args.chunks)
+            rows.append(held_out[start:start + self.length].astype(np.int64))
+        self.validation = doubled(torch.from_numpy(np.stack(rows)), args.chunks)
         self.about = f"{len(self.tokens) / 1e6:.2f} M tokens"
 
     def batches(self, step):
@@ -333,12 +329,13 @@ class InstructionData:
         self.question_rows = args.batch - self.text_rows
 
         documents, self.tasks = load_instructions(args.data)
-        held_out, _ = load_instructions(args.validation or [])
         self.documents = usable(documents, tokenizer, args)
-        held_out = usable(held_out, tokenizer, args)
         self.about = (f"{len(self.documents)} of {len(documents)} documents have questions and fit into a context, "
                       f"{len(self.tasks)} tasks")
-        if not args.validation:
+        if args.validation:
+            held_out, _ = load_instructions(args.validation)
+            held_out = usable(held_out, tokenizer, args)
+        else:
             held_out = self.documents[:args.eval_sequences]
             del self.documents[:args.eval_sequences]
         self.units = list(range(len(self.documents)))
@@ -365,13 +362,14 @@ class InstructionData:
         texts = sequences(self.text, args.chunk, step * self.text_rows, args.seed)
         while True:
             examples = []
-            for i in range(step * self.question_rows, (step + 1) * self.question_rows):
+            for row in range(self.question_rows):
                 unit = self.units[next(units)]
-                examples.append(instruction_example(self.tokenizer, self.documents, self.tasks, unit, args, 1, i))
-            for i in range(step * self.text_rows, (step + 1) * self.text_rows):
-                length = context_length(args.chunks * args.chunk, np.random.default_rng((args.seed, 3, i)))
-                ids = next(texts).tolist()[:length]
-                examples.append(Example(context=ids, ids=ids, labels=ids))
+                examples.append(instruction_example(
+                    self.tokenizer, self.documents, self.tasks, unit, args, 1, step, row))
+            random = np.random.default_rng((args.seed, 3, step))
+            for ids in itertools.islice(texts, self.text_rows):
+                ids = ids[:context_length(args.chunks * args.chunk, random)].tolist()
+                examples.append(Example(ids, ids, ids))
             yield instruction_batch(examples, self.tokenizer.pad_token_id, args.chunk)
             step += 1
 
@@ -395,8 +393,11 @@ def usable(documents, tokenizer, args):
 def open_tokens(sources, tokenizer, path=None):
     """Memory-mapped tokens (T,) of sources: a packed .bin file as it is, anything else packed once, into path or CACHE.
     A token file belongs to one tokenizer."""
-    probe = tokenizer("The quick brown fox, 1234.", add_special_tokens=False)["input_ids"]
-    facts = {"vocabulary": len(tokenizer), "probe": probe, "marks": list(document_marks(tokenizer)), "dtype": "uint32"}
+    facts = {
+        "vocabulary": len(tokenizer),
+        "probe": tokenizer("The quick brown fox, 1234.", add_special_tokens=False)["input_ids"],
+        "marks": list(document_marks(tokenizer)),
+        "dtype": "uint32"}
     if len(tokenizer) <= 65_536:
         facts["dtype"] = "uint16"
     if len(sources) == 1 and sources[0].endswith(".bin"):
@@ -404,8 +405,8 @@ def open_tokens(sources, tokenizer, path=None):
     elif path is not None:
         pack(sources, tokenizer, facts, path)
     else:
-        files = [stamps(source) for source in sources]
-        key = hashlib.sha256(json.dumps([facts, sources, files]).encode()).hexdigest()[:16]
+        files = json.dumps([facts, sources, *map(stamps, sources)])
+        key = hashlib.sha256(files.encode()).hexdigest()[:16]
         path = os.path.join(CACHE, key + ".bin")
         os.makedirs(CACHE, exist_ok=True)
         with FileLock(path + ".lock"):                  # one process of a machine packs, the others wait for it
@@ -435,15 +436,14 @@ def pack(sources, tokenizer, facts, path):
     total = sum(count_rows(source) or 0 for source in sources)
     rows = itertools.chain.from_iterable(map(read_rows, sources))
     with tempfile.TemporaryDirectory(dir=os.path.dirname(path) or ".") as part:
-        part = os.path.join(part, "tokens")
-        with open(part, "wb") as file, tqdm(rows, total=total or None, unit="row", desc="packing") as bar:
+        with open(f"{part}/tokens", "wb") as file, tqdm(rows, desc="packing", total=total or None) as bar:
             rows = iter(bar)
             some = list(itertools.islice(rows, PACKED))
             while some:
                 texts = []
                 for where, row in some:
-                    text = row.get("text")
-                    if text is None and "text" in row:
+                    text = row.get("text", 0)           # 0: there is no such field
+                    if text is None:
                         null += 1
                         continue
                     if not isinstance(text, str):
@@ -456,7 +456,7 @@ def pack(sources, tokenizer, facts, path):
                 some = list(itertools.islice(rows, PACKED))
         with open(path + ".json", "w") as file:
             json.dump({**facts, "tokens": tokens, "sources": sources}, file)
-        os.replace(part, path)
+        os.replace(f"{part}/tokens", path)
     if null:
         print(f"{null} rows whose text is null were left out")
 
@@ -475,8 +475,7 @@ def sequences(tokens, length, first, seed):
         offset = random.integers(length)
         for k in random.permutation(per_epoch)[done:]:
             start = offset + length * k
-            piece = tokens[start:start + length].astype(np.int64)
-            yield torch.from_numpy(piece)
+            yield torch.from_numpy(tokens[start:start + length].astype(np.int64))
         epoch += 1
         done = 0
 
@@ -487,9 +486,9 @@ def main():
     parser.add_argument("--out", required=True, help="token file to write, ending in .bin; a .json goes beside it")
     parser.add_argument("--base", default=DEFAULT_BASE, help="base model whose tokenizer is used")
     args = parser.parse_args()
-    written = os.path.exists(args.out) or os.path.exists(args.out + ".json")
-    if written or not args.out.endswith(".bin") or not os.path.isdir(os.path.dirname(args.out) or "."):
-        raise InputError(f"--out {args.out}: name a new file ending in .bin, in a directory that exists")
+    if os.path.exists(args.out) or os.path.exists(args.out + ".json") or not args.out.endswith(".bin"):
+        raise InputError("--out: name a new file ending in .bin")
+    make_directory(os.path.dirname(args.out) or ".")
     path, options = locate_base(args.base)
     open_tokens(args.sources, tokenizer_at(args.base, path, **options), args.out)
 

@@ -19,10 +19,10 @@ import itertools
 import json
 import math
 import os
+import platform
 import re
 import shutil
 import signal
-import sys
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -83,8 +83,8 @@ def train(args):
         torch.cuda.set_device(local_rank)
     saved = checkpoints(args.out)
     if saved and not args.resume:
-        raise InputError(f"--out {args.out} already holds checkpoints: add --resume to continue that run, or name "
-                         "another directory")
+        raise InputError("--out already holds checkpoints: add --resume to continue that run, or name another "
+                         "directory")
 
     base, tokenizer = load_base(args.base, args.dtype and getattr(torch, args.dtype), args.device)
     device = base.device
@@ -96,17 +96,16 @@ def train(args):
     model = adapted_model(args, base)
     model.checkpointing = args.checkpointing
     if args.batch % world:
-        raise InputError(f"--batch {args.batch} must be a multiple of the {world} processes")
-    if device.type == "cpu" and args.dtype == "bfloat16" and args.chunk <= 256:
-        base.set_attn_implementation("eager")           # the backward pass of the fused attention is far slower
-    if device.type == "cuda" and args.dtype == "bfloat16":
-        # holds the bf16 factors of S exactly; norm avoids it
-        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        raise InputError("--batch must be a multiple of the number of processes")
+    if args.dtype == "bfloat16":
+        if device.type == "cuda":                       # it holds the bf16 factors of S exactly; norm avoids it
+            torch.backends.cuda.matmul.fp32_precision = "tf32"
+        elif args.chunk <= 256:                         # the backward pass of the fused attention is far slower
+            base.set_attn_implementation("eager")
 
-    instruct = args.stage == "instruct"
-    if instruct:
+    if args.stage == "instruct":
         data = InstructionData(args, tokenizer)
-        args.steps = args.steps or max(1, int((args.epochs or 2) * data.steps_per_epoch))
+        args.steps = args.steps or math.ceil((args.epochs or 2) * data.steps_per_epoch)
     else:
         data = PretrainingData(args, tokenizer)
     next(data.batches(0))                               # too little text: say so before anything is written
@@ -118,8 +117,7 @@ def train(args):
 
     parameters = list(model.generator.parameters())
     layers = model.generator.layers
-    betas = (0.9, args.beta2)
-    optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=betas, weight_decay=WEIGHT_DECAY, fused=True)
+    optimizer = torch.optim.AdamW(parameters, betas=(0.9, args.beta2), weight_decay=WEIGHT_DECAY, fused=True)
     for p in parameters:                                # as its first step would make it; a checkpoint fills it
         p.grad = torch.zeros_like(p)
         optimizer.state[p] = {
@@ -137,8 +135,8 @@ def train(args):
             length = min(128, (len(data.tokens) + 1) // 2)      # a short text has two sequences of these
             texts = itertools.islice(sequences(data.tokens, length, 0, args.seed), 96)
             aligned_start(model, torch.stack(list(texts)).split(16))
-        cut_log(os.path.join(args.out, "log.jsonl"), step)
-        cut_log(os.path.join(args.out, "validation.jsonl"), step - 1)
+        cut_log(f"{args.out}/log.jsonl", step)
+        cut_log(f"{args.out}/validation.jsonl", step - 1)
         print(f"{args.base}, {args.dtype}, {device}; {data.about}; steps of {args.batch} x {args.chunks} x "
               f"{args.chunk} tokens, from step {step}; processes: {world}", flush=True)
     if world > 1:                                       # process 0's weights, moments and place in the data
@@ -152,7 +150,7 @@ def train(args):
     for kind in (signal.SIGTERM, signal.SIGINT):
         signal.signal(kind, lambda number, frame: stopping.append(number))
     stop, skipped = False, 0
-    mine = range(args.batch)[rank::world]               # rows of the global batch
+    mine = torch.arange(args.batch)[rank::world]        # rows of the global batch
     batches = data.batches(step)
     bar = tqdm(total=args.steps, initial=step, unit="step", disable=rank != 0)
     while True:
@@ -167,11 +165,9 @@ def train(args):
         batch = next(batches)                                   # (B, N, L), the same on every process
         C = int(batch.visible.max())
         weights = loss_weights(batch.labels, C, args.objective)         # (B, N)
-        no_weight = weights[:, :, None] == 0
-        targets = batch.labels.masked_fill(no_weight, -100)             # no lm_head for them
+        targets = batch.labels.masked_fill(weights[:, :, None] == 0, -100)      # no lm_head for them
         sums = torch.zeros(4, device=device)            # loss of completion, all loss, tokens read, processes to stop
-        for at in range(0, len(mine), args.micro_batch):
-            rows = list(mine[at:at + args.micro_batch])
+        for rows in mine.split(args.micro_batch):
             segments = batch.segments[rows].to(device)                  # (b, N, L)
             mask = batch.mask[rows].to(device)
             labels = targets[rows].to(device)
@@ -210,27 +206,27 @@ def train(args):
         bar.set_postfix_str(f"loss {loss:.4f}, {speed:.0f} context tokens/s", refresh=False)
         bar.update()
         if rank == 0:
-            row = {"step": step, "loss": loss, "completion": completion, "lr": lr, "grad_norm": norm}
-            row |= {"tokens": int(read), "tokens_per_s": speed, "skipped": skip}
+            row = {"step": step, "loss": loss, "completion": completion, "lr": lr, "grad_norm": norm,
+                   "tokens": int(read), "tokens_per_s": speed, "skipped": skip}
             if device.type == "cuda":
                 row["memory_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
-            append(os.path.join(args.out, "log.jsonl"), row)
+            append(f"{args.out}/log.jsonl", row)
         if skipped == MAX_SKIPPED:
             bar.close()
-            raise InputError(f"the loss or its gradient was not finite {MAX_SKIPPED} steps in a row (step {step}): "
-                             "lower --lr or raise --damping; checkpoints already written are good")
+            raise InputError(f"the loss or its gradient was not finite {MAX_SKIPPED} steps in a row: lower --lr or "
+                             "raise --damping; checkpoints already written are good")
         if rank == 0 and (step % args.save_every == 0 or step == args.steps or stop):
-            saved.append(save_checkpoint(args, step, model, optimizer))
+            save_checkpoint(args, step, model, optimizer)
+            saved = checkpoints(args.out)
             for old in saved[:-KEPT]:
                 shutil.rmtree(old)
-            saved = saved[-KEPT:]
     bar.close()
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()
     if rank == 0:
-        print(f"stopped at step {step} of {args.steps}. Next: train.py --stage instruct --checkpoint {saved[-1]}, or "
-              f"evaluate.py --checkpoint {saved[-1]}")
+        print(f"stopped at step {step} of {args.steps}. Next: evaluate.py, or train.py --stage instruct, both with "
+              f"--checkpoint {saved[-1]}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -245,19 +241,18 @@ def validate(args, model, batch, rank, world):
     n = len(batch.segments)
     C = int(batch.visible.max())
     device = model.base.device
-    losses = torch.zeros(n, 3, dtype=torch.float64, device=device)
-    mine = range(n)[rank::world]
-    for at in tqdm(range(0, len(mine), args.micro_batch), desc="validation", leave=False, disable=rank != 0):
-        rows = list(mine[at:at + args.micro_batch])
-        controls = [(row + n // 2) % n for row in rows]             # neighbours may be alike
+    losses = torch.zeros(n, 3, device=device)
+    mine = torch.arange(n)[rank::world]
+    for rows in tqdm(mine.split(args.micro_batch), desc="validation", leave=False, disable=rank != 0):
+        if len(rows) == 0:                                          # of more processes than items
+            break
+        controls = (rows + n // 2) % n                              # neighbours may be alike
         for column, contexts in ((2, controls), (0, rows)):
             inputs = []
             for t in (batch.segments, batch.mask, batch.labels):
-                t = torch.cat([t[contexts, :C], t[rows, C:]], dim=1)            # (b, N, L)
-                inputs.append(t.to(device))
+                inputs.append(torch.cat([t[contexts, :C], t[rows, C:]], dim=1).to(device))      # (b, N, L)
             segments, mask, labels = inputs
             nll, count = model.segment_losses(segments, mask, batch.visible, labels)            # (b, N)
-            nll = nll.double()
             losses[rows, column] = nll[:, C:].sum(1) / count[:, C:].sum(1)
             losses[rows, 1] = nll[:, 1:C].sum(1) / count[:, 1:C].sum(1)         # in the end the own context's
     if world > 1:
@@ -273,15 +268,14 @@ def report(args, step, losses):
         second = "answer"
     gap = losses[:, 2] - losses[:, 0]
     gap = gap[~gap.isnan()]
-    means = {}
+    row = {"step": step}
     for name, column in zip((second, "completion", second + "_shuffled"), losses.T):
         if not column.isnan().all():
-            means[name] = column.nanmean().item()
-    means["gap"] = gap.mean().item()
-    means["gap_stderr"] = (gap.std() / len(gap) ** 0.5).item()
-    append(os.path.join(args.out, "validation.jsonl"), {"step": step, **means})
-    words = [f"{name} {value:.4f}" for name, value in means.items()]
-    tqdm.write(f"step {step:6d}   " + "   ".join(words))
+            row[name] = column.nanmean().item()
+    row["gap"] = gap.mean().item()
+    row["gap_stderr"] = (gap.std() / len(gap) ** 0.5).item()
+    append(f"{args.out}/validation.jsonl", row)
+    tqdm.write("   ".join(f"{name} {value:.4g}" for name, value in row.items()))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -307,10 +301,10 @@ def checkpoints(out):
     """Complete checkpoints of a run, oldest first: directories of the names that save_checkpoint writes. Whatever else
     is there, a copy of one too, is not ours."""
     found = []
-    for path in Path(out).glob("step-*"):
+    for path in sorted(Path(out).glob("step-*")):
         if re.fullmatch(r"step-([0-9]{6}|[1-9][0-9]{6,})", path.name) and path.is_dir():
             found.append(str(path))
-    return sorted(found, key=lambda path: (len(path), path))
+    return sorted(found, key=len)                       # step-1000000 comes after step-999800
 
 
 def moments(model, optimizer):
@@ -325,28 +319,25 @@ def moments(model, optimizer):
 
 def save_checkpoint(args, step, model, optimizer):
     """out/step-NNNNNN, written aside and renamed: a kill at any moment leaves the last complete."""
-    part = os.path.join(args.out, "checkpoint.part")
+    part = f"{args.out}/checkpoint.part"
     shutil.rmtree(part, ignore_errors=True)
     model.save_pretrained(part)
-    save_file(moments(model, optimizer), os.path.join(part, "optimizer.safetensors"))
-    facts = {"step": step, "args": vars(args)}
-    Path(part, "trainer.json").write_text(json.dumps(facts, indent=1))
-    path = os.path.join(args.out, f"step-{step:06d}")
-    os.rename(part, path)
-    return path
+    save_file(moments(model, optimizer), f"{part}/optimizer.safetensors")
+    Path(part, "trainer.json").write_text(json.dumps({"step": step, "args": vars(args)}, indent=1))
+    os.rename(part, f"{args.out}/step-{step:06d}")
 
 
 def load_checkpoint(path, args, model, optimizer):
     """Restore generator and optimiser -> step. A run is resumed with the flags it was started with."""
-    facts = read_json(os.path.join(path, "trainer.json"))
+    facts = read_json(f"{path}/trainer.json")
     for name, value in vars(args).items():
         earlier = facts["args"].get(name, value)            # an older version had other flags
         if name not in FREE and earlier != value:
-            raise InputError(f"--resume: {args.out} was trained with {flag(name)} {earlier}, not {value}; repeat its "
+            raise InputError(f"--resume: the run was trained with {flag(name)} {earlier}, not {value}; repeat its "
                              "flags or choose another --out")
-    tensors, _ = read_safetensors(os.path.join(path, "generator.safetensors"))
+    tensors, _ = read_safetensors(f"{path}/generator.safetensors")
     model.generator.load_tensors(tensors, path)
-    state, _ = read_safetensors(os.path.join(path, "optimizer.safetensors"))
+    state, _ = read_safetensors(f"{path}/optimizer.safetensors")
     for key, moment in moments(model, optimizer).items():
         moment.copy_(state[key])
     return facts["step"]
@@ -377,19 +368,23 @@ def arguments(argv=None):
              "sequences, in instruct as many documents, in finetune a tenth of the contexts")
     add("--out", required=True, help="directory for checkpoints, log.jsonl and validation.jsonl")
     add("--resume", action="store_true", help="continue from the newest checkpoint in --out, where there is one")
-    # None: fill_recipe chooses for the size of the base
-    add("--steps", type=int, help="optimiser steps")
-    add("--epochs", type=int, help="passes over the data: instruct 2 (unless --steps), finetune at most 10")
-    add("--chunk", type=int, help="tokens of a chunk (L)")
-    add("--chunks", type=int, help="chunks of a sequence (C); the pass holds 2C segments")
-    add("--batch", type=int, help="sequences of a step over all processes")
-    add("--micro-batch", type=int, help="sequences of one forward and backward pass")
+    integers = {
+        "--steps": "optimiser steps",
+        "--epochs": "passes over the data: instruct 2 (unless --steps), finetune at most 10",
+        "--chunk": "tokens of a chunk (L)",
+        "--chunks": "chunks of a sequence (C); the pass holds 2C segments",
+        "--batch": "sequences of a step over all processes",
+        "--micro-batch": "sequences of one forward and backward pass",
+        "--warmup": "steps of linear warm-up; then linear decay to 0",
+        "--eval-every": "steps; default 200, but at most a quarter of --steps",
+        "--save-every": "steps; default 200, but at most a quarter of --steps",
+        "--d-r": "width of the memory S",
+        "--rank": "rank of the adapter"}
+    for name, words in integers.items():                # None: fill_recipe chooses for the size of the base
+        add(name, type=int, help=words)
     add("--lr", type=float, help="learning rate")
-    add("--warmup", type=int, help="steps of linear warm-up; then linear decay to 0")
     add("--objective", choices=["both", "reconstruction", "completion"],
         help="pretrain: eq. 5 (default) or Table 2's ablations; one chunk has no completion")
-    add("--d-r", type=int, help="width of the memory S")
-    add("--rank", type=int, help="rank of the adapter")
     add("--scale", type=float, help="of the adapter: s")
     add("--targets", nargs="+", help="linear layers with adapters, o_proj or down_proj for example")
     add("--norm", choices=NORMS, help="default svd")
@@ -398,11 +393,9 @@ def arguments(argv=None):
         help="of the base; generator and S stay fp32. Default bfloat16 where the hardware has it; finetune float32, "
              "where steps of 1e-5 do not round away")
     add("--device", help="default: CUDA where there is one")
-    add("--checkpointing", nargs="?", type=int, const=10_000, default=0, metavar="N",
-        help="recompute the activations of the first N blocks (without a number: of all) in the backward pass; as few "
-             "as memory allows")
-    add("--eval-every", type=int, help="steps; default 200, but at most a quarter of --steps")
-    add("--save-every", type=int, help="steps; default 200, but at most a quarter of --steps")
+    add("--checkpointing", nargs="?", type=int, const=10_000, default=0,
+        help="recompute the activations of so many blocks (without a number: of all) in the backward pass; as few as "
+             "memory allows")
     add("--eval-sequences", type=int, default=50, help="validation items")
     add("--seed", type=int, default=0)
     args = parser.parse_args(argv)
@@ -436,7 +429,7 @@ def check(args):
         raise InputError("--data is missing: name text files, a hub data set id, or a packed .bin file")
     for name in ("init", *SHAPE):
         if args.checkpoint and getattr(args, name) is not None:
-            raise InputError(f"{flag(name)} is decided by --checkpoint {args.checkpoint}: leave it out")
+            raise InputError(f"{flag(name)} is decided by --checkpoint: leave it out")
 
 
 def fill_recipe(args, base):
@@ -446,25 +439,23 @@ def fill_recipe(args, base):
     instruct = args.stage == "instruct"
     defaults = {"norm": "svd", "damping": 1e-2, "objective": "both"}
     if base.config.get_text_config().hidden_size >= 2048:
-        defaults |= {"d_r": 1024, "rank": 128, "scale": 1 / 16, "targets": ["o_proj"], "init": "random"}
-        defaults |= {"chunk": 1024, "chunks": 8, "batch": 8, "micro_batch": 1, "warmup": 100, "lr": 5e-5}
+        defaults |= {"d_r": 1024, "rank": 128, "scale": 1 / 16, "targets": ["o_proj"], "init": "random",
+                     "chunk": 1024, "chunks": 8, "batch": 8, "micro_batch": 1, "warmup": 100, "lr": 5e-5}
+        args.beta2 = 0.999
         if base.config.model_type == "llama":
-            defaults["scale"] = 1 / 8
-        if base.config.model_type == "llama" and not instruct:
-            defaults["lr"] = 1e-4
+            defaults |= {"scale": 1 / 8, "lr": 1e-4}
         if instruct:
-            defaults["batch"] = 32
+            defaults |= {"batch": 32, "lr": 5e-5}
         else:
             defaults["steps"] = 15_259                                      # 1 B tokens
-        args.beta2 = 0.999
     else:
-        defaults |= {"d_r": 192, "rank": 64, "scale": 1.0, "targets": ["down_proj"], "init": "aligned"}
-        defaults |= {"chunk": 16, "chunks": 1, "batch": 32, "micro_batch": 32, "warmup": 15, "lr": 6e-3}
+        defaults |= {"d_r": 192, "rank": 64, "scale": 1.0, "targets": ["down_proj"], "init": "aligned",
+                     "chunk": 16, "chunks": 1, "batch": 32, "micro_batch": 32, "warmup": 15, "lr": 6e-3}
+        args.beta2 = 0.98
         if instruct:
             defaults |= {"chunk": 1024, "batch": 8, "micro_batch": 4, "lr": 1e-3}
         else:
             defaults["steps"] = 100
-        args.beta2 = 0.98
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -473,7 +464,6 @@ def fill_recipe(args, base):
 def adapted_model(args, base):
     """The model to train: a fresh generator, or that of --checkpoint, whose config then fills flags. The recipe fills
     the others."""
-    model = None
     if args.checkpoint:
         model = AdaptedLM.from_pretrained(base, args.checkpoint)
         for name in (*SHAPE, "norm", "damping"):
@@ -483,14 +473,14 @@ def adapted_model(args, base):
     if args.objective == "completion" and args.chunks < 2:
         raise InputError("--objective completion needs --chunks of at least 2: the first chunk has no adapter")
     if args.norm == "svd" and args.damping < 1e-4:
-        raise InputError("norm svd has no gradient at this damping: use --norm svd-exact, or --damping of at least "
+        raise InputError("norm svd has no gradient at this damping: use --norm svd-exact, or a --damping of at least "
                          "1e-4")
     if args.norm == "svd-exact" and (args.stage == "instruct" or args.chunk < args.d_r):
-        raise InputError(f"norm svd-exact has no gradient where a context is shorter than d_r = {args.d_r} tokens: use "
-                         "--norm svd, or in pretraining a longer --chunk")
-    if model is None:
+        raise InputError("norm svd-exact has no gradient where a context is shorter than d_r tokens: use --norm svd, "
+                         "or in pretraining a longer --chunk")
+    if not args.checkpoint:
         model = AdaptedLM(base, GeneratorConfig(args.d_r, args.rank, args.scale, args.norm, args.damping, args.targets))
-    model.config.norm = args.norm                       # neither changes a shape: both may differ from --checkpoint's
+    model.config.norm = args.norm                       # as damping: may differ from --checkpoint's, it has no shape
     model.config.damping = args.damping
     model.config.chunk = args.chunk                     # evaluate.py reads contexts in chunks of this length
     return model
@@ -498,9 +488,10 @@ def adapted_model(args, base):
 
 def keep_freed_memory():
     """glibc gives large freed blocks back to the system: a step on a CPU then spends a fifth of its time on them."""
-    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
-        ctypes.CDLL(None).mallopt(-4, 0)                # M_MMAP_MAX: never by mmap
-        ctypes.CDLL(None).mallopt(-1, -1)               # M_TRIM_THRESHOLD: never trim
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)                             # M_MMAP_MAX: never by mmap
+        libc.mallopt(-1, -1)                            # M_TRIM_THRESHOLD: never trim
 
 
 def main():

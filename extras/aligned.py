@@ -1,5 +1,5 @@
 """The aligned start of a generator, for train.py --init aligned: A2, B1, B2 from the base's own statistics. It is ours,
-not the paper's.
+not in the paper.
 
 S = sum_i a_i b_i^T holds values a_i = A2 h_i under keys b_i = B1^T h_i, and W_Delta z = s A1 norm(S) (B2 z) reads with
 the query B2 z. The residual stream h_{i+1} before a block knows the token before it, and the input z_i of a target
@@ -36,15 +36,14 @@ def aligned_start(model, batches):
     plain text, some 12,000 tokens in all; the same text gives the same start. Second moments are summed in float64 over
     the batches, for as many blocks at a time as MEMORY allows."""
     d_h = model.base.config.get_text_config().hidden_size
-    floats = 2 * d_h**2                                                         # C_hh, C_he of a block
+    floats = 0
     for name in model.block_targets[0]:
-        d_in = model.base.get_submodule(name).in_features
-        floats += d_in**2 + d_h * d_in                                          # C_zz, C_hz of a target
+        floats += (d_h + model.base.get_submodule(name).in_features) ** 2       # C_hh, C_he, C_zz, C_hz
     group = max(1, int(MEMORY / (8 * floats)))
     for first in range(0, len(model.blocks), group):
         blocks = range(len(model.blocks))[first:first + group]
         C, mean = second_moments(model, blocks, batches)
-        for l in tqdm(blocks, desc="aligned start", unit="block", leave=False):
+        for l in tqdm(blocks, desc="aligned start", leave=False):
             values, _ = canonical(C, mean, l, "e")                              # (d_h, k)
             for name in model.block_targets[l]:
                 keys, queries = canonical(C, mean, l, name)                     # (d_h, k), (d_in, k)
@@ -55,8 +54,9 @@ def aligned_start(model, batches):
 
 
 def second_moments(model, blocks, batches):
-    """C[x, y] (d_x, d_y), the mean of x y^T over the tokens of batches, and mean[x] (d_x,), float64. x and y: "e", the
-    number of one of these blocks for its h, the name of a target for its z."""
+    """C[x, y] (d_x, d_y), the sum of x y^T over the tokens of batches, and mean[x] (d_x,), that of x, float64: the
+    number of tokens drops out of what follows. x and y: "e", the number of one of these blocks for its h, the name of a
+    target for its z."""
     watched = {}
     pairs = [("e", "e")]
     for l in blocks:
@@ -71,8 +71,7 @@ def second_moments(model, blocks, batches):
         hooks.append(module.register_forward_pre_hook(keep))
 
     C, mean = defaultdict(float), defaultdict(float)
-    tokens = 0
-    for ids in tqdm(batches, desc="aligned start, statistics", unit="batch", leave=False):
+    for ids in tqdm(batches, desc="aligned start, statistics", leave=False):
         ids = ids.to(model.base.device)
         model.base.get_decoder()(input_ids=ids, use_cache=False)
         rows = {"e": model.base.get_input_embeddings()(ids[:, 2:])}             # positions i+1
@@ -85,11 +84,8 @@ def second_moments(model, blocks, batches):
             mean[key] += rows[key].sum(0).double()
         for x, y in pairs:
             C[x, y] += (rows[x].mT @ rows[y]).double()                          # the products are fp32
-        tokens += len(rows["e"])
     for hook in hooks:
         hook.remove()
-    for total in (*C.values(), *mean.values()):
-        total /= tokens
     return C, mean
 
 
@@ -125,6 +121,5 @@ def without_mean(C, mean):
     u = mean / mean.norm().clamp(min=1e-30)
     P = torch.eye(len(C)).to(C) - torch.outer(u, u)
     C = P @ C @ P
-    ridge = RIDGE * C.trace() / len(C) + 1e-30
-    C.diagonal().add_(ridge)
+    C.diagonal().add_(RIDGE * C.trace() / len(C) + 1e-30)
     return P, torch.linalg.cholesky(C)

@@ -63,13 +63,12 @@ def fit_base(base, train, validation, lr, batch_size, epochs, seed):
         if epoch == epochs:
             break
         order = random.Random(f"{seed} {epoch}").sample(train, len(train))
-        about = f"epoch {epoch + 1} of {epochs}"
-        for at in tqdm(range(0, len(order), batch_size), desc=about, unit="step", leave=False):
+        for at in tqdm(range(0, len(order), batch_size), desc=f"epoch {epoch + 1} of {epochs}", leave=False):
             for loss in losses(base, order[at:at + batch_size]):
                 loss.backward()
             if not torch.nn.utils.clip_grad_norm_(base.parameters(), 1.0).isfinite():
-                raise InputError(f"fine-tuning: the gradient is not finite in epoch {epoch + 1} (train.py: lower "
-                                 "--lr or use --dtype float32; evaluate.py: leave fine-tuned out with --method)")
+                raise InputError("fine-tuning: the gradient is not finite (train.py: lower --lr or use --dtype "
+                                 "float32; evaluate.py: leave fine-tuned out with --method)")
             optimizer.step()
             optimizer.zero_grad()
     base.load_state_dict(best, strict=False)
@@ -81,11 +80,13 @@ def fit_task(base, tokenizer, train, validation, seed):
     """MetaICL's fine-tuned baseline (appendix C): fit the base to rows with question and golds. Its parameters get new
     data: the caller, who kept the old, puts it back."""
     limit = base.config.get_text_config().max_position_embeddings
-    train = [conversation(tokenizer, [(row["question"], row["golds"][0])], limit) for row in train]
-    validation = [conversation(tokenizer, [(row["question"], row["golds"][0])], limit) for row in validation]
+    examples = []
+    for row in train + validation:
+        examples.append(conversation(tokenizer, [(row["question"], row["golds"][0])], limit))
     for p in base.parameters():                         # steps of 1e-5 would be lost in bfloat16
         p.data = p.data.to(torch.float32, copy=True)
-    fit_base(base, train, validation, lr=1e-5, batch_size=16, epochs=40, seed=seed)
+    count = len(train)
+    fit_base(base, examples[:count], examples[count:], lr=1e-5, batch_size=16, epochs=40, seed=seed)
 
 
 def finetune(args):
@@ -95,14 +96,15 @@ def finetune(args):
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise InputError("--stage finetune runs in one process: start it without torchrun")
     if os.path.exists(args.out):
-        raise InputError(f"--out {args.out} exists already: name a new directory for the fine-tuned base")
+        raise InputError("--out exists already: name a new directory for the fine-tuned base")
     for name, value in {"dtype": "float32", "lr": 1e-5, "batch": 64, "epochs": 10}.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     texts, _ = load_instructions(args.documents or [])
     documents, _ = load_instructions(args.data or [])
-    held_out, _ = load_instructions(args.validation or [])
-    if not args.validation:                             # other contexts, so that it measures what carries over
+    if args.validation:
+        held_out, _ = load_instructions(args.validation)
+    else:                                               # other contexts, so that it measures what carries over
         random.Random(args.seed).shuffle(documents)
         held_out = documents[:len(documents) // 10]
         documents = documents[len(held_out):]
@@ -129,7 +131,7 @@ def finetune(args):
         print("validation nats an answer token, before and after each epoch:", history)
     base.save_pretrained(part)
     tokenizer.save_pretrained(part)
-    with open(os.path.join(part, "finetune.json"), "w") as file:
+    with open(f"{part}/finetune.json", "w") as file:
         json.dump({"args": vars(args), "validation_nats": history}, file, indent=1)
     os.rename(part, args.out)
     print(f"fine-tuned base in {args.out}: evaluate.py --base {args.out} --method closed-book")

@@ -274,11 +274,10 @@ def hidden_states(model, segments, mask, visible):
 
 
 def block_forward(model, l, lora, forward, H, *args, **kwargs):
-    """AdaptedLM.block_forward in training. The first model.checkpointing blocks are computed again in the backward pass,
-    which reaches those last, when the others' activations are freed (transformers' own checkpointing is off in eval
-    mode). The RMSNorms of the block are torch's own, one kernel on CUDA:
-    transformers' RMSNorm is eight kernels and keeps an fp32 copy of H for the backward pass; torch's gives the same in
-    fp32, and in bf16 rounds once where the other rounds twice."""
+    """AdaptedLM.block_forward in training. The first model.checkpointing blocks are computed again in the backward
+    pass, which reaches those last, when the others' activations are freed (transformers' own checkpointing is off in
+    eval mode). RMSNorms are torch's own, one kernel on CUDA; transformers' are eight and keep an fp32 copy of H for the
+    backward pass. Both give the same in fp32; in bf16 torch's rounds once where the other rounds twice."""
     norms = []
     for module in model.blocks[l].modules():            # not Gemma's norm, which scales by 1 + weight
         if type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
