@@ -560,10 +560,10 @@ def main(argv=None):
         raise InputError(f"{args.data}: no method could be evaluated on it")
 
     notes = dict.fromkeys(notes)
-    write_table(args, rows, {
+    write_table(args, {
         "task": args.task, "data": args.data, "note": " ".join(notes) or None, "n": max(row["n"] for row in rows),
         "limit": args.limit, "seed": args.seed, "base": args.base, "checkpoint": args.checkpoint, "dtype": dtype,
-        "versions": versions, "prompts": {method: task.PROMPTS[method] for method in args.method}})
+        "versions": versions, "prompts": {method: task.PROMPTS[method] for method in args.method}, "rows": rows})
     for note in notes:
         print(f"NOTE: {note}")
 
