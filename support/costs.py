@@ -48,7 +48,7 @@ def kv_cache_floats(base, tokens):
 
 
 def context_costs(model, tokens):
-    """TFLOPs of reading a context, chunk by chunk; M floats of its LoRA adapter, which is what is kept to answer about it.
+    """TFLOPs of reading a context, chunk by chunk; M floats of its LoRA adapter, which is kept to answer about it.
 
     Counted are the base without lm_head and the generator's matrix products: projections and S for each token, norm and
     LoRA pair for each chunk; of norm (svd) the four products with S, the eight of (d_r, r) with (r, r) and the 36 of
