@@ -154,8 +154,8 @@ def memory_gap(own, controls, closed_book=()):
     question, standard errors clustered by context.
 
     gain: nats of the gold closed-book minus under its own; gap: under the others (their mean) minus under its own;
-    best-of-K+1: share of questions whose own memory gives the fewest nats (ties are shared); chance: 100 / (K+1). K:
-    the number of controls, the same for all.
+    best-of-K: share of questions whose own memory gives the fewest nats (ties are shared); chance: 100 / K. K: the
+    controls, as many for all, and the own.
     """
     without = {record["number"]: record["nats"] for record in closed_book}
     others = {(record["cluster"], record["number"]): record["control_nats"] for record in controls}
@@ -163,7 +163,7 @@ def memory_gap(own, controls, closed_book=()):
     gains, gain_clusters = [], []
     gaps, firsts, clusters = [], [], []
     for record in own:
-        nats = record.get("nats")
+        nats = record["nats"]
         if nats is None:
             continue
         nats_without = without.get(record["number"])
@@ -172,15 +172,15 @@ def memory_gap(own, controls, closed_book=()):
             gain_clusters.append(record["cluster"])
         other = others.get((record["cluster"], record["number"]))
         if other is not None:
-            K = len(other)
+            K = 1 + len(other)
             gaps.append(statistics.fmean(other) - nats)
             firsts.append(100 * (nats <= min(other)) / (1 + other.count(nats)))
             clusters.append(record["cluster"])
     add_mean(row, "gain", gains, gain_clusters)
     add_mean(row, "gap", gaps, clusters)
     if gaps:
-        add_mean(row, f"best-of-{K + 1}", firsts, clusters)
-        row["chance"] = 100 / (K + 1)
+        add_mean(row, f"best-of-{K}", firsts, clusters)
+        row["chance"] = 100 / K
     if 0 < len(gaps) < len(own):
         row["pairs"] = len(gaps)
     return row
@@ -200,8 +200,9 @@ def mean_scores(records, gap):
     for key in ppl.TARGETS:
         if key in records[0]:
             mean, error = mean_and_stderr([record[key] for record in records])
-            row["ppl_" + key] = math.exp(mean)
-            row[f"ppl_{key}_stderr"] = math.exp(mean) * error                               # delta method
+            perplexity = math.exp(mean)
+            row[f"ppl_{key}"] = perplexity
+            row[f"ppl_{key}_stderr"] = perplexity * error                                   # delta method
     for key in COSTS:
         values = [record[key] for record in records if record.get(key) is not None]
         if values:
@@ -299,20 +300,17 @@ def adapter(model, tokenizer, task, template, contexts, questions, memories):
     """The context in the weights. contexts: for each question its own one, or K other ones: the answers are under the
     first, the nats are the mean over all."""
     under = []                                              # the k-th memories of all questions
-    for k in range(len(contexts[0])):
+    costs = []                                              # of the first contexts, then of the others
+    for texts in zip(*contexts):
         batch = []
-        costs = []
-        for contexts_of_question in contexts:
-            memory, cost = read_context(model, tokenizer, contexts_of_question[k], memories)
+        for text in texts:
+            memory, cost = read_context(model, tokenizer, text, memories)
             batch.append(memory)
             costs.append(cost)
-        memory = batch[0]                                   # of one context: a batch of 1 serves every row
-        if any(other is not memory for other in batch):
+        if len(set(texts)) > 1:                             # of one context a batch of 1 serves every row
             memory = Memory.stack(batch)                    # side by side: row b is for question b
         under.append(memory)
-        if k == 0:
-            own_costs = costs
-    return bare_question(model, tokenizer, task, template, questions, own_costs, under)
+    return bare_question(model, tokenizer, task, template, questions, costs, under)
 
 
 def read_context(model, tokenizer, text, memories):
@@ -383,7 +381,8 @@ def fine_tuned(model, tokenizer, task, template, examples, questions, args):
     base = model.base
     weights = [p.data for p in base.parameters()]           # fit_task trains copies of them, which it puts in p.data
     train, validation = examples
-    costs = fit_task(base, tokenizer, train, validation, args.seed)
+    fit_task(base, tokenizer, train, validation, args.seed)
+    costs = {"storage_mfloats": base.num_parameters() / 1e6}
     records = []
     for start in range(0, len(questions), args.batch_size):
         batch = questions[start:start + args.batch_size]
@@ -407,7 +406,7 @@ def evaluate(model, tokenizer, method, setting, groups, args, memories, done, fa
     task = TASKS[args.task]
     template = task.PROMPTS[method]
     facts = [*facts, args.task, method, setting, template]
-    if args.predictions and method.startswith("adapter"):
+    if method.startswith("adapter"):
         facts.append(model.generator.fingerprint())
     digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
@@ -464,7 +463,7 @@ def read_predictions(path):
     size = 0                                                # of what is whole
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
-            if not line.endswith(b"\n") and line[:8] == b'{"key": '[:len(line)]:
+            if not line.endswith(b"\n") and b'{"key": '.startswith(line[:8]):
                 break
             try:
                 record = json.loads(line)
@@ -524,10 +523,9 @@ def main(argv=None):
     dtype = str(model.base.dtype).removeprefix("torch.")
     versions = {"python": platform.python_version(), "torch": torch.__version__,
                 "transformers": transformers.__version__}
-    facts = []                                              # what the answers in a predictions file depend on
-    if args.predictions:
-        facts = [args.base, stamps(args.base), args.data, stamps(args.data), args.limit, args.seed, args.demo_seeds,
-                 args.batch_size, args.controls, dtype, model.base.device.type, versions]
+    # what the answers in a predictions file depend on
+    facts = [args.base, stamps(args.base), args.data, stamps(args.data), args.limit, args.seed, args.demo_seeds,
+             args.batch_size, args.controls, dtype, model.base.device.type, versions]
 
     rows = []
     memories = {}
@@ -560,10 +558,8 @@ def main(argv=None):
         raise InputError(f"{args.data}: no method could be evaluated on it")
 
     notes = dict.fromkeys(notes)
-    write_table(args, {
-        "task": args.task, "data": args.data, "note": " ".join(notes) or None, "n": max(row["n"] for row in rows),
-        "limit": args.limit, "seed": args.seed, "base": args.base, "checkpoint": args.checkpoint, "dtype": dtype,
-        "versions": versions, "prompts": {method: task.PROMPTS[method] for method in args.method}, "rows": rows})
+    write_table(args, {**vars(args), "note": " ".join(notes) or None, "n": max(row["n"] for row in rows),
+                       "dtype": dtype, "versions": versions, "prompts": task.PROMPTS, "rows": rows})
     for note in notes:
         print(f"NOTE: {note}")
 
@@ -601,12 +597,12 @@ def arguments(argv=None):
     add("--compare", action="store_true", help="ask: the closed-book and the in-context answer beside it")
     args = parser.parse_args(argv)
 
-    flags_of = {"squad": ["context_lengths"], "streamingqa": ["context_lengths"], "ppl": ["context_lengths"],
-                "metaicl": ["shots", "demo_seeds"], "ask": ["context", "question", "memory", "export", "compare"]}
-    for task, flags in flags_of.items():
-        for flag in flags:
-            if getattr(args, flag) and flag not in flags_of.get(args.task, []):
-                raise InputError(f"--{flag.replace('_', '-')} belongs to --task {task}, not to --task {args.task}")
+    tasks_of = {"context_lengths": ["squad", "streamingqa", "ppl"]}
+    tasks_of |= dict.fromkeys(["shots", "demo_seeds"], ["metaicl"])
+    tasks_of |= dict.fromkeys(["context", "question", "memory", "export", "compare"], ["ask"])
+    for flag, tasks in tasks_of.items():
+        if getattr(args, flag) and args.task not in tasks:
+            raise InputError(f"--{flag.replace('_', '-')} belongs to --task {' or '.join(tasks)}")
     for flag in ("data", "method", "limit", "output", "predictions", "plot"):
         if getattr(args, flag) and args.task == "ask":
             raise InputError(f"--{flag} belongs to the other tasks: --task ask answers your own questions")
@@ -621,10 +617,9 @@ def arguments(argv=None):
     if args.task != "ask":
         task = TASKS[args.task]
         args.method = list(dict.fromkeys(args.method or task.METHODS))
-        unknown = [method for method in args.method if method not in task.PROMPTS]
-        if unknown:
-            raise InputError(f"--method {unknown[0]} is unknown for --task {args.task}: choose from "
-                             f"{', '.join(task.PROMPTS)}")
+        for method in args.method:
+            if method not in task.PROMPTS:
+                raise InputError(f"--method {method} is unknown: choose from {', '.join(task.PROMPTS)}")
     files = [args.data, *(args.context or [])]
     for flag in ("output", "predictions", "plot", "memory"):
         path = getattr(args, flag)
