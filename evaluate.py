@@ -44,7 +44,7 @@ from support.text import context_ids, tokenize, user_turn
 from tasks import metaicl, msc, ppl, qa
 
 TASKS = {"msc": msc, "squad": qa, "streamingqa": qa, "metaicl": metaicl, "ppl": ppl}
-DEFAULT_CHECKPOINT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "smollm2-135m")
+DEFAULT_CHECKPOINT = os.path.join(os.path.dirname(__file__), "assets", "smollm2-135m")
 MEMORY_FLOATS = 1e9       # of the memories of contexts that are kept for later questions
 KV_FLOATS = 4e9           # of the copies of a KV cache that stand in memory at once
 NOTHING_READ = {"contextualisation_tflops": 0.0, "storage_mfloats": 0.0, "contextualisation_seconds": 0.0}
@@ -277,12 +277,12 @@ def answer(model, tokenizer, task, questions, prompts, costs, memories=(None,), 
         each = [row[b] for row in nats]
         past = costs[b].get("past", 0)                      # of a context, reused; an adapter counts as merged
         tokens = len(prompts[b]) - past + new_tokens[b]
-        record = {**question, "gold": golds[b], "prediction": texts[b], "nats": None, "control_nats": each}
+        record = {**question, "gold": golds[b], "prediction": texts[b], "nats": None, "control_nats": each,
+                  **scores(texts[b], question["golds"], task.METRICS),
+                  **query_costs(model.base, tokens, past), **costs[b]}
         if None not in each:
             record["nats"] = statistics.fmean(each)
-        record |= scores(texts[b], question["golds"], task.METRICS)
-        record |= query_costs(model.base, tokens, past)
-        records.append(record | costs[b])
+        records.append(record)
     return records
 
 

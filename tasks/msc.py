@@ -19,7 +19,7 @@ from tasks.contexts import other_contexts
 from tasks.qa import CLOSED_BOOK_PROMPT, IN_CONTEXT_PROMPT
 
 HUB_ID = "MemGPT/MSC-Self-Instruct"
-SAMPLE = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "assets", "msc_sample.jsonl")
+SAMPLE = os.path.join(os.path.dirname(os.path.dirname(__file__)), "assets", "msc_sample.jsonl")
 NAMED_TURN = re.compile(r"[A-Z][\w.'’ -]{0,30}: ")
 
 METHODS = ["closed-book", "full-conversation", "adapter", "adapter-shuffled"]

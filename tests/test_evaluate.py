@@ -59,7 +59,7 @@ def by_method(result):
 
 def timeless(result):
     rows = [{key: value for key, value in row.items() if "seconds" not in key} for row in result["rows"]]
-    return {**result, "rows": rows}
+    return {**result, "rows": rows, "plot": None}
 
 
 def load_adapted(base_directory, generator_directory):
