@@ -26,7 +26,6 @@ import platform
 import re
 import statistics
 import string
-import time
 
 import torch
 import torch.nn.functional as F
@@ -143,10 +142,10 @@ def mean_and_stderr(values, clusters=None):
     return mean, squares**0.5 / len(values)
 
 
-def add_mean(row, name, values, clusters=None):
-    """Put the mean of values and its standard error into a row of the table, nothing where there are none."""
-    if values:
-        row[name], row[name + "_stderr"] = mean_and_stderr(values, clusters)
+def add_mean(row, name, pairs):
+    """Put the mean of pairs (value, cluster) and its standard error into a row, nothing where there are none."""
+    if pairs:
+        row[name], row[f"{name}_stderr"] = mean_and_stderr(*zip(*pairs))
 
 
 def memory_gap(own, controls, closed_book=()):
@@ -160,26 +159,24 @@ def memory_gap(own, controls, closed_book=()):
     without = {record["number"]: record["nats"] for record in closed_book}
     others = {(record["cluster"], record["number"]): record["control_nats"] for record in controls}
     row = {}
-    gains, gain_clusters = [], []
-    gaps, firsts, clusters = [], [], []
+    gains, gaps, firsts = [], [], []                        # (value, cluster)
     for record in own:
         nats = record["nats"]
         if nats is None:
             continue
+        cluster = record["cluster"]
         nats_without = without.get(record["number"])
         if nats_without is not None:
-            gains.append(nats_without - nats)
-            gain_clusters.append(record["cluster"])
-        other = others.get((record["cluster"], record["number"]))
-        if other is not None:
+            gains.append((nats_without - nats, cluster))
+        other = others.get((cluster, record["number"]))
+        if other:
             K = 1 + len(other)
-            gaps.append(statistics.fmean(other) - nats)
-            firsts.append(100 * (nats <= min(other)) / (1 + other.count(nats)))
-            clusters.append(record["cluster"])
-    add_mean(row, "gain", gains, gain_clusters)
-    add_mean(row, "gap", gaps, clusters)
+            gaps.append((statistics.fmean(other) - nats, cluster))
+            firsts.append((100 * (nats <= min(other)) / (1 + other.count(nats)), cluster))
+    add_mean(row, "gain", gains)
+    add_mean(row, "gap", gaps)
     if gaps:
-        add_mean(row, f"best-of-{K}", firsts, clusters)
+        add_mean(row, f"best-of-{K}", firsts)
         row["chance"] = 100 / K
     if 0 < len(gaps) < len(own):
         row["pairs"] = len(gaps)
@@ -189,14 +186,12 @@ def memory_gap(own, controls, closed_book=()):
 def mean_scores(records, gap):
     """A row of the table: n questions, nats, memory_gap, metrics from 0 to 100, perplexities, costs. A question asked
     under several demonstration seeds counts once."""
-    numbers = [record["number"] for record in records]
-    row = {"n": len(set(numbers))}
-    scored = [record for record in records if record.get("nats") is not None]
-    add_mean(row, "nats", [record["nats"] for record in scored], [record["number"] for record in scored])
+    row = {"n": len({record["number"] for record in records})}
+    add_mean(row, "nats", [(record["nats"], record["number"]) for record in records if record.get("nats") is not None])
     row |= gap
     for key in METRICS:
         if key in records[0]:
-            add_mean(row, key, [100 * record[key] for record in records], numbers)
+            add_mean(row, key, [(100 * record[key], record["number"]) for record in records])
     for key in ppl.TARGETS:
         if key in records[0]:
             mean, error = mean_and_stderr([record[key] for record in records])
@@ -380,8 +375,7 @@ def fine_tuned(model, tokenizer, task, template, examples, questions, args):
 
     base = model.base
     weights = [p.data for p in base.parameters()]           # fit_task trains copies of them, which it puts in p.data
-    train, validation = examples
-    fit_task(base, tokenizer, train, validation, args.seed)
+    fit_task(base, tokenizer, *examples, args.seed)
     costs = {"storage_mfloats": base.num_parameters() / 1e6}
     records = []
     for start in range(0, len(questions), args.batch_size):
@@ -412,25 +406,22 @@ def evaluate(model, tokenizer, method, setting, groups, args, memories, done, fa
 
     by_group = args.task == "ppl" or method == "fine-tuned" or "{context}" in template      # one context at a time
     parts = []                                              # a batch of questions and their contexts, or a group
-    contexts = []
-    questions = []
-    for context, others, group_questions in groups:
-        read = [context]                                    # the contexts that a question is answered under
+    rest = []                                               # (the contexts that a question is answered under, question)
+    for context, others, questions in groups:
+        read = [context]
         if method == "adapter-shuffled":
             read = others
         if read:                                            # some contexts have no other
-            contexts += [read] * len(group_questions)
-            questions += group_questions
+            rest += [(read, question) for question in questions]
         if by_group:
-            parts.append((contexts, questions))
-            contexts = []
-            questions = []
-    for start in range(0, len(questions), args.batch_size):
-        end = start + args.batch_size
-        parts.append((contexts[start:end], questions[start:end]))
+            parts.append(rest)
+            rest = []
+    for start in range(0, len(rest), args.batch_size):
+        parts.append(rest[start:start + args.batch_size])
 
     records = []
-    for contexts, questions in tqdm(parts, desc=method, leave=None):
+    for part in tqdm(parts, desc=method, leave=None):
+        contexts, questions = zip(*part)
         keys = [f"{digest} {question['cluster']} {question['number']}" for question in questions]
         if not all(key in done for key in keys):
             first = contexts[0][0]
@@ -488,9 +479,7 @@ def load_model(args):
         args.base = DEFAULT_BASE
         if args.checkpoint not in ("none", DEFAULT_CHECKPOINT):
             args.base = checkpoint_base(args.checkpoint) or DEFAULT_BASE
-    dtype = None
-    if args.dtype:
-        dtype = getattr(torch, args.dtype)
+    dtype = args.dtype and getattr(torch, args.dtype)
     base, tokenizer = load_base(args.base, dtype, args.device)
     # generate takes what a config of its own leaves open from the base's: Qwen2.5's has a repetition penalty
     base.generation_config = transformers.GenerationConfig(
@@ -535,19 +524,17 @@ def main(argv=None):
         for method in args.method:
             if method not in methods:
                 continue
-            began = time.time()
-            records = evaluate(model, tokenizer, method, setting, groups, args, memories, done, facts)
-            results[method] = records, time.time() - began
+            results[method] = evaluate(model, tokenizer, method, setting, groups, args, memories, done, facts)
             if method in ("closed-book", "zero-shot"):
-                closed_book[setting.get("task")] = records
-        controls, _ = results.get("adapter-shuffled", ([], 0))
-        for method, (records, seconds) in results.items():
+                closed_book[setting.get("task")] = results[method]
+        for method, records in results.items():
             if not records:                                 # of a control where no context has another
                 continue
             gap = {}
             if method == "adapter" and args.task != "ppl":
+                controls = results.get("adapter-shuffled", [])
                 gap = memory_gap(records, controls, closed_book.get(setting.get("task"), []))
-            rows.append({"method": method, **setting, **mean_scores(records, gap), "seconds": seconds})
+            rows.append({"method": method, **setting, **mean_scores(records, gap)})
             lost = [record for record in records if record.get("lost")]
             if lost:
                 notes.append(f"{method}: {len(lost)} of {len(records)} prompts do not fit the base's window and lose "

@@ -7,7 +7,7 @@ import time
 import torch
 
 COSTS = ("inference_tflops", "released_tflops", "contextualisation_tflops", "storage_mfloats",
-         "contextualisation_seconds", "context_tokens", "seconds")
+         "contextualisation_seconds", "context_tokens")
 
 
 def shape(base):

@@ -31,7 +31,7 @@ KINDS = {                                                   # by the task_type o
         "quarel", "openbookqa", "codah", "qasc", "dream", "commonsense_qa", "quartz-with_knowledge",
         "quartz-no_knowledge", "ai2_arc", "superglue-copa"),
 }
-TASKS = KINDS["classification"] + KINDS["non-classification"]
+TASKS = sum(KINDS.values(), ())
 
 # Fig. 7. The question is an example without its output
 FEW_SHOT_PROMPT = (

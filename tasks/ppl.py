@@ -55,8 +55,7 @@ def settings(rows, model, tokenizer, args, notes):
             target = {"number": i, "cluster": f"{i} of {longest}",              # the documents depend on the longest
                       "reconstruction": ids[:L], "completion": ids[L:2 * L]}
             groups.append((ids[:L], [documents[i - len(documents) // 2][:L]], [target]))
-        setting = {"context_length": L} if args.context_lengths else {}
-        yield setting, METHODS, groups
+        yield {"context_length": L}, METHODS, groups
 
 
 @torch.no_grad()
