@@ -26,7 +26,6 @@ import platform
 import re
 import statistics
 import string
-import time
 
 import torch
 import torch.nn.functional as F
@@ -44,7 +43,7 @@ from support.text import context_ids, tokenize, user_turn
 from tasks import metaicl, msc, ppl, qa
 
 TASKS = {"msc": msc, "squad": qa, "streamingqa": qa, "metaicl": metaicl, "ppl": ppl}
-DEFAULT_CHECKPOINT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "smollm2-135m")
+DEFAULT_CHECKPOINT = os.path.join(os.path.dirname(__file__), "assets", "smollm2-135m")
 MEMORY_FLOATS = 1e9       # of the memories of contexts that are kept for later questions
 KV_FLOATS = 4e9           # of the copies of a KV cache that stand in memory at once
 NOTHING_READ = {"contextualisation_tflops": 0.0, "storage_mfloats": 0.0, "contextualisation_seconds": 0.0}
@@ -143,10 +142,10 @@ def mean_and_stderr(values, clusters=None):
     return mean, squares**0.5 / len(values)
 
 
-def add_mean(row, name, values, clusters=None):
-    """Put the mean of values and its standard error into a row of the table, nothing where there are none."""
-    if values:
-        row[name], row[name + "_stderr"] = mean_and_stderr(values, clusters)
+def add_mean(row, name, pairs):
+    """Put the mean of pairs (value, cluster) and its standard error into a row, nothing where there are none."""
+    if pairs:
+        row[name], row[f"{name}_stderr"] = mean_and_stderr(*zip(*pairs))
 
 
 def memory_gap(own, controls, closed_book=()):
@@ -154,33 +153,31 @@ def memory_gap(own, controls, closed_book=()):
     question, standard errors clustered by context.
 
     gain: nats of the gold closed-book minus under its own; gap: under the others (their mean) minus under its own;
-    best-of-K+1: share of questions whose own memory gives the fewest nats (ties are shared); chance: 100 / (K+1). K:
-    the number of controls, the same for all.
+    best-of-K: share of questions whose own memory gives the fewest nats (ties are shared); chance: 100 / K. K: the
+    controls, as many for all, and the own.
     """
     without = {record["number"]: record["nats"] for record in closed_book}
     others = {(record["cluster"], record["number"]): record["control_nats"] for record in controls}
     row = {}
-    gains, gain_clusters = [], []
-    gaps, firsts, clusters = [], [], []
+    gains, gaps, firsts = [], [], []                        # (value, cluster)
     for record in own:
-        nats = record.get("nats")
+        nats = record["nats"]
         if nats is None:
             continue
+        cluster = record["cluster"]
         nats_without = without.get(record["number"])
         if nats_without is not None:
-            gains.append(nats_without - nats)
-            gain_clusters.append(record["cluster"])
-        other = others.get((record["cluster"], record["number"]))
-        if other is not None:
-            K = len(other)
-            gaps.append(statistics.fmean(other) - nats)
-            firsts.append(100 * (nats <= min(other)) / (1 + other.count(nats)))
-            clusters.append(record["cluster"])
-    add_mean(row, "gain", gains, gain_clusters)
-    add_mean(row, "gap", gaps, clusters)
+            gains.append((nats_without - nats, cluster))
+        other = others.get((cluster, record["number"]))
+        if other:
+            K = 1 + len(other)
+            gaps.append((statistics.fmean(other) - nats, cluster))
+            firsts.append((100 * (nats <= min(other)) / (1 + other.count(nats)), cluster))
+    add_mean(row, "gain", gains)
+    add_mean(row, "gap", gaps)
     if gaps:
-        add_mean(row, f"best-of-{K + 1}", firsts, clusters)
-        row["chance"] = 100 / (K + 1)
+        add_mean(row, f"best-of-{K}", firsts)
+        row["chance"] = 100 / K
     if 0 < len(gaps) < len(own):
         row["pairs"] = len(gaps)
     return row
@@ -189,19 +186,18 @@ def memory_gap(own, controls, closed_book=()):
 def mean_scores(records, gap):
     """A row of the table: n questions, nats, memory_gap, metrics from 0 to 100, perplexities, costs. A question asked
     under several demonstration seeds counts once."""
-    numbers = [record["number"] for record in records]
-    row = {"n": len(set(numbers))}
-    scored = [record for record in records if record.get("nats") is not None]
-    add_mean(row, "nats", [record["nats"] for record in scored], [record["number"] for record in scored])
+    row = {"n": len({record["number"] for record in records})}
+    add_mean(row, "nats", [(record["nats"], record["number"]) for record in records if record.get("nats") is not None])
     row |= gap
     for key in METRICS:
         if key in records[0]:
-            add_mean(row, key, [100 * record[key] for record in records], numbers)
+            add_mean(row, key, [(100 * record[key], record["number"]) for record in records])
     for key in ppl.TARGETS:
         if key in records[0]:
             mean, error = mean_and_stderr([record[key] for record in records])
-            row["ppl_" + key] = math.exp(mean)
-            row[f"ppl_{key}_stderr"] = math.exp(mean) * error                               # delta method
+            perplexity = math.exp(mean)
+            row[f"ppl_{key}"] = perplexity
+            row[f"ppl_{key}_stderr"] = perplexity * error                                   # delta method
     for key in COSTS:
         values = [record[key] for record in records if record.get(key) is not None]
         if values:
@@ -276,12 +272,12 @@ def answer(model, tokenizer, task, questions, prompts, costs, memories=(None,), 
         each = [row[b] for row in nats]
         past = costs[b].get("past", 0)                      # of a context, reused; an adapter counts as merged
         tokens = len(prompts[b]) - past + new_tokens[b]
-        record = {**question, "gold": golds[b], "prediction": texts[b], "nats": None, "control_nats": each}
+        record = {**question, "gold": golds[b], "prediction": texts[b], "nats": None, "control_nats": each,
+                  **scores(texts[b], question["golds"], task.METRICS),
+                  **query_costs(model.base, tokens, past), **costs[b]}
         if None not in each:
             record["nats"] = statistics.fmean(each)
-        record |= scores(texts[b], question["golds"], task.METRICS)
-        record |= query_costs(model.base, tokens, past)
-        records.append(record | costs[b])
+        records.append(record)
     return records
 
 
@@ -299,20 +295,17 @@ def adapter(model, tokenizer, task, template, contexts, questions, memories):
     """The context in the weights. contexts: for each question its own one, or K other ones: the answers are under the
     first, the nats are the mean over all."""
     under = []                                              # the k-th memories of all questions
-    for k in range(len(contexts[0])):
+    costs = []                                              # of the first contexts, then of the others
+    for texts in zip(*contexts):
         batch = []
-        costs = []
-        for contexts_of_question in contexts:
-            memory, cost = read_context(model, tokenizer, contexts_of_question[k], memories)
+        for text in texts:
+            memory, cost = read_context(model, tokenizer, text, memories)
             batch.append(memory)
             costs.append(cost)
-        memory = batch[0]                                   # of one context: a batch of 1 serves every row
-        if any(other is not memory for other in batch):
+        if len(set(texts)) > 1:                             # of one context a batch of 1 serves every row
             memory = Memory.stack(batch)                    # side by side: row b is for question b
         under.append(memory)
-        if k == 0:
-            own_costs = costs
-    return bare_question(model, tokenizer, task, template, questions, own_costs, under)
+    return bare_question(model, tokenizer, task, template, questions, costs, under)
 
 
 def read_context(model, tokenizer, text, memories):
@@ -382,11 +375,8 @@ def fine_tuned(model, tokenizer, task, template, examples, questions, args):
 
     base = model.base
     weights = [p.data for p in base.parameters()]           # fit_task trains copies of them, which it puts in p.data
-    train, validation = examples
-    began = clock(base.device)
-    fit_task(base, tokenizer, train, validation, args.seed)
-    costs = {"contextualisation_seconds": clock(base.device) - began,
-             "storage_mfloats": sum(p.numel() for p in base.parameters()) / 1e6}
+    fit_task(base, tokenizer, *examples, args.seed)
+    costs = {"storage_mfloats": base.num_parameters() / 1e6}
     records = []
     for start in range(0, len(questions), args.batch_size):
         batch = questions[start:start + args.batch_size]
@@ -410,31 +400,28 @@ def evaluate(model, tokenizer, method, setting, groups, args, memories, done, fa
     task = TASKS[args.task]
     template = task.PROMPTS[method]
     facts = [*facts, args.task, method, setting, template]
-    if args.predictions and method.startswith("adapter"):
+    if method.startswith("adapter"):
         facts.append(model.generator.fingerprint())
     digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
     by_group = args.task == "ppl" or method == "fine-tuned" or "{context}" in template      # one context at a time
     parts = []                                              # a batch of questions and their contexts, or a group
-    contexts = []
-    questions = []
-    for context, others, group_questions in groups:
-        read = [context]                                    # the contexts that a question is answered under
+    rest = []                                               # (the contexts that a question is answered under, question)
+    for context, others, questions in groups:
+        read = [context]
         if method == "adapter-shuffled":
             read = others
         if read:                                            # some contexts have no other
-            contexts += [read] * len(group_questions)
-            questions += group_questions
+            rest += [(read, question) for question in questions]
         if by_group:
-            parts.append((contexts, questions))
-            contexts = []
-            questions = []
-    for start in range(0, len(questions), args.batch_size):
-        end = start + args.batch_size
-        parts.append((contexts[start:end], questions[start:end]))
+            parts.append(rest)
+            rest = []
+    for start in range(0, len(rest), args.batch_size):
+        parts.append(rest[start:start + args.batch_size])
 
     records = []
-    for contexts, questions in tqdm(parts, desc=method, leave=None):
+    for part in tqdm(parts, desc=method, leave=None):
+        contexts, questions = zip(*part)
         keys = [f"{digest} {question['cluster']} {question['number']}" for question in questions]
         if not all(key in done for key in keys):
             first = contexts[0][0]
@@ -467,7 +454,7 @@ def read_predictions(path):
     size = 0                                                # of what is whole
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
-            if not line.endswith(b"\n") and line[:8] == b'{"key": '[:len(line)]:
+            if not line.endswith(b"\n") and b'{"key": '.startswith(line[:8]):
                 break
             try:
                 record = json.loads(line)
@@ -492,9 +479,7 @@ def load_model(args):
         args.base = DEFAULT_BASE
         if args.checkpoint not in ("none", DEFAULT_CHECKPOINT):
             args.base = checkpoint_base(args.checkpoint) or DEFAULT_BASE
-    dtype = None
-    if args.dtype:
-        dtype = getattr(torch, args.dtype)
+    dtype = args.dtype and getattr(torch, args.dtype)
     base, tokenizer = load_base(args.base, dtype, args.device)
     # generate takes what a config of its own leaves open from the base's: Qwen2.5's has a repetition penalty
     base.generation_config = transformers.GenerationConfig(
@@ -527,10 +512,9 @@ def main(argv=None):
     dtype = str(model.base.dtype).removeprefix("torch.")
     versions = {"python": platform.python_version(), "torch": torch.__version__,
                 "transformers": transformers.__version__}
-    facts = []                                              # what the answers in a predictions file depend on
-    if args.predictions:
-        facts = [args.base, stamps(args.base), args.data, stamps(args.data), args.limit, args.seed, args.demo_seeds,
-                 args.batch_size, args.controls, dtype, model.base.device.type, versions]
+    # what the answers in a predictions file depend on
+    facts = [args.base, stamps(args.base), args.data, stamps(args.data), args.limit, args.seed, args.demo_seeds,
+             args.batch_size, args.controls, dtype, model.base.device.type, versions]
 
     rows = []
     memories = {}
@@ -540,19 +524,17 @@ def main(argv=None):
         for method in args.method:
             if method not in methods:
                 continue
-            began = time.time()
-            records = evaluate(model, tokenizer, method, setting, groups, args, memories, done, facts)
-            results[method] = records, time.time() - began
+            results[method] = evaluate(model, tokenizer, method, setting, groups, args, memories, done, facts)
             if method in ("closed-book", "zero-shot"):
-                closed_book[setting.get("task")] = records
-        controls, _ = results.get("adapter-shuffled", ([], 0))
-        for method, (records, seconds) in results.items():
+                closed_book[setting.get("task")] = results[method]
+        for method, records in results.items():
             if not records:                                 # of a control where no context has another
                 continue
             gap = {}
             if method == "adapter" and args.task != "ppl":
+                controls = results.get("adapter-shuffled", [])
                 gap = memory_gap(records, controls, closed_book.get(setting.get("task"), []))
-            rows.append({"method": method, **setting, **mean_scores(records, gap), "seconds": seconds})
+            rows.append({"method": method, **setting, **mean_scores(records, gap)})
             lost = [record for record in records if record.get("lost")]
             if lost:
                 notes.append(f"{method}: {len(lost)} of {len(records)} prompts do not fit the base's window and lose "
@@ -563,10 +545,8 @@ def main(argv=None):
         raise InputError(f"{args.data}: no method could be evaluated on it")
 
     notes = dict.fromkeys(notes)
-    write_table(args, rows, {
-        "task": args.task, "data": args.data, "note": " ".join(notes) or None, "n": max(row["n"] for row in rows),
-        "limit": args.limit, "seed": args.seed, "base": args.base, "checkpoint": args.checkpoint, "dtype": dtype,
-        "versions": versions, "prompts": {method: task.PROMPTS[method] for method in args.method}})
+    write_table(args, {**vars(args), "note": " ".join(notes) or None, "n": max(row["n"] for row in rows),
+                       "dtype": dtype, "versions": versions, "prompts": task.PROMPTS, "rows": rows})
     for note in notes:
         print(f"NOTE: {note}")
 
@@ -604,12 +584,12 @@ def arguments(argv=None):
     add("--compare", action="store_true", help="ask: the closed-book and the in-context answer beside it")
     args = parser.parse_args(argv)
 
-    flags_of = {"squad": ["context_lengths"], "streamingqa": ["context_lengths"], "ppl": ["context_lengths"],
-                "metaicl": ["shots", "demo_seeds"], "ask": ["context", "question", "memory", "export", "compare"]}
-    for task, flags in flags_of.items():
-        for flag in flags:
-            if getattr(args, flag) and flag not in flags_of.get(args.task, []):
-                raise InputError(f"--{flag.replace('_', '-')} belongs to --task {task}, not to --task {args.task}")
+    tasks_of = {"context_lengths": ["squad", "streamingqa", "ppl"]}
+    tasks_of |= dict.fromkeys(["shots", "demo_seeds"], ["metaicl"])
+    tasks_of |= dict.fromkeys(["context", "question", "memory", "export", "compare"], ["ask"])
+    for flag, tasks in tasks_of.items():
+        if getattr(args, flag) and args.task not in tasks:
+            raise InputError(f"--{flag.replace('_', '-')} belongs to --task {' or '.join(tasks)}")
     for flag in ("data", "method", "limit", "output", "predictions", "plot"):
         if getattr(args, flag) and args.task == "ask":
             raise InputError(f"--{flag} belongs to the other tasks: --task ask answers your own questions")
@@ -624,10 +604,9 @@ def arguments(argv=None):
     if args.task != "ask":
         task = TASKS[args.task]
         args.method = list(dict.fromkeys(args.method or task.METHODS))
-        unknown = [method for method in args.method if method not in task.PROMPTS]
-        if unknown:
-            raise InputError(f"--method {unknown[0]} is unknown for --task {args.task}: choose from "
-                             f"{', '.join(task.PROMPTS)}")
+        for method in args.method:
+            if method not in task.PROMPTS:
+                raise InputError(f"--method {method} is unknown: choose from {', '.join(task.PROMPTS)}")
     files = [args.data, *(args.context or [])]
     for flag in ("output", "predictions", "plot", "memory"):
         path = getattr(args, flag)

@@ -1,5 +1,6 @@
 """evaluate.py --task ask: a reader's own text, read into a memory and asked about."""
 
+import contextlib
 import os
 import sys
 import time
@@ -46,33 +47,25 @@ def ask(args):
         if args.compare:
             asked.append(("closed-book", prompt, None))
         if args.compare and texts:
-            most = model.window - NEW_TOKENS
-            (prompt,), lost = evaluate.in_context_prompts(tokenizer, IN_CONTEXT_PROMPT, "\n\n".join(texts),
-                                                          [{"question": question}], most)
+            context = "\n\n".join(texts)
+            (whole,), lost = evaluate.in_context_prompts(tokenizer, IN_CONTEXT_PROMPT, context,
+                                                         [{"question": question}], model.window - NEW_TOKENS)
             name = "in-context"
-            if lost:
-                name += f" (the first {lost} tokens of the context do not fit)"
-            asked.append((name, prompt, None))
+            if before or lost:
+                name += f" (without {before} tokens remembered from before and {lost} that do not fit)"
+            asked.append((name, whole, None))
         for name, prompt, under in asked:
             began = time.time()
             (words,), (new,) = evaluate.greedy_answers(model, tokenizer, [prompt], NEW_TOKENS, under)
             if args.compare:
                 words = f"{name}: {words}   [{len(prompt)} prompt tokens, {new} new, {time.time() - began:.1f} s]"
             print(words)
-        if args.compare and before:
-            print(f"in-context does not see the {before} tokens that {args.memory} remembers from before")
 
 
 def typed_questions():
     """Lines typed in, until an empty one or the end of the input."""
-    while True:
-        try:
-            question = input("question> ").strip()
-        except EOFError:
-            return
-        if not question:
-            return
-        yield question
+    with contextlib.suppress(EOFError):
+        yield from iter(lambda: input("question> ").strip(), "")
 
 
 def read_text(path):

@@ -1,5 +1,5 @@
 """Costs from shapes, for Table 1 and Fig. 3: 2 FLOPs a weight and token, and attention over the keys before it.
-evaluate.py, fine-tuning and tests/benchmark.py need it."""
+evaluate.py needs it."""
 
 import math
 import time
@@ -21,11 +21,6 @@ def shape(base):
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     width = config.num_hidden_layers * head_dim
     return weights, lm_head, width * config.num_attention_heads, width * config.num_key_value_heads
-
-
-def window(base):
-    """Tokens that the base can read at once."""
-    return base.config.get_text_config().max_position_embeddings
 
 
 def base_flops(base, tokens, past=0, head=True):
@@ -52,34 +47,30 @@ def kv_cache_floats(base, tokens):
     return 2 * keys * tokens
 
 
-def generator_costs(model, tokens, chunks):
-    """(FLOPs of the generator's matrix products for a context, floats of its LoRA adapter). Projections and S for each
-    token, norm and LoRA pair for each chunk; of norm (svd) the four products with S, the eight of (d_r, r) with (r, r)
-    and the 36 of (r, r), those of a damping of 1e-2, are counted."""
-    config = model.config
-    flops, floats = 0, 0
-    for layer in model.generator.layers:
-        d_r, d_h = layer.A2.shape
-        d_in, d_out = layer.B2.shape[1], len(layer.A1)
-        flops += tokens * (4 * d_h * d_r + 2 * d_r * d_r)
-        if config.norm == "frobenius":                                  # rank d_r; lora_A = N B2, lora_B is s A1 itself
-            flops += chunks * 2 * d_r * d_r * d_in
-            floats += d_r * (d_in + d_out)
-            continue
-        r = config.rank
-        flops += chunks * 2 * r * d_r * (d_in + d_out)
-        floats += r * (d_in + d_out)
-        if config.norm == "svd":
-            flops += chunks * (8 * d_r * d_r * r + 16 * d_r * r * r + 72 * r**3)
-    return flops, floats
-
-
 def context_costs(model, tokens):
-    """TFLOPs of reading a context, the base without lm_head, chunk by chunk, and the generator; M floats of its LoRA
-    adapter, which is what is kept to answer about it."""
-    chunks = math.ceil(tokens / model.config.chunk)
+    """TFLOPs of reading a context, chunk by chunk; M floats of its LoRA adapter, which is kept to answer about it.
+
+    Counted are the base without lm_head and the generator's matrix products: projections and S for each token, norm and
+    LoRA pair for each chunk; of norm (svd) the four products with S, the eight of (d_r, r) with (r, r) and the 36 of
+    (r, r), those of a damping of 1e-2."""
+    config = model.config
+    chunks = math.ceil(tokens / config.chunk)
     longest = math.ceil(tokens / chunks)
-    flops, floats = generator_costs(model, tokens, chunks)
+    d_r = config.d_r
+    r = config.rank
+    if config.norm == "frobenius":
+        r = d_r
+    flops = 0
+    floats = 0
+    for layer in model.generator.layers:
+        pair = layer.B2.numel() + layer.A1.numel()                      # d_r (d_in + d_out)
+        floats += r * pair // d_r
+        flops += tokens * (4 * layer.A2.numel() + 2 * d_r**2)
+        if config.norm == "frobenius":                                  # lora_A = N B2; lora_B is s A1 itself
+            pair = layer.B2.numel()
+        flops += chunks * 2 * r * pair
+        if config.norm == "svd":
+            flops += chunks * (8 * d_r**2 * r + 16 * d_r * r**2 + 72 * r**3)
     for start in range(0, tokens, longest):
         flops += base_flops(model.base, min(longest, tokens - start), head=False)
     return {"contextualisation_tflops": flops / 1e12, "storage_mfloats": floats / 1e6}

@@ -17,42 +17,41 @@ PANELS = {
     "ppl_completion": "completion perplexity",
 }
 NAMES = ("method", "task", "span", "context_length", "shots")                 # what tells rows apart
-AXES = {"context_length": "context length, tokens", "context_tokens": "context, tokens", "shots": "demonstrations"}
+AXES = {"shots": "demonstrations", "context_length": "context length, tokens", "context_tokens": "context, tokens"}
 
 
-def write_table(args, rows, result):
-    """Print scores, then costs, as Markdown tables; write them with their circumstances to --output; draw --plot."""
+def write_table(args, result):
+    """Print the rows of a result, scores, then costs, as Markdown tables; write it to --output; draw --plot."""
+    rows = result["rows"]
     keys = {}                                               # the row of the adapter, the longest, orders them
     for row in sorted(rows, key=len, reverse=True):
-        keys |= dict.fromkeys(key for key in row if not key.endswith("_stderr") and key not in keys)
-    costs = [*COSTS, "seconds"]
-    scores = [key for key in keys if key not in costs]
-    costs = [key for key in keys if key in NAMES or key in costs]
+        keys |= dict.fromkeys(row)
+    keys = [key for key in keys if not key.endswith("_stderr")]
+    scores = [key for key in keys if key not in COSTS]
+    costs = [key for key in keys if key in NAMES or key in COSTS]
     for keys in (scores, costs):
         table = [keys, ["---"] * len(keys)]
         for row in rows:
             line = []
             for key in keys:
-                value = row.get(key)
+                text = row.get(key, "")
                 error = row.get(key + "_stderr")
-                text = str(value)
-                if value is None:
-                    text = ""
-                elif error:
+                if error:
                     digits = max(0, 1 - math.floor(math.log10(error)))          # two of the error
-                    text = f"{value:.{digits}f} ± {error:.{digits}f}"
-                elif isinstance(value, float):
-                    text = f"{value:.4g}"
-                line.append(text)
+                    text = f"{text:.{digits}f} ± {error:.{digits}f}"
+                elif isinstance(text, float):
+                    text = f"{text:.4g}"
+                line.append(str(text))
             table.append(line)
         widths = [max(map(len, column)) for column in zip(*table)]
         print()
         for line in table:
-            print("|", " | ".join(text.ljust(width) for text, width in zip(line, widths)), "|")
+            print("|", " | ".join(map(str.ljust, line, widths)), "|")
     if args.output:
-        with open(args.output + ".part", "w", encoding="utf-8") as file:
-            json.dump({**result, "rows": rows}, file, indent=1, ensure_ascii=False)
-        os.replace(args.output + ".part", args.output)
+        part = args.output + ".part"
+        with open(part, "w", encoding="utf-8") as file:
+            json.dump(result, file, indent=1, ensure_ascii=False)
+        os.replace(part, args.output)
     if args.plot:
         plot(args.plot, rows)
 
@@ -62,36 +61,38 @@ def plot(path, rows):
     tasks), with standard errors. A line is a method; one that no context reaches is dashed."""
     from matplotlib.figure import Figure                    # slow to import
 
+    for x in AXES:
+        if any(row.get(x) for row in rows):
+            break
+    rows = sorted(rows, key=lambda row: row.get(x, 0))
     panels = []                                             # (title, what is drawn, rows)
-    x = "context_length"
     if "shots" in rows[0]:
-        x = "shots"
         for task in ("all", "classification", "non-classification"):
             panels.append((f"{task}: accuracy", "accuracy", [row for row in rows if row["task"] == task]))
     else:
         for key, title in PANELS.items():
             panels.append((title, key, [row for row in rows if key in row]))
-        if not any(row.get(x) for row in rows):
-            x = "context_tokens"                            # of conversations
     panels = [panel for panel in panels if panel[2]]
     figure = Figure(figsize=(4.5 * len(panels), 3.6), layout="constrained")
-    methods = list(dict.fromkeys(row["method"] for row in rows))
+    methods = dict.fromkeys(row["method"] for row in rows)
     lines = {}
     for place, (title, key, drawn) in enumerate(panels, 1):
         axes = figure.add_subplot(1, len(panels), place, title=title, xlabel=AXES[x], xscale="symlog")
         axes.grid(alpha=0.3)
         for n, method in enumerate(methods):
             points = [row for row in drawn if row["method"] == method]
-            points.sort(key=lambda row: row.get(x) or 0)
+            if not points:
+                continue
             values = [row[key] for row in points]
+            style = {"color": f"C{n}", "linestyle": "--"}
+            if not points[0].get(x):                        # no context reaches it
+                lines[method] = axes.axhline(values[0], **style)
+                continue
             errors = [row.get(key + "_stderr") or 0 for row in points]
-            style = {"color": f"C{n}", "marker": "osD^vP*"[n % 7], "linestyle": "-"}
+            style |= {"marker": "osD^vP*"[n % 7], "linestyle": "-"}
             if "shuffled" in method:
                 style["linestyle"] = ":"
-            if points and not points[0].get(x):             # no context reaches it
-                lines[method] = axes.axhline(values[0], color=f"C{n}", linestyle="--")
-            elif points:
-                lines[method] = axes.errorbar([row[x] for row in points], values, errors, capsize=3, **style)
+            lines[method] = axes.errorbar([row[x] for row in points], values, errors, capsize=3, **style)
         ticks = sorted({row[x] for row in drawn if row.get(x)})
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axes.minorticks_off()

@@ -16,15 +16,15 @@ def other_contexts(parts, names, args, notes, first=None):
     for own in parts:
         draw.shuffle(order)
         apart = [j for j in order if not own & parts[j]]
-        near = [j for j in apart if first is None or j < first]
-        far = [j for j in apart if j not in near]
-        others.append((near + far)[:args.controls])
-    alone = [name for name, some in zip(names[:first], others) if not some]
-    if alone and "adapter-shuffled" in args.method:
-        notes.append(f"adapter-shuffled: no other context but shares a part with {', '.join(alone)}: left out of the "
-                     "control and of the gap, not of the adapter's own row")
-    count = min((len(some) for some in others if some), default=0)
-    if 0 < count < args.controls and "adapter-shuffled" in args.method:
-        notes.append(f"adapter-shuffled: some contexts have {count} others, so the gold is scored under {count}, not "
-                     f"under {args.controls}")
+        apart.sort(key=lambda j: first is not None and j >= first)
+        others.append(apart[:args.controls])
+    count = min((len(some) for some in others if some), default=args.controls)
+    if "adapter-shuffled" in args.method:
+        alone = [name for name, some in zip(names[:first], others) if not some]
+        if alone:
+            notes.append(f"adapter-shuffled: no other context but shares a part with {', '.join(alone)}: left out of "
+                         "the control and of the gap, not of the adapter's own row")
+        if count < args.controls:
+            notes.append(f"adapter-shuffled: some contexts have {count} others, so the gold is scored under {count}, "
+                         f"not under {args.controls}")
     return [some[:count] for some in others]

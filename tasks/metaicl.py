@@ -9,6 +9,7 @@ Control: the demonstrations of other tasks.
 Besides: fine-tuned, all weights of the base fitted to the 16 examples; only with --method.
 """
 
+import math
 import os
 import random
 
@@ -30,7 +31,7 @@ KINDS = {                                                   # by the task_type o
         "quarel", "openbookqa", "codah", "qasc", "dream", "commonsense_qa", "quartz-with_knowledge",
         "quartz-no_knowledge", "ai2_arc", "superglue-copa"),
 }
-TASKS = KINDS["classification"] + KINDS["non-classification"]
+TASKS = sum(KINDS.values(), ())
 
 # Fig. 7. The question is an example without its output
 FEW_SHOT_PROMPT = (
@@ -58,7 +59,7 @@ def load(source, args):
     seed: (train rows, dev rows)}}, a row {"number", "id", "question", "golds": [text]}. Dev files are read for
     fine-tuned alone."""
     seeds = args.demo_seeds or SEEDS
-    with_dev = "fine-tuned" in args.method
+    shots = max(args.shots or SHOTS)
     directory = source
     if not os.path.exists(source):
         with bad_input(f"{source}: no such directory, and not to be had from the hub"):
@@ -75,8 +76,9 @@ def load(source, args):
         tasks[task] = {}
         for seed in seeds:
             train = read_examples(f"{prefix}{seed}_train.jsonl", task)
-            dev = read_examples(f"{prefix}{seed}_dev.jsonl", task) if with_dev else []
-            shots = max(args.shots or SHOTS)
+            dev = []
+            if "fine-tuned" in args.method:
+                dev = read_examples(f"{prefix}{seed}_dev.jsonl", task)
             if len(train) < shots:
                 raise InputError(f"{source}: {task} has {len(train)} training examples, fewer than --shots {shots}")
             tasks[task][seed] = train, dev
@@ -133,14 +135,12 @@ def averages(rows):
     """Rows of means over tasks, for each method and number of shots; a standard error follows from those of the
     tasks."""
     means = []
-    for method, shots in dict.fromkeys((row["method"], row["shots"]) for row in rows):
-        for kind, tasks in {**KINDS, "all": TASKS}.items():
-            part = []
-            for row in rows:
-                if row["method"] == method and row["shots"] == shots and row["task"] in tasks:
-                    part.append(row)
-            if not part:
-                continue
+    for kind, tasks in {**KINDS, "all": TASKS}.items():
+        parts = {}                                          # the rows of each method and number of shots
+        for row in rows:
+            if row["task"] in tasks:
+                parts.setdefault((row["method"], row["shots"]), []).append(row)
+        for (method, shots), part in parts.items():
             mean = {"method": method, "task": kind, "shots": shots, "n": sum(row["n"] for row in part)}
             for key in part[0]:
                 numbers = [row.get(key) for row in part]
@@ -148,6 +148,6 @@ def averages(rows):
                     continue
                 mean[key] = sum(numbers) / len(part)
                 if key.endswith("_stderr"):
-                    mean[key] = sum(error**2 for error in numbers) ** 0.5 / len(part)
+                    mean[key] = math.hypot(*numbers) / len(part)
             means.append(mean)
     return means

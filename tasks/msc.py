@@ -19,7 +19,7 @@ from tasks.contexts import other_contexts
 from tasks.qa import CLOSED_BOOK_PROMPT, IN_CONTEXT_PROMPT
 
 HUB_ID = "MemGPT/MSC-Self-Instruct"
-SAMPLE = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "assets", "msc_sample.jsonl")
+SAMPLE = os.path.join(os.path.dirname(os.path.dirname(__file__)), "assets", "msc_sample.jsonl")
 NAMED_TURN = re.compile(r"[A-Z][\w.'’ -]{0,30}: ")
 
 METHODS = ["closed-book", "full-conversation", "adapter", "adapter-shuffled"]
@@ -61,7 +61,7 @@ def load(source=SAMPLE, args=None):
         if isinstance(metadata, dict):
             name = metadata.get("initial_data_id", name)
         span = row.get("span")
-        if span is not None and not isinstance(span, str):
+        if not isinstance(span, str | None):
             raise InputError(f"{where}: span must be a text")
         rows.append({
             "id": str(name),
@@ -103,17 +103,12 @@ def settings(rows, model, tokenizer, args, notes):
 
 def overlapping(parts):
     """A label for each context, one for those that share a part, directly or through others. parts: a set for each."""
-    clusters = []
-    for own in parts:
-        merged = set(own)
-        apart = []
-        for cluster in clusters:
-            if cluster & own:
-                merged |= cluster
-            else:
-                apart.append(cluster)
-        clusters = [*apart, merged]
-    label = {}
-    for number, cluster in enumerate(clusters):
-        label.update(dict.fromkeys(cluster, number))
+    label = {}                                              # of each part
+    for number, own in enumerate(parts):
+        met = {label.get(part, number) for part in own}
+        first = min(met)
+        for part in label:
+            if label[part] in met:
+                label[part] = first
+        label |= dict.fromkeys(own, first)
     return [label[next(iter(own))] for own in parts]

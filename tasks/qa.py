@@ -41,7 +41,7 @@ NEW_TOKENS = 20
 
 def load(source, args):
     """Documents with their questions, in the order of the data: [{"text", "questions": [{"number" of its row, "id",
-    "question", "golds": [text, ...]}]}]. Rows of one text are one document.
+    "cluster": 0, "question", "golds": [text, ...]}]}]. Rows of one text are one document.
 
     squad: rows with context, question, answers {"text": [...]}; streamingqa: with text, question, answers split on a
     backslash.
@@ -60,7 +60,7 @@ def load(source, args):
             raise InputError(f"{where}: answers holds no text")
         if not text.strip():
             raise InputError(f"{where}: empty {key}")
-        question = {"number": number, "id": str(row.get("id", number)),
+        question = {"number": number, "id": str(row.get("id", number)), "cluster": 0,
                     "question": field(row, "question", str, where), "golds": golds}
         documents.setdefault(text, []).append(question)
     return [{"text": text, "questions": questions} for text, questions in documents.items()]
@@ -73,7 +73,7 @@ def settings(documents, model, tokenizer, args, notes):
     total = len(tokenize(tokenizer, ["\n\n".join(texts)])[0])
     questions = []
     for document in documents:
-        questions += [{**question, "cluster": 0} for question in document["questions"]]
+        questions += document["questions"]
     closed_book = ["closed-book", "closed-book-instructed"]
     yield {"context_length": 0, "groups": 1}, closed_book, [(None, [], questions)]
     for length in args.context_lengths or CONTEXT_LENGTHS:

@@ -59,7 +59,7 @@ def by_method(result):
 
 def timeless(result):
     rows = [{key: value for key, value in row.items() if "seconds" not in key} for row in result["rows"]]
-    return {**result, "rows": rows}
+    return {**result, "rows": rows, "plot": None}
 
 
 def load_adapted(base_directory, generator_directory):
@@ -232,32 +232,21 @@ def test_base_flops_against_the_counter():
     assert abs(counter.get_total_flops() - costs.base_flops(base, 6, past=5)) <= 2 * rotary
 
 
-@pytest.mark.parametrize("norm", ["svd", "frobenius"])
-def test_generator_flops_against_the_counter(norm):
-    model = make_model(targets=["o_proj", "down_proj"], norm=norm)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        for layer in model.generator.layers:
-            sum(layer.update(torch.randn(20, 64)) for _ in range(3))
-        for _ in range(3):
-            model.lora(Memory({name: torch.randn(1, 24, 24) for name in model.generator.by_name}, torch.tensor([20])))
-    assert counter.get_total_flops() == costs.generator_flops(model, 60, 3)
-
-
-def test_contextualisation_flops_against_the_counter():
+@pytest.mark.parametrize("norm, rank", [("svd", 8), ("frobenius", 24)])
+def test_contextualisation_flops_against_the_counter(norm, rank):
     """Two chunks read and their adapters made. The counter sees full attention, of which the causal half is counted."""
-    base = make_base(attn_implementation="eager")
-    model, L = make_model(base=base), 20
+    L = 20
+    model = make_model(base=make_base(attn_implementation="eager"), targets=["o_proj", "down_proj"], norm=norm, chunk=L)
     ids = torch.randint(0, 256, (1, 2 * L))
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         memory = model.contextualize(ids[:, :L])
         memory = model.contextualize(ids[:, L:], memory=memory)
         model.lora(memory)
-    model.config.chunk = L
-    want = costs.context_flops(model, 2 * L)
     acausal = 2 * 3 * 4 * 4 * 16 * (L * L - L * (L + 1) // 2)           # chunks, blocks, 4 FLOPs, heads, their width
-    applied = 3 * 2 * L * 8 * (64 + 64)                                 # the unmerged pair at work on the second chunk
-    # rotary frequencies, where they are counted
-    assert abs(counter.get_total_flops() - want - acausal - applied) <= 2 * 2 * L * 8
+    applied = 3 * 2 * L * rank * (64 + 64 + 96 + 64)                    # the unmerged pairs at work on the second chunk
+    rotary = 2 * 2 * L * 8                                              # where it is counted
+    want = costs.context_costs(model, 2 * L)["contextualisation_tflops"] * 1e12 + acausal + applied
+    assert abs(counter.get_total_flops() - want) <= rotary + 1
 
 
 def test_storage(tokenizer):
@@ -800,8 +789,8 @@ def test_metaicl_rows_answers_and_resumption(tmp_path, base_directory, metaicl_d
                           for task in (*tasks, "classification", "non-classification", "all")}
     for (method, task, k), row in table.items():
         assert 0 <= row["accuracy"] <= 100 and "accuracy_stderr" in row
-        assert all(key in row for key in ("inference_tflops", "contextualisation_tflops", "contextualisation_seconds",
-                                          "storage_mfloats"))
+        assert "inference_tflops" in row and "storage_mfloats" in row
+        assert ("contextualisation_tflops" in row) == ("contextualisation_seconds" in row) == (method != "fine-tuned")
         own = {"classification": tasks[:1], "non-classification": tasks[1:], "all": tasks}.get(task)
         if own:
             assert row["accuracy"] == pytest.approx(sum(table[method, t, k]["accuracy"] for t in own) / len(own))
