@@ -401,6 +401,12 @@ def test_bad_memories_and_contexts(tmp_path):
     save_file({"x": torch.zeros(1)}, path)
     refused("not a saved memory", Memory.load, path)
     refused("empty", model.contextualize, torch.zeros(1, 0, dtype=torch.long))
+    refused("window of 512: read", model.contextualize, tokens(1, 600))
+    refused("takes token ids", model.read, "a text")
+    refused("takes token ids", model.generate, "a text")
+    assert model.read(tokens(600)).tokens.tolist() == [600]
+    model.export_peft(memory, tmp_path / "peft")
+    refused("holds an adapter already", model.export_peft, memory, tmp_path / "peft")
     refused("right", model.contextualize, tokens(1, 4), torch.tensor([[0, 1, 1, 1]]), kind=ValueError)
     refused("visible", model.forward_segments, tokens(1, 2, 4), None, [0, 3], kind=ValueError)
     with torch.no_grad():
