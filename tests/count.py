@@ -69,30 +69,22 @@ class Counter(TorchDispatchMode):
         packet = function.overloadpacket
         if view or "empty" in packet.__name__:
             return out
-        flops = 0
-        if packet in flop_registry:
-            flops = flop_registry[packet](*args, **kwargs, out_val=out)
+        kind, flops, least = "elementwise", 0, LAUNCH
         moved = sum(size(t) for t in inputs + outputs)
         if packet in LOOKUPS:
             moved = sum(2 * size(t) for t in outputs)
-        least = LAUNCH
-        if "attention" in packet.__name__:
-            kind = "attention"
-            flops = flops / 2                                               # causal
-        elif packet in FACTORISATIONS:
-            kind = "factorisations"
-            least = FACTORISATION
-        elif flops:
+        if packet in flop_registry:
+            flops = flop_registry[packet](*args, **kwargs, out_val=out)
             kind = f"{str(inputs[0].dtype)[6:]} products"
-        else:
-            kind = "elementwise"
+        if "attention" in packet.__name__:
+            kind, flops = "attention", flops / 2                            # causal
+        if packet in FACTORISATIONS:
+            kind, least = "factorisations", FACTORISATION
         row = self.rows[kind]
-        row[0] += 1
-        row[1] += flops
-        row[2] += moved
-        for i, share in enumerate(SHARES):
-            seconds = flops / (share * PEAK[kind]) if flops else 0
-            row[3 + i] += max(least, moved / BANDWIDTH, seconds)
+        for i, amount in enumerate((1, flops, moved)):
+            row[i] += amount
+        for i, share in enumerate(SHARES, 3):
+            row[i] += max(least, moved / BANDWIDTH, flops and flops / (share * PEAK[kind]))
         return out
 
     def total(self, k):
@@ -145,39 +137,33 @@ def on_meta(targets):
         torch.backends.mkldnn.matmul.fp32_precision = tf32
 
 
-def training_step(model, segments, visible, labels, targets):
-    """Two Counters of a model on meta: of a pass over these segments, forward and backward, and of what comes once a
-    step, clipping and AdamW (train.py)."""
-    parameters = list(model.generator.parameters())
-    gradients, moments, squares = ([torch.zeros_like(p) for p in parameters] for _ in range(3))
-    for p, gradient in zip(parameters, gradients):
-        p.grad = gradient
-    with on_meta(targets) as one_pass:
-        one_pass.own([*model.base.parameters(), *parameters, *gradients, *moments, *squares])
-        nats, _ = model.segment_losses(segments, None, visible, labels)
-        nats.sum().backward()
-    with on_meta(0) as once:
-        for layer in model.generator.layers:
-            torch.nn.utils.clip_grad_norm_(layer.parameters(), 1.0)
-        steps = [torch.zeros((), device="meta") for _ in parameters]
-        torch._fused_adamw_(parameters, gradients, moments, squares, [], steps, lr=1e-4, beta1=0.9, beta2=0.999,
-                            weight_decay=0.01, eps=1e-8, amsgrad=False, maximize=False)
-        torch._foreach_zero_(gradients)
-    return one_pass, once
-
-
 def report(model, batch, C, L, checkpointing):
-    """Print what a pass over `batch` sequences of C chunks of L tokens counts with no block recomputed, with the first
-    `checkpointing` and with all; and tokens/s of steps of eight such passes, on one H100 or on eight."""
+    """Print what a pass over `batch` sequences of C chunks of L tokens counts, forward and backward, with no block
+    recomputed, with the first `checkpointing` and with all; and tokens/s of steps of eight such passes and what comes
+    once a step, clipping and AdamW (train.py), on one H100 or on eight."""
     print(f"counted, not measured: {type(model.base).__name__}, {str(model.base.dtype)[6:]}, a pass of {batch} x {C} x "
           f"{L} tokens; seconds at {SHARES[1]:.0%} of the products' peak")
     segments, _, visible, _ = doubled(torch.zeros(batch, C * L, dtype=torch.long, device="meta"), C)   # (B, 2C, L)
     labels = segments.clone()
     labels[:, 0] = -100                                                 # segment 0, without an adapter, has no weight
-    reduce = 2 * 7 / 8 * 4 * sum(p.numel() for p in model.generator.parameters()) / NVLINK
+    parameters = list(model.generator.parameters())
+    gradients, moments, squares = ([torch.zeros_like(p) for p in parameters] for _ in range(3))
+    steps = [torch.zeros((), device="meta") for _ in parameters]
+    for p, gradient in zip(parameters, gradients):
+        p.grad = gradient
+    with on_meta(0) as once:
+        for layer in model.generator.layers:
+            torch.nn.utils.clip_grad_norm_(layer.parameters(), 1.0)
+        torch._fused_adamw_(parameters, gradients, moments, squares, [], steps, lr=1e-4, beta1=0.9, beta2=0.999,
+                            weight_decay=0.01, eps=1e-8, amsgrad=False, maximize=False)
+        torch._foreach_zero_(gradients)
+    reduce = 2 * 7 / 8 * 4 * sum(p.numel() for p in parameters) / NVLINK
     for n in sorted({0, min(checkpointing, len(model.blocks)), len(model.blocks)}):
         model.checkpointing = n
-        one_pass, once = training_step(model, segments, visible, labels, batch * (2 * C - 1) * (L - 1))
+        with on_meta(batch * (2 * C - 1) * (L - 1)) as one_pass:
+            one_pass.own([*model.base.parameters(), *parameters, *gradients, *moments, *squares])
+            nats, _ = model.segment_losses(segments, None, visible, labels)
+            nats.sum().backward()
         print(f"\n{n} blocks recomputed: peak {one_pass.peak / 1e9:.3g} GB; a pass: {one_pass.total(1) / 1e12:.4g} TFLOP, "
               f"{one_pass.total(2) / 1e9:.4g} GB moved; once a step {once.total(4):.4f} s")
         for kind, (kernels, flops, moved, _, seconds, _) in sorted(one_pass.rows.items()):
