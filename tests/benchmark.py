@@ -15,60 +15,49 @@ import multiprocessing
 import os
 import statistics
 import sys
-import time
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
 
 import count
 from data import doubled
 from generator import GeneratorConfig
 from model import AdaptedLM
 from support.bases import default_dtype
+from support.costs import clock
 from support.fast import losses, svd_norm
 from support.machine import peak_memory, prepare_cpu
 
-# base, its config, generator, chunks of a training sequence, tokens of a chunk, tokens of each of two contexts
+# config of the base, generator, chunks of a training sequence, tokens of a chunk, tokens of each of two contexts
 SHAPES = {
-    "smollm2": (LlamaForCausalLM,
-                LlamaConfig(hidden_size=576, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,
+    "smollm2": (LlamaConfig(hidden_size=576, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,
                             intermediate_size=1536, vocab_size=49152, max_position_embeddings=8192,
-                            tie_word_embeddings=True), dict(d_r=256, rank=64, scale=1.0), 8, 128, 1024),
-    "mistral": (MistralForCausalLM, MistralConfig(vocab_size=32000, max_position_embeddings=32768),
-                dict(d_r=1024, rank=128, scale=1 / 16), 8, 1024, 1024),
-    "tiny": (LlamaForCausalLM,
-             LlamaConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-                         intermediate_size=128, vocab_size=512), dict(d_r=32, rank=8, scale=1.0), 4, 32, 64)}
-
-
-def seconds_of(function, device):
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    function()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+                            tie_word_embeddings=True), {"d_r": 256, "rank": 64}, 8, 128, 1024),
+    "mistral": (MistralConfig(vocab_size=32000, max_position_embeddings=32768),
+                {"d_r": 1024, "rank": 128, "scale": 1 / 16}, 8, 1024, 1024),
+    "tiny": (LlamaConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                         intermediate_size=128, vocab_size=512), {"d_r": 32, "rank": 8}, 4, 32, 64)}
 
 
 def best_time(function, device, repeats):
     """Seconds of one call: the best of `repeats` after a warm-up."""
     function()
-    return min(seconds_of(function, device) for _ in range(repeats))
+    seconds = []
+    for _ in range(repeats):
+        start = clock(device)
+        function()
+        seconds.append(clock(device) - start)
+    return min(seconds)
 
 
 def make(args, device):
     """An AdaptedLM with random weights on the device, whose A1 is not zero."""
-    kind, config, generator, *_ = SHAPES[args.shape]
+    config, generator, *_ = SHAPES[args.shape]
     torch.manual_seed(0)
-    config._attn_implementation = "sdpa"
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(getattr(torch, args.dtype))
     with torch.device(device):
-        base = kind(config).eval().requires_grad_(False)
-    torch.set_default_dtype(before)
+        base = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, args.dtype))
     model = AdaptedLM(base, GeneratorConfig(**generator))
     for layer in model.generator.layers:
         torch.nn.init.normal_(layer.A1, std=0.02)
@@ -78,7 +67,7 @@ def make(args, device):
 def norm(args, device):
     """norm of a block's prefixes, (C, d_r, d_r), forward and backward: ours and torch.svd_lowrank, which the released
     code calls. S is of random tokens whose features fall off as they do in a language model, by a power law."""
-    _, _, generator, C, _, _ = SHAPES[args.shape]
+    _, generator, C, _, _ = SHAPES[args.shape]
     d_r, r = generator["d_r"], generator["rank"]
     random = torch.Generator().manual_seed(0)
     h = torch.randn(C, 8 * r, d_r, generator=random) * torch.arange(1, d_r + 1) ** -0.7
@@ -101,7 +90,7 @@ def norm(args, device):
 def contextualising(args, device):
     """Reading 2 contexts of a chunk each, over the plain forward pass of the same tokens without lm_head."""
     model = make(args, device)
-    ids = torch.randint(model.base.config.vocab_size, (2, SHAPES[args.shape][5]), device=device)
+    ids = torch.randint(model.base.config.vocab_size, (2, SHAPES[args.shape][4]), device=device)
     with torch.no_grad():
         plain = best_time(lambda: model.base.get_decoder()(ids, use_cache=False), device, args.repeats)
         ours = best_time(lambda: model.contextualize(ids), device, args.repeats)
@@ -111,22 +100,17 @@ def contextualising(args, device):
 def stream(args, device):
     """A context of --stream tokens read chunk by chunk: time of a chunk in the last tenth over that in the first, and
     growth of peak memory after the first tenth. S is fp32 and finite throughout."""
-    model = make(args, device)
-    memory = None
-    seconds = []
+    model, memory, times = make(args, device), None, []
     tenth = max(args.stream // 10240, 2)
     for t in range(10 * tenth):
         chunk = torch.randint(model.base.config.vocab_size, (1, 1024)).to(device)
-
-        def read():
-            nonlocal memory
-            memory = model.contextualize(chunk, memory=memory)
-
-        seconds.append(seconds_of(read, device))
+        start = clock(device)
+        memory = model.contextualize(chunk, memory=memory)
+        times.append(clock(device) - start)
         if t == tenth:
             warm = peak_memory(device)
     assert all(S.dtype == torch.float32 and S.isfinite().all() for S in memory.states.values())
-    ratio = statistics.median(seconds[-tenth:]) / statistics.median(seconds[:tenth])
+    ratio = statistics.median(times[-tenth:]) / statistics.median(times[:tenth])
     growth = 100 * (peak_memory(device) / warm - 1)
     return {"tokens": memory.tokens.item(), "last_over_first": ratio, "peak_growth_percent": growth}
 
@@ -135,7 +119,7 @@ def step(args, device, kind, batch, C, L):
     """A training step on `batch` doubled sequences of C chunks of L tokens. kind: "step", as train.py takes it;
     "checkpointing", the same with all blocks recomputed; "base", what the frozen base alone needs for it: a forward pass
     of the first segments, which have no adapter, and forward and backward of the others, to their embeddings."""
-    tokens = torch.randint(SHAPES[args.shape][1].vocab_size, (batch, C * L), device=device)
+    tokens = torch.randint(SHAPES[args.shape][0].vocab_size, (batch, C * L), device=device)
     segments, _, visible, _ = doubled(tokens, C)                                    # (B, 2C, L)
     labels = segments.clone()
     labels[:, 0] = -100
@@ -167,9 +151,9 @@ def step(args, device, kind, batch, C, L):
     return {"seconds": seconds, "tokens_per_s": batch * C * L / seconds, "peak_memory_gb": peak_memory(device)}
 
 
-def run_job(function, args, arguments):
+def run_job(function, args, options):
     torch.set_num_threads(args.threads)
-    return function(args, torch.device(args.device), *arguments)
+    return function(args, torch.device(args.device), *options)
 
 
 def main():
@@ -187,28 +171,26 @@ def main():
     add("--chunk", type=int, help="--count: tokens of a chunk; default the shape's")
     add("--checkpointing", type=int, default=12, help="--count: also with the first N blocks recomputed (default 12)")
     args = parser.parse_args()
-    _, config, _, C, L, _ = SHAPES[args.shape]
+    _, _, C, L, _ = SHAPES[args.shape]
     if args.count:
         args.dtype = "bfloat16"
         return count.report(make(args, torch.device("meta")), args.batch, C, args.chunk or L, args.checkpointing)
     args.dtype = args.dtype or str(default_dtype(torch.device(args.device))).removeprefix("torch.")
     jobs = {"norm": (norm, []), "contextualising": (contextualising, [])}
-    kinds = ["base", "step", "checkpointing"]
-    if args.shape == "mistral":                         # without checkpointing the activations alone are 100 GB
-        kinds = ["checkpointing"]
-    for kind in kinds:
+    for kind in ("base", "step", "checkpointing"):
+        if args.shape == "mistral" and kind != "checkpointing":             # the activations alone are 100 GB
+            continue
         jobs[kind] = (step, [kind, args.batch, C, L])
-    for kind in kinds[:2]:
         jobs[f"chunk of 64: {kind}"] = (step, [kind, 4, 1, 64])
         jobs[f"chunk of 16: {kind}"] = (step, [kind, 8, 1, 16])
     if args.stream:
         jobs = {"stream": (stream, [])}
     print(f"{args.shape}, {args.dtype}, {args.device}, {args.threads} threads")
-    for name, (function, arguments) in jobs.items():
+    for name, (function, options) in jobs.items():
         if name.startswith(args.only):
             with multiprocessing.get_context("spawn").Pool(1) as worker:
-                result = worker.apply(run_job, (function, args, arguments))
-            print(f"{name:18s}", *(f" {key} {value:.4g}" for key, value in result.items()), flush=True)
+                result = worker.apply(run_job, (function, args, options))
+            print(f"{name:26s}", *(f" {key} {value:.4g}" for key, value in result.items()), flush=True)
 
 
 if __name__ == "__main__":
