@@ -368,42 +368,22 @@ def test_msc_loader(tmp_path):
             msc.load(str(path))
 
 
-def test_msc_untrained_adapter_is_closed_book(tmp_path, base_directory):
-    """On the built-in sample, which stands in where the hub is out of reach."""
-    result, predictions = run(tmp_path, base_directory, "msc", "--checkpoint", "none", "--limit", "2")
-    assert "NOT the paper's benchmark" in result["note"] and result["checkpoint"] == "none"
-    spans = ["oracle turn", "oracle turn ± 2", "oracle session", "conversation"]
-    assert [(row["method"], row["span"]) for row in result["rows"]] == [("closed-book", "none")] + [
-        (method, span) for span in spans for method in ("full-conversation", "adapter", "adapter-shuffled")]
-    predictions = found(predictions, span="none") + found(predictions, span="conversation")
-    answers = {method: [record["prediction"] for record in found(predictions, method=method)] for method in msc.METHODS}
-    assert answers["adapter"] == answers["adapter-shuffled"] == answers["closed-book"] != answers["full-conversation"]
-    rows = {row["method"]: row for row in result["rows"]}               # of the last span, the whole conversation
-    assert abs(rows["adapter"]["gap"]) < 1e-5 and rows["adapter"]["chance"] == 20       # four controls by default
-    for key in ("nats", "inference_tflops"):
-        assert rows["adapter"][key] == pytest.approx(rows["closed-book"][key], rel=1e-5)
-    assert rows["full-conversation"]["inference_tflops"] > rows["closed-book"]["inference_tflops"]
-
-
 def test_msc_answers_nats_and_gap(tmp_path, base_directory, generator_directory, tokenizer, monkeypatch):
-    """A trained-looking generator; answers, nats and gap recomputed from the model, the table from the JSONL. A row a
-    method and span, closed-book asked once; --limit counts the rows of a span. Every context is read once for its
+    """On the built-in sample, which stands in where the hub is out of reach: a row a method and span, closed-book asked
+    once. Answers, nats and gap recomputed from the model, the table from the JSONL. Every context is read once for its
     question, its nats and all questions whose control it is."""
-    rows = [json.loads(line) for line in open(msc.SAMPLE, encoding="utf-8")]
-    rows = [row for row in rows if row["span"] == "conversation"
-            or row["span"] == "oracle session" and row["metadata"]["initial_data_id"] > "sample_02"]
-    write_rows(tmp_path / "c.jsonl", rows)
-    items = found(msc.load(str(tmp_path / "c.jsonl")), span="conversation")[:4]
     reads, read = [], AdaptedLM.read
     monkeypatch.setattr(AdaptedLM, "read", lambda self, ids: reads.append(ids) or read(self, ids))
-    result, predictions = run(tmp_path, base_directory, "msc", "--data", str(tmp_path / "c.jsonl"), "--checkpoint",
-                              generator_directory, "--limit", "4", "--batch-size", "3", "--controls", "2", "--plot",
-                              str(tmp_path / "p.svg"))
-    assert len(reads) == 4 + 4                              # the others are drawn from those evaluated
+    result, predictions = run(tmp_path, base_directory, "msc", "--checkpoint", generator_directory, "--limit", "4",
+                              "--batch-size", "3", "--controls", "2", "--plot", str(tmp_path / "p.svg"))
+    assert "NOT the paper's benchmark" in result["note"]
+    spans = ["oracle turn", "oracle turn ± 2", "oracle session", "conversation"]
     table = {(row["method"], row["span"]): row for row in result["rows"]}
-    assert [row["n"] for row in table.values()] == [6] + [4] * 6        # of a span four, of the whole two besides
-
+    assert list(table) == [("closed-book", "none")] + [
+        (method, span) for span in spans for method in ("full-conversation", "adapter", "adapter-shuffled")]
+    assert len(reads) == 4 * 4                              # the others are drawn from those evaluated
     model = load_adapted(base_directory, generator_directory)
+    items = found(msc.load(), span="conversation")[:4]
     memories = [streamed(model, tokenizer, "\n\n".join(item["sessions"])) for item in items]
     args = SimpleNamespace(seed=0, controls=2, method=[])
     others = other_contexts([{i} for i in range(24)], ["?"] * 24, args, [], 4)
@@ -419,6 +399,8 @@ def test_msc_answers_nats_and_gap(tmp_path, base_directory, generator_directory,
     assert (row["gap"], row["gap_stderr"]) == pytest.approx(gap, abs=1e-4)
     assert row["gain"] == pytest.approx((sum(bare) - sum(own)) / 4, abs=1e-4)
     assert row["best-of-3"] == pytest.approx(25 * sum(n < min(o) for n, o in zip(own, other)))
+    floats = sum(A.numel() + B.numel() for A, B in model.lora(memory).values())
+    assert row["storage_mfloats"] * 1e6 == pytest.approx(floats)
     adapter, shuffled = (found(predictions, method=method, span="conversation")
                          for method in ("adapter", "adapter-shuffled"))
     assert [record["nats"] for record in adapter] == pytest.approx(own, rel=1e-4)
@@ -429,8 +411,8 @@ def test_msc_answers_nats_and_gap(tmp_path, base_directory, generator_directory,
     assert want != [record["prediction"] for record in adapter]
     for (method, span), row in table.items():
         mine = found(predictions, method=method, span=span)
-        assert row["nats"] == pytest.approx(sum(p["nats"] for p in mine) / len(mine)) and row["nats_stderr"] > 0
-        assert row["f1"] == pytest.approx(100 * sum(f1_score(p["prediction"], p["gold"]) for p in mine) / len(mine))
+        assert len(mine) == row["n"] == 4 and row["nats"] == pytest.approx(sum(p["nats"] for p in mine) / 4)
+        assert row["f1"] == pytest.approx(25 * sum(f1_score(p["prediction"], p["gold"]) for p in mine))
 
 
 # ---- document question answering
@@ -514,10 +496,14 @@ def test_killed_run_continues_to_the_same_table(tmp_path, base_directory, squad_
     assert 0 < len(asked) < len(predictions)
     assert {p["key"]: p["prediction"] for p in after} == {p["key"]: p["prediction"] for p in predictions}
     asked.clear()
-    run(tmp_path, base_directory, "squad", *flags, "none", "--method", "closed-book")       # no generator has a part in it
+    flags += ["none", "--method", "closed-book"]
+    run(tmp_path, base_directory, "squad", *flags)          # no generator has a part in it
     assert not asked
-    run(tmp_path, base_directory, "squad", *flags, "none", "--method", "closed-book", "--limit", "2")
-    assert asked                                            # another command shares nothing but the file
+    _, more = run(tmp_path, base_directory, "squad", *flags, "--method", "adapter", "--limit", "2")
+    assert len(asked) == 3 * 3                              # another command shares nothing but the file
+    closed_book, *untrained = (more[i:i + 3] for i in range(len(after), len(more), 3))
+    for records in untrained:
+        assert [p["nats"] for p in records] == pytest.approx([p["nats"] for p in closed_book], rel=1e-5)
 
 
 @pytest.mark.parametrize("content", [b'{"a": 1}\n', b"notes of mine", b'"key"\n', b'{"key": "x"}\nnotes\n', b"\xff\n"])
