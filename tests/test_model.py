@@ -96,28 +96,13 @@ def test_equals_the_formula_in_a_plain_loop():
 
 
 @torch.no_grad()
-def test_rows_are_independent():
-    model = make_model()
-    chunks, query = tokens(2, 2, 20), tokens(2, 9, seed=1)
-    both = model(query, memory=stream(model, chunks))
-    for b in range(2):
-        alone = stream(model, chunks[b:b + 1])
-        torch.testing.assert_close(both[b:b + 1], model(query[b:b + 1], memory=alone), atol=1e-5, rtol=1e-4)
-    broadcast = model(query, memory=alone)                                  # a memory of batch 1 serves any batch
-    torch.testing.assert_close(broadcast[1], both[1], atol=1e-5, rtol=1e-4)
-    with pytest.raises(ValueError, match="batch 2"):
-        model(query[:1], memory=stream(model, chunks))
-
-
-@pytest.mark.parametrize("dtype", [torch.bool, torch.long])
-@torch.no_grad()
-def test_padding_changes_nothing(dtype):
+def test_padding_changes_nothing():
     """Pad tokens of any value, and whole chunks of padding, leave memory and losses as they are."""
     model = make_model()
     chunk, probe = tokens(1, 13), tokens(1, 1, 20, seed=3)
     alone = model.contextualize(chunk)
-    mask = (torch.arange(20) < 13)[None].to(dtype)
-    for fill in (0, 200):
+    for fill, dtype in ((0, torch.bool), (200, torch.long)):
+        mask = (torch.arange(20) < 13)[None].to(dtype)
         padded = F.pad(chunk, (0, 7), value=fill)
         memory = model.contextualize(padded, mask)
         memory = model.contextualize(torch.full_like(padded, fill), torch.zeros_like(mask), memory)
@@ -195,22 +180,15 @@ def test_generate_equals_greedy_by_hand():
 
 @torch.no_grad()
 def test_sum_of_memories():
-    """a + b is the memory of tokens read apart: the base's own hidden states of both, in one sum (eq. 3) in float64."""
+    """a + b is the memory of contexts read apart, S a sum over the tokens of both (eq. 3); a batch of 1 is added to every
+    row."""
     model = make_model()
-    a, b = tokens(2, 20), tokens(2, 13, seed=1)
-    both = model.contextualize(a) + model.contextualize(b)
-    assert both.tokens.tolist() == [33, 33]
-    hidden = [model.base.model(chunk, output_hidden_states=True).hidden_states for chunk in (a, b)]
-    for l in range(3):
-        name = O_PROJ.format(l)
-        A2, B1 = model.generator[name].A2.double(), model.generator[name].B1.double()
-        h = torch.cat([H[l] for H in hidden], 1).double()                           # (2, 33, d_h)
-        h = h / (h.square().mean(-1, keepdim=True) + 1e-6).sqrt()
-        torch.testing.assert_close(both.states[name].double(), A2 @ (h.mT @ h) @ B1, atol=1e-3, rtol=1e-4)
-    one = model.contextualize(b[:1])                                                # a batch of 1 is added to every row
-    S = model.contextualize(a[1:]).states[name][0] + one.states[name][0]
-    for memory in (model.contextualize(a) + one, one + model.contextualize(a)):
-        torch.testing.assert_close(memory.states[name][1], S, atol=1e-4, rtol=1e-5)
+    a, b = model.contextualize(tokens(2, 20)), model.contextualize(tokens(2, 13, seed=1))
+    one = model.contextualize(tokens(2, 13, seed=1)[1:])
+    for memory in (a + b, a + one, one + a):
+        assert memory.tokens.tolist() == [33, 33]
+        for name, S in memory.states.items():
+            torch.testing.assert_close(S[1], a.states[name][1] + b.states[name][1], atol=1e-3, rtol=1e-5)
 
 
 @torch.no_grad()
@@ -224,16 +202,20 @@ def test_every_user_in_one_batch_as_alone():
     padded = torch.cat([F.pad(p, (7 - p.shape[1], 0), value=259) for p in prompts])
     mask = torch.cat([F.pad(torch.ones_like(p), (7 - p.shape[1], 0)) for p in prompts])
     options = {"max_new_tokens": 6, **GREEDY}
-    served = model.generate(padded, together, attention_mask=mask, **options)[:, 7:]
+    served = model.generate(padded, together, attention_mask=mask, **options)[:, 7:].tolist()
+    logits = model(padded, mask, together)
+    chunk = tokens(3, 8)
+    more = model.contextualize(chunk, memory=together)                      # streaming goes on for all of them at once
     for b, (memory, prompt) in enumerate(zip(memories, prompts)):
-        assert served[b].tolist() == model.generate(prompt, memory, **options)[0, prompt.shape[1]:].tolist()
-        torch.testing.assert_close(model(padded, mask, together)[b, 7 - prompt.shape[1]:],
-                                   model(prompt, memory=memory)[0], atol=1e-4, rtol=1e-4)
-    others = model.generate(padded, memories[0], attention_mask=mask, **options)[:, 7:]     # would say something else
-    assert all(served[b].tolist() != others[b].tolist() for b in (1, 2))
-    chunk, name = tokens(3, 8), O_PROJ.format(2)            # streaming goes on for all of them at once
-    more, alone = model.contextualize(chunk, memory=together), model.contextualize(chunk[1:2], memory=memories[1])
-    torch.testing.assert_close(more.states[name][1], alone.states[name][0], atol=1e-3, rtol=1e-5)
+        n = prompt.shape[1]
+        assert served[b] == model.generate(prompt, memory, **options)[0, n:].tolist()
+        torch.testing.assert_close(logits[b, 7 - n:], model(prompt, memory=memory)[0], atol=1e-4, rtol=1e-4)
+        alone = model.contextualize(chunk[b:b + 1], memory=memory)
+        for name, S in alone.states.items():
+            torch.testing.assert_close(more.states[name][b], S[0], atol=1e-3, rtol=1e-5)
+    # a memory of batch 1 serves every row, and says something else to the other two
+    broadcast = model.generate(padded, memories[0], attention_mask=mask, **options)[:, 7:].tolist()
+    assert [broadcast[b] == served[b] for b in range(3)] == [True, False, False]
 
 
 @pytest.mark.parametrize("name, scale, alpha", [*((name, 0.5, 4) for name in BASES), ("llama", 0.3, 8)])
@@ -259,21 +241,18 @@ def test_exported_adapter_in_peft(tmp_path, name, scale, alpha):
 @torch.no_grad()
 def test_memory_in_another_process(tmp_path, base_directory):
     """Generator and memory saved here, loaded and asked there."""
-    base, _ = load_base(base_directory, torch.float32, "cpu")
-    model = make_model(base=base)
+    model = make_model(base=load_base(base_directory, torch.float32, "cpu")[0])
     memory, query = model.contextualize(tokens(1, 30)), tokens(1, 8, seed=1)
     model.save_pretrained(tmp_path / "generator")
     memory.save(tmp_path / "user.safetensors")
     assert sorted(os.listdir(tmp_path)) == ["generator", "user.safetensors"]
-    script = ("import sys, torch; from model import *; base, _ = load_base(sys.argv[1], torch.float32, 'cpu');"
-              "model, memory = AdaptedLM.from_pretrained(base, sys.argv[2]), Memory.load(sys.argv[3]);"
-              "query = torch.tensor([eval(sys.argv[4])]);"
-              "print(model.generate(query, memory, max_new_tokens=8, do_sample=False).tolist())")
-    line = ["-c", script, base_directory, str(tmp_path / "generator"), str(tmp_path / "user.safetensors"),
-            str(query[0].tolist())]
-    assert finish(start(line, tmp_path / "printed")) == [0], (tmp_path / "printed").read_text()
-    out = (tmp_path / "printed").read_text().splitlines()[-1]
-    assert json.loads(out) == model.generate(query, memory, max_new_tokens=8, do_sample=False).tolist()
+    script = ("import sys; from conftest import tokens; from model import *; base, _ = load_base(sys.argv[1], torch.float32, 'cpu');"
+              "model, memory = AdaptedLM.from_pretrained(base, 'generator'), Memory.load('user.safetensors');"
+              "print(model.generate(tokens(1, 8, seed=1), memory, max_new_tokens=8, do_sample=False).tolist())")
+    process = start(["-c", script, base_directory], tmp_path / "printed", cwd=tmp_path)
+    assert finish(process) == [0], (tmp_path / "printed").read_text()
+    answer = model.generate(query, memory, max_new_tokens=8, do_sample=False).tolist()
+    assert (tmp_path / "printed").read_text().splitlines()[-1] == str(answer)
 
 
 @torch.no_grad()
@@ -407,6 +386,7 @@ def test_bad_memories_and_contexts(tmp_path):
     assert model.read(tokens(600)).tokens.tolist() == [600]
     model.export_peft(memory, tmp_path / "peft")
     refused("holds an adapter already", model.export_peft, memory, tmp_path / "peft")
+    refused("batch 2", model.forward, tokens(1, 4), memory=model.contextualize(tokens(2, 4)), kind=ValueError)
     refused("right", model.contextualize, tokens(1, 4), torch.tensor([[0, 1, 1, 1]]), kind=ValueError)
     refused("visible", model.forward_segments, tokens(1, 2, 4), None, [0, 3], kind=ValueError)
     with torch.no_grad():
