@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from generator import frobenius_norm, norm
+from generator import norm
 from support.fast import product_dtype, sketch, svd_norm
 
 
@@ -94,6 +94,14 @@ def test_gradient_against_finite_differences(function, spectrum, rank, damping):
         assert abs(numeric - analytic) < 1e-4 * step.norm() * S.grad.norm()
 
 
+def test_the_fast_form_is_the_plain_one():
+    """Values and gradients at rank = d_r: norm truncates nothing, the sketch is exact, and all sigma are different."""
+    S = torch.stack([matrix(24, FULL, seed) for seed in range(3)])
+    for damping in (1e-1, 1e-2, 1e-3):
+        got, want = (value_and_gradient(function, S, 24, damping) for function in (svd_norm, norm))
+        assert error(got[0], want[0]) < 1e-6 and error(got[1], want[1]) < 1e-5
+
+
 @pytest.mark.parametrize("damping", [1e-2, 1e-3, 0.0])
 @pytest.mark.parametrize("S", [torch.zeros(24, 24), torch.eye(24), matrix(24, [5, 3, 1]).float(),
                                matrix(24, [4, 4, 4, 4]).float()], ids=["zero", "identity", "three tokens", "ties"])
@@ -154,15 +162,6 @@ def test_gradient_of_a_large_S():
     got, want = value_and_gradient(svd_norm, c * S, 16, 1e-2), value_and_gradient(svd_norm, S, 16, 1e-2)
     assert error(got[0], want[0]) < 1e-4 and error(c * got[1], want[1]) < 1e-3
     assert error(torch.matmul(*norm(c * S, 16, 1e-2)), torch.matmul(*norm(S, 16, 1e-2))) < 1e-4
-
-
-def test_frobenius():
-    S = matrix(24, [5, 3, 1])
-    torch.testing.assert_close(frobenius_norm(S), S / (S.square().sum() + 1e-6).sqrt())
-    assert torch.equal(frobenius_norm(torch.zeros(24, 24)), torch.zeros(24, 24))
-
-
-# ---- the machine's settings
 
 
 class RoundedProducts(TorchDispatchMode):
