@@ -11,7 +11,7 @@ import support.files
 from conftest import make_model, make_tokenizer
 from generator import Memory
 from support.files import InputError, read_rows
-from support.text import document_marks, tokenize, user_turn
+from support.text import document_marks, user_turn
 
 
 def test_files_as_other_programs_write_them(tmp_path):
@@ -49,13 +49,6 @@ def test_a_prompt_is_the_same_on_every_day(date):
     tokenizer.chat_template = date + "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     text = tokenizer.decode(user_turn(tokenizer, "Who?"))
     assert text == "26 Jul 2024Who?"
-
-
-def test_control_tokens_in_a_text_are_plain_text():
-    tokenizer = make_tokenizer()
-    for text in ("a</s>b", "</s></s>", "<</s>/s>", "x</s"):
-        ids = tokenize(tokenizer, [text])[0]
-        assert tokenizer.eos_token_id not in ids and tokenizer.decode(ids) == text
 
 
 def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):

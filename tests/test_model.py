@@ -17,7 +17,7 @@ from generator import GeneratorConfig, InputError, Memory
 from model import AdaptedLM, load_base
 from processes import finish, start
 from support.bases import DEFAULT_BASE, DEFAULT_BASE_HUB_ID
-from support.formats import checkpoint_base
+from support.formats import checkpoint_base, read_generator
 
 SHORT = dict(sliding_window=8, layer_types=["sliding_attention", "full_attention", "sliding_attention"])
 # name: kind and what differs from conftest's shape; between them q/k/v biases, q/k norms, tied and untied embeddings,
@@ -346,6 +346,10 @@ def test_bad_configs_and_checkpoints(tmp_path):
                           ({"fastlora_alpha": None}, "malformed")):
         (tmp_path / "adapter_config.json").write_text(json.dumps({**config, **change}))
         refused(words, load, make_base(), tmp_path)
+    change = {"fastlora_max_rank": 99, "fastlora_norm": "forbenius"}        # capped at d_r; their spelling is read
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, **change}))
+    values, _, _ = read_generator(tmp_path)
+    assert (values["rank"], values["norm"]) == (24, "frobenius")
 
 
 def test_bad_memories_and_contexts(tmp_path):
