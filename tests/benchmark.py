@@ -3,16 +3,16 @@
     python tests/benchmark.py                                              # SmolLM2's shape, random weights
     python tests/benchmark.py --shape mistral                              # Mistral-7B's, made on the device: 80 GB
     python tests/benchmark.py --shape tiny --stream                        # only a million tokens into one memory
-    python tests/benchmark.py --only chunk --dtype float32 --threads 1     # steps on one chunk
     python tests/benchmark.py --shape mistral --count                      # a step counted without a GPU, in minutes
 
-Every measurement runs in a process of its own, so that peak memory is its own too; times are the best of --repeats
-after one warm-up. On a CPU absolute times say little: compare the ratios of one run on an idle machine.
+Every measurement runs in a process of its own, for its peak memory; times are the best of --repeats after one warm-up.
+On a CPU absolute times say little: compare the ratios of one run on an idle machine.
 """
 
 import argparse
 import multiprocessing
 import os
+import resource
 import statistics
 import sys
 
@@ -28,7 +28,7 @@ from model import AdaptedLM
 from support.bases import default_dtype
 from support.costs import clock
 from support.fast import losses, svd_norm
-from support.machine import peak_memory, prepare_cpu
+from train import keep_freed_memory
 
 # config of the base, generator, chunks of a training sequence, tokens of a chunk, tokens of each of two contexts
 SHAPES = {
@@ -50,6 +50,13 @@ def best_time(function, device, repeats):
         function()
         seconds.append(clock(device) - start)
     return min(seconds)
+
+
+def peak_memory(device):
+    """Peak memory of this process in GB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9
 
 
 def make(args, device):
@@ -129,7 +136,9 @@ def step(args, device, kind, batch, C, L):
     base, layers = model.base, model.generator.layers
     model.checkpointing = len(model.blocks) if kind == "checkpointing" else 0
     optimizer = torch.optim.AdamW(model.generator.parameters(), lr=1e-5, fused=True)
-    prepare_cpu(base, L)
+    keep_freed_memory()
+    if device.type == "cpu" and args.dtype == "bfloat16" and L <= 256:          # as train.py does
+        base.set_attn_implementation("eager")
 
     def ours():
         nats, count = model.segment_losses(segments, None, visible, labels)

@@ -112,8 +112,7 @@ def test_checkpoint_of_the_hub(monkeypatch, capsys, tmp_path):
 
 
 def test_published_checkpoint_dry_run(monkeypatch):
-    """A checkpoint of the shape of the authors' Mistral-7B one, on the meta device: every key has its place and shape,
-    and the adapter is the paper's 32 M floats."""
+    """A checkpoint of the shape of the authors' Mistral-7B one, on the meta device: the adapter is the paper's 32 M floats."""
     with torch.device("meta"):
         base = MistralForCausalLM(MistralConfig(vocab_size=32000))
         shapes = {"A1": (1024, 4096), "A2": (1024, 4096), "A3": (1024, 4096), "B": (4096, 1024),
@@ -129,17 +128,9 @@ def test_published_checkpoint_dry_run(monkeypatch):
               "fastlora_merge": "pre-norm-sum"}
     monkeypatch.setattr(formats, "read_json", lambda path: config)
     monkeypatch.setattr(formats, "read_safetensors", lambda path: (theirs, {}))
-    directory = os.path.join(GOLDEN, "ckpt_mistral_o")                  # of the same files
-    model = AdaptedLM.from_pretrained(base, directory)
+    model = AdaptedLM.from_pretrained(base, os.path.join(GOLDEN, "ckpt_mistral_o"))
     assert (model.config.d_r, model.config.rank, model.config.scale, model.config.damping,
             model.config.targets) == (1024, 128, 1 / 16, 0.0, ["o_proj"])
     assert sum(p.numel() for p in model.generator.parameters()) == 32 * (4 * 1024 * 4096 + 4096)
     pairs = [layer.adapter(torch.empty(1, 1024, 1024, device="meta")) for layer in model.generator.layers]
     assert sum(A.numel() + B.numel() for A, B in pairs) == 32 * 128 * 8192                       # appendix B: 32 M
-    key = "base_model.model.model.layers.7.base_layer.self_attn.o_proj.fastlora_B.weight"
-    tensor = theirs.pop(key)
-    for key, tensor, words in ((key, tensor.T, "layers.7.self_attn.o_proj.A1 has shape"),
-                               (key + ".scale", tensor, "is not one of a FASTLORA checkpoint")):
-        theirs[key] = tensor
-        with pytest.raises(InputError, match=words):
-            AdaptedLM.from_pretrained(base, directory)

@@ -364,7 +364,7 @@ def test_bad_memories_and_contexts(tmp_path):
     refused("no memory", Memory.stack, [])
     refused("batch 2 and 3", two.__add__, three)
     refused("batch 2", model.forward, tokens(1, 4), memory=two, kind=ValueError)
-    refused("is a directory|cannot be written", memory.save, tmp_path)
+    refused("cannot be written", memory.save, tmp_path)
     refused("no such file", Memory.load, tmp_path / "nothing")
     save_file({"x": torch.zeros(1)}, path)
     refused("not a saved memory", Memory.load, path)

