@@ -5,8 +5,6 @@ import json
 import math
 import os
 import random
-import re
-import shlex
 import shutil
 from types import SimpleNamespace
 
@@ -270,9 +268,8 @@ def test_long_context_loses_its_beginning(tokenizer):
     assert tokenizer.decode(short).endswith("alpha omega? Which?") and len(short) == 400 - len(" one")
     with pytest.raises(InputError, match="window"):
         cut("x", "q" * 500, most=400)
-    for text in ("日本語の文章" * 40, "😀" * 60):         # a cut through a character must not grow it again
-        (ids,), lost = cut(text, "q", most=221)
-        assert len(ids) <= 221 and lost
+    (ids,), lost = cut("😀" * 60, "q", most=221)            # a cut through a character must not grow it again
+    assert len(ids) <= 221 and lost
 
 
 def test_answers_are_greedy_whatever_the_base_says_of_generation(base_directory, monkeypatch):
@@ -394,10 +391,6 @@ def test_msc_answers_nats_and_gap(tmp_path, base_directory, generator_directory,
         assert row["f1"] == pytest.approx(25 * sum(f1_score(p["prediction"], p["gold"]) for p in mine))
 
 
-def load_qa(path, task):
-    return qa.load(str(path), SimpleNamespace(task=task))
-
-
 def test_qa_loaders(tmp_path, squad_file):
     """.jsonl, .parquet and StreamingQA's .csv give the same documents."""
     long = ("word " * 40_000, [("Which?", ["word"])])       # beyond the csv module's own limit of 131,072 characters
@@ -409,13 +402,13 @@ def test_qa_loaders(tmp_path, squad_file):
             table.writerows([text, question, "\\".join(golds)] for question, golds in questions)
     for source, task, want in ((squad_file, "squad", SQUAD), (tmp_path / "s.parquet", "squad", SQUAD),
                                (tmp_path / "s.csv", "streamingqa", [*SQUAD, long])):
-        documents = load_qa(source, task)
+        documents = qa.load(str(source), SimpleNamespace(task=task))
         assert want == [(d["text"], [(q["question"], q["golds"]) for q in d["questions"]]) for d in documents]
     for text, words in (("\n", "bad.csv is empty"), ("a,b\n", "row 2: field 'answers'"),
                         ("a,b,\\\n", "row 2: answers holds no text"), (" ,b,c\n", "empty text")):
         (tmp_path / "bad.csv").write_text("text,question,answers\n" + text)
         with pytest.raises(InputError, match=words):
-            load_qa(tmp_path / "bad.csv", "streamingqa")
+            qa.load(str(tmp_path / "bad.csv"), SimpleNamespace(task="streamingqa"))
 
 
 def test_qa_rows_groups_and_answers(tmp_path, base_directory, squad_file, generator_directory, tokenizer, monkeypatch):
@@ -476,17 +469,17 @@ def test_killed_run_continues_to_the_same_table(tmp_path, base_directory, squad_
         assert [p["nats"] for p in records] == pytest.approx([p["nats"] for p in closed_book], rel=1e-5)
 
 
-@pytest.mark.parametrize("content", [b'{"a": 1}\n', b"notes of mine", b'"key"\n', b'{"key": "x"}\nnotes\n', b"\xff\n"])
+@pytest.mark.parametrize("content", [b"notes of mine", b'"key"\n', b'{"key": "x"}\nnotes\n', b"\xff\n"])
 def test_foreign_predictions_file_is_refused(tmp_path, base_directory, squad_file, content):
-    path = tmp_path / "mine.jsonl"
+    path = tmp_path / "out.jsonl"
     path.write_bytes(content)
-    with pytest.raises(InputError, match="mine.jsonl line . is not a prediction"):
-        evaluate.main(["--task", "squad", "--base", base_directory, "--data", squad_file, "--predictions", str(path)])
+    with pytest.raises(InputError, match="out.jsonl line . is not a prediction"):
+        run(tmp_path, base_directory, "squad", "--data", squad_file)
     assert path.read_bytes() == content
 
 
 def test_metaicl_loader(tmp_path, metaicl_directory, monkeypatch):
-    """A hub id is asked for the files of the test tasks alone, and read as a directory."""
+    """A hub id is read as a directory."""
     classification, other = metaicl.KINDS.values()
     assert (len(classification), len(other), len(set(classification + other))) == (16, 10, 26)
     tasks = load_metaicl(metaicl_directory)
@@ -501,12 +494,9 @@ def test_metaicl_loader(tmp_path, metaicl_directory, monkeypatch):
             (tmp_path, [100], 1, "none of MetaICL's 26"), ("no/where", [100], 1, "no/where: no such directory")):
         with pytest.raises(InputError, match=words):
             load_metaicl(directory, seeds, shots)
-    asked = []
-    monkeypatch.setattr(metaicl.huggingface_hub, "snapshot_download",
-                        lambda name, **options: asked.append(options["allow_patterns"]) or str(tmp_path))
+    monkeypatch.setattr(metaicl.huggingface_hub, "snapshot_download", lambda name, **options: str(tmp_path))
     shutil.copytree(metaicl_directory, tmp_path / "data")
     assert load_metaicl("allenai/metaicl-data") == tasks
-    assert len(asked[0]) == 26 and "data/quarel/quarel_16_*.jsonl" in asked[0]
 
 
 def test_metaicl_rows_and_answers(tmp_path, base_directory, metaicl_directory, generator_directory, tokenizer):
@@ -614,31 +604,19 @@ def test_ask(tmp_path, base_directory, generator_directory, tokenizer, capsys):
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--task", "msc", "--data", "missing.jsonl"], "missing.jsonl: no such file"),
-    (["--task", "msc", "--data", msc.SAMPLE, "--base", "missing.gguf"], "missing.gguf: no such file"),
-    (["--task", "msc", "--data", msc.SAMPLE, "--checkpoint", "missing"], "missing: no such directory"),
-    (["--task", "msc", "--method", "magic"], "--method magic"),
-    (["--task", "msc", "--output", "tests"], "--output tests cannot be written"),
-    (["--task", "ppl"], "SlimPajama-627B.*cannot be read"),
-    (["--task", "squad", "--shots", "4"], "--shots belongs to --task metaicl"),
-    (["--task", "ppl", "--data", "x.jsonl", "--limit", "1"], "--limit of --task ppl must be at least 2"),
-    (["--task", "msc", "--data", "no/hub-id"], "no/hub-id.*cannot be read")])
-def test_refusals(base_directory, flags, words, monkeypatch):
-    monkeypatch.chdir(ROOT)
+    (["msc", "--data", "missing.jsonl"], "missing.jsonl: no such file"),
+    (["msc", "--data", "no/hub-id"], "no/hub-id.*cannot be read"),
+    (["msc", "--data", msc.SAMPLE, "--base", "missing.gguf"], "missing.gguf: no such file"),
+    (["msc", "--data", msc.SAMPLE, "--checkpoint", "missing"], "missing: no such directory"),
+    (["msc", "--method", "magic"], "--method magic"),
+    (["msc", "--output", ROOT], "--output .* cannot be written"),
+    (["ppl"], "SlimPajama-627B.*cannot be read"),
+    (["squad", "--shots", "4"], "--shots belongs to --task metaicl"),
+    (["ppl", "--data", "x.jsonl", "--limit", "1"], "--limit of --task ppl must be at least 2")])
+def test_refusals(base_directory, flags, words):
     with pytest.raises(InputError, match=words) as caught:
-        evaluate.main(["--base", base_directory, *flags])
+        evaluate.main(["--base", base_directory, "--task", *flags])
     assert "\n" not in str(caught.value)
-
-
-def test_commands_of_the_documentation_parse(tmp_path, monkeypatch):
-    text = evaluate.__doc__
-    for path in ("README.md", "docs/evaluation.md"):
-        text += open(os.path.join(ROOT, path), encoding="utf-8").read()
-    commands = re.findall(r"^ *python evaluate.py (.*)", text, re.M)
-    monkeypatch.chdir(tmp_path)
-    for command in commands:
-        evaluate.arguments(shlex.split(command, comments=True))
-    assert len(commands) > 20
 
 
 @torch.no_grad()
