@@ -76,19 +76,18 @@ def norm(args, device):
     code calls. S is of random tokens whose features fall off as they do in a language model, by a power law."""
     _, generator, C, _, _ = SHAPES[args.shape]
     d_r, r = generator["d_r"], generator["rank"]
-    random = torch.Generator().manual_seed(0)
-    h = torch.randn(C, 8 * r, d_r, generator=random) * torch.arange(1, d_r + 1) ** -0.7
-    left, right = (h @ torch.randn(d_r, d_r, generator=random) / d_r**0.5 for _ in range(2))
-    S = (left.mT @ right).to(device).requires_grad_()
-    gradient = torch.randn_like(S)
+    torch.manual_seed(0)
+    h = torch.randn(C, 8 * r, d_r, device=device) * torch.arange(1, d_r + 1, device=device) ** -0.7
+    A2, B1, gradient = torch.randn(3, d_r, d_r, device=device) / d_r**0.5
+    S = (A2.T @ h.mT @ h @ B1).requires_grad_()
 
     def ours():
         left, right = svd_norm(S, r)
-        (left @ right).backward(gradient)
+        (left @ right).backward(gradient.expand_as(S))
 
     def lowrank():
         U, _, V = torch.svd_lowrank(S, q=r, niter=1)
-        (U @ V.mT).backward(gradient)
+        (U @ V.mT).backward(gradient.expand_as(S))
 
     seconds, theirs = (best_time(function, device, args.repeats) for function in (ours, lowrank))
     return {"ours_s": seconds, "svd_lowrank_s": theirs, "ratio": theirs / seconds}
@@ -188,9 +187,8 @@ def main():
     for kind in ("base", "step", "checkpointing"):
         if args.shape == "mistral" and kind != "checkpointing":             # the activations alone are 100 GB
             continue
-        jobs[kind] = (step, [kind, args.batch, C, L])
-        jobs[f"chunk of 64: {kind}"] = (step, [kind, 4, 1, 64])
-        jobs[f"chunk of 16: {kind}"] = (step, [kind, 8, 1, 16])
+        for name, sizes in (("", (args.batch, C, L)), ("chunk of 64, ", (4, 1, 64)), ("chunk of 16, ", (8, 1, 16))):
+            jobs[name + kind] = (step, [kind, *sizes])
     if args.stream:
         jobs = {"stream": (stream, [])}
     print(f"{args.shape}, {args.dtype}, {args.device}, {args.threads} threads")

@@ -70,7 +70,7 @@ def test_rank_is_cut_to_the_tokens_read():
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3_text"])
 def test_the_base_stays_the_base(kind):
     """In bf16, where a fused norm rounds otherwise: bit for bit the same before and after it is wrapped and trained
-    through, wherever no adapter is active."""
+    through, wherever no adapter is active. S is fp32 all the same."""
     ids = tokens(2, 30)
     base = make_base(kind).bfloat16()
     with torch.no_grad():
@@ -80,3 +80,7 @@ def test_the_base_stays_the_base(kind):
     nats.sum().backward()
     with torch.no_grad():
         assert torch.equal(base(ids).logits, before) and torch.equal(model(ids), before)
+    want = make_model(kind).contextualize(ids).states
+    for name, S in model.contextualize(ids).states.items():
+        assert S.dtype == torch.float32
+        close(S, want[name], 0.05)

