@@ -177,6 +177,7 @@ class RoundedProducts(TorchDispatchMode):
 def precision():
     """Lets a test change the process's fp32 precision."""
     yield
+    torch.set_float32_matmul_precision("highest")
     for place in (torch.backends, torch.backends.cuda.matmul, torch.backends.mkldnn.matmul):
         place.fp32_precision = "none"
 
@@ -185,13 +186,13 @@ def test_full_precision_where_products_are_rounded(precision):
     """Value and gradient under fp32 products of 10 bits, as on a GPU with TF32; the switch stays as the user set it."""
     S = matrix(64, falling(1e3, 16)).float()
     want = value_and_gradient(svd_norm, S, 16, 1e-2)
-    torch.backends.mkldnn.matmul.fp32_precision = "tf32"
+    on_cuda = SimpleNamespace(is_cuda=True, dtype=torch.float32)
+    assert product_dtype(on_cuda) == torch.float32
+    torch.set_float32_matmul_precision("high")
+    assert product_dtype(on_cuda) == torch.float64
+    torch.backends.mkldnn.matmul.fp32_precision = "tf32"                # the older interface's getters raise after this
     with RoundedProducts():
         assert error(S @ S, S.double() @ S.double()) > 1e-4
         got = value_and_gradient(svd_norm, S, 16, 1e-2)
     assert torch.backends.mkldnn.matmul.fp32_precision == "tf32"
     assert error(got[0], want[0]) < 1e-4 and error(got[1], want[1]) < 1e-4
-    on_cuda = SimpleNamespace(is_cuda=True, dtype=torch.float32)
-    assert product_dtype(on_cuda) == torch.float32
-    torch.backends.fp32_precision = "tf32"                              # of all backends
-    assert product_dtype(on_cuda) == torch.float64
