@@ -123,8 +123,8 @@ def stream(args, device):
 
 def step(args, device, kind, batch, C, L):
     """A training step on `batch` doubled sequences of C chunks of L tokens. kind: "step", as train.py takes it;
-    "checkpointing", the same with all blocks recomputed; "base", what the frozen base alone needs for it: a forward pass
-    of the first segments, which have no adapter, and forward and backward of the others, to their embeddings."""
+    "checkpointing", the same with all blocks recomputed; "base", what the frozen base alone needs for it: a forward
+    pass of the first segments, which have no adapter, and forward and backward of the others, to their embeddings."""
     tokens = torch.randint(SHAPES[args.shape][0].vocab_size, (batch, C * L), device=device)
     segments, _, visible, _ = doubled(tokens, C)                                    # (B, 2C, L)
     labels = segments.clone()

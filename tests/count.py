@@ -139,8 +139,8 @@ def on_meta(targets):
 
 def report(model, batch, C, L):
     """Print what a pass over `batch` sequences of C chunks of L tokens counts, forward and backward, with no block
-    recomputed, with the first 12, the fewest of Mistral-7B's that leave a tenth of 80 GB free, and with all; and tokens/s
-    of steps of eight such passes and what comes once a step, clipping and AdamW (train.py), on one H100 or on eight."""
+    recomputed, with the first 12, Mistral-7B's fewest that leave a tenth of 80 GB free, and with all; and tokens/s of
+    steps of eight such passes and what comes once a step, clipping and AdamW (train.py), on one H100 or on eight."""
     print(f"counted, not measured: {type(model.base).__name__}, {str(model.base.dtype)[6:]}, a pass of {batch} x {C} x "
           f"{L} tokens; seconds at {SHARES[1]:.0%} of the products' peak")
     segments, _, visible, _ = doubled(torch.zeros(batch, C * L, dtype=torch.long, device="meta"), C)   # (B, 2C, L)
@@ -164,10 +164,10 @@ def report(model, batch, C, L):
             one_pass.own([*model.base.parameters(), *parameters, *gradients, *moments, *squares])
             nats, _ = model.segment_losses(segments, None, visible, labels)
             nats.sum().backward()
-        print(f"\n{n} blocks recomputed: peak {one_pass.peak / 1e9:.3g} GB; a pass: {one_pass.total(1) / 1e12:.4g} TFLOP, "
-              f"{one_pass.total(2) / 1e9:.4g} GB moved; once a step {once.total(4):.4f} s")
+        print(f"\n{n} blocks recomputed: peak {one_pass.peak / 1e9:.3g} GB, {one_pass.total(1) / 1e12:.4g} TFLOP and "
+              f"{one_pass.total(2) / 1e9:.4g} GB moved a pass; once a step {once.total(4):.4f} s")
         for kind, (kernels, flops, moved, _, seconds, _) in sorted(one_pass.rows.items()):
-            print(f"    {kind:18s} {kernels:6,} kernels {flops / 1e12:9.4g} TFLOP {moved / 1e9:9.4g} GB {seconds:9.4f} s")
+            print(f"    {kind:18s}{kernels:7,} kernels{flops / 1e12:10.4g} TFLOP{moved / 1e9:10.4g} GB{seconds:9.4f} s")
         for i, share in enumerate(SHARES, 3):
             one = 8 * batch * C * L / (8 * one_pass.total(i) + once.total(i))
             eight = 8 * batch * C * L / (one_pass.total(i) + once.total(i) + reduce)

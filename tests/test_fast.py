@@ -1,4 +1,4 @@
-"""support/fast.py against the plain forms of generator.py and model.py: the same values to 1e-5 and gradients to 1e-4."""
+"""support/fast.py against the plain forms of generator.py and model.py: values to 1e-5, gradients to 1e-4."""
 
 import pytest
 import torch

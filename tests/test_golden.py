@@ -105,7 +105,8 @@ def test_checkpoint_of_the_hub(monkeypatch, capsys):
 
 
 def test_published_checkpoint_dry_run(monkeypatch):
-    """A checkpoint of the shape of the authors' Mistral-7B one, on the meta device: the adapter is the paper's 32 M floats."""
+    """A checkpoint of the shape of the authors' Mistral-7B one, on the meta device: its adapter is the
+    paper's 32 M floats."""
     with torch.device("meta"):
         base = MistralForCausalLM(MistralConfig(vocab_size=32000))
         shapes = {"A1": (1024, 4096), "A2": (1024, 4096), "A3": (1024, 4096), "B": (4096, 1024),

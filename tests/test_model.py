@@ -116,8 +116,8 @@ def test_padding_changes_nothing():
 
 
 def test_short_and_empty_contexts():
-    """Three tokens give a finite adapter of rank 3, padding alone gives none. Segments of one token, or whose labels are
-    all -100, have no nats, no targets and a gradient of zero."""
+    """Three tokens give a finite adapter of rank 3, padding alone gives none. Segments of one token, or with labels of
+    -100 alone, have no nats, no targets and a gradient of zero."""
     model = make_model()
     three = model.lora(model.contextualize(tokens(1, 3)))
     nothing = model.lora(model.contextualize(tokens(1, 5), torch.zeros(1, 5)))
@@ -177,8 +177,8 @@ def test_generate_equals_greedy_by_hand():
 
 @torch.no_grad()
 def test_sum_of_memories():
-    """a + b is the memory of contexts read apart, S a sum over the tokens of both (eq. 3); a batch of 1 is added to every
-    row."""
+    """a + b is the memory of contexts read apart, S a sum over the tokens of both (eq. 3); a batch of 1 is added to
+    every row."""
     model = make_model()
     a, b = model.contextualize(tokens(2, 20)), model.contextualize(tokens(2, 13, seed=1))
     one = model.contextualize(tokens(2, 13, seed=1)[1:])
@@ -281,7 +281,7 @@ def test_bad_bases(tmp_path, monkeypatch):
     monkeypatch.setattr("support.bases.CACHE", str(tmp_path / "cache"))
     (tmp_path / "broken.gguf").write_bytes(b"GGUF but not really")
     for name, words in ((str(tmp_path), "config.json"), ("no/such.gguf", "no such file"),
-                        ("/no/such/directory", "cannot be loaded"), (str(tmp_path / "broken.gguf"), "cannot be loaded")):
+                        ("/no/directory", "cannot be loaded"), (str(tmp_path / "broken.gguf"), "cannot be loaded")):
         refused(words, load_base, name)
     refused("--device banana", load_base, device="banana")
     refused("logits", make_model, base=make_base("granite", logits_scaling=8.0))
