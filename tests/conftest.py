@@ -45,6 +45,11 @@ def make_model(kind="llama", seed=0, base=None, **config):
     return model
 
 
+def tokens(*shape, seed=0):
+    """Random token ids."""
+    return torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(seed))
+
+
 def make_tokenizer():
     """Every byte is a token; then <s>, </s> and <pad>."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

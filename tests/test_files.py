@@ -6,25 +6,21 @@ import os
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import support.files
 from conftest import make_model, make_tokenizer
 from generator import Memory
-from support.files import InputError, read_rows, save_tensors
-from support.text import document_marks, tokenize, user_turn
+from support.files import InputError, read_rows
+from support.text import document_marks, user_turn
 
 
-@pytest.mark.parametrize("name", ["text.txt", "text.txt.gz"])
-def test_a_mark_and_line_ends_are_no_part_of_a_text(tmp_path, name):
-    write = gzip.open if name.endswith("gz") else open
-    with write(tmp_path / name, "wb") as file:
-        file.write("\ufeffOne.\r\nTwo.\n".encode())
-    (_, row), = read_rows(str(tmp_path / name))
-    assert row == {"text": "One.\nTwo.\n"}
-
-
-def test_csv_with_more_fields_than_columns(tmp_path):
+def test_files_as_other_programs_write_them(tmp_path):
+    """A byte order mark and line ends are no part of a text; a csv with more fields than columns is refused."""
+    for path, write in ((tmp_path / "text.txt", open), (tmp_path / "text.txt.gz", gzip.open)):
+        with write(path, "wb") as file:
+            file.write("\ufeffOne.\r\nTwo.\n".encode())
+        ((_, row),) = read_rows(str(path))
+        assert row == {"text": "One.\nTwo.\n"}
     path = tmp_path / "qa.csv"
     path.write_text('text,question,answers\n"A goat, brown.",Who?,goat\nA goat, brown.,Who?,goat\n')
     with pytest.raises(InputError, match="row 3 has more fields than columns"):
@@ -55,19 +51,14 @@ def test_a_prompt_is_the_same_on_every_day(date):
     assert text == "26 Jul 2024Who?"
 
 
-def test_control_tokens_in_a_text_are_plain_text():
-    tokenizer = make_tokenizer()
-    for text in ("a</s>b", "</s></s>", "<</s>/s>", "x</s"):
-        ids = tokenize(tokenizer, [text])[0]
-        assert tokenizer.eos_token_id not in ids and tokenizer.decode(ids) == text
-
-
 def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
     """One sentence, the file that was there before stays, and no half of a new one."""
     memory = make_model().contextualize(torch.arange(9)[None])
     path = tmp_path / "m.safetensors"
     memory.save(path)
     before = path.read_bytes()
+    (tmp_path / "x").touch()
+    assert path.stat().st_mode == (tmp_path / "x").stat().st_mode       # safetensors would leave it to its owner alone
 
     def full(tensors, part, metadata=None):
         with open(part, "wb") as file:
@@ -77,35 +68,5 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
     monkeypatch.setattr(support.files, "save_file", full)
     with pytest.raises(InputError, match="m.safetensors cannot be written: .*No space left"):
         memory.save(path)
-    assert os.listdir(tmp_path) == ["m.safetensors"] and path.read_bytes() == before
+    assert sorted(os.listdir(tmp_path)) == ["m.safetensors", "x"] and path.read_bytes() == before
     assert torch.equal(Memory.load(path).tokens, memory.tokens)
-
-
-def test_files_have_the_mode_of_the_umask(tmp_path):
-    before = os.umask(0o022)
-    try:
-        save_tensors({"x": torch.arange(3)[::2]}, str(tmp_path / "x.safetensors"))
-    finally:
-        os.umask(before)
-    assert (tmp_path / "x.safetensors").stat().st_mode & 0o777 == 0o644
-    assert load_file(tmp_path / "x.safetensors")["x"].tolist() == [0, 2]
-
-
-def test_a_memory_prints_as_one_line():
-    memory = make_model().contextualize(torch.arange(9)[None])
-    assert repr(memory).count("\n") == 0 and repr(memory).startswith("Memory(tokens=tensor([9])")
-
-
-def test_text_where_token_ids_are_wanted(tmp_path):
-    model = make_model()
-    for call, words in ((lambda: model.read("a text"), "read takes token ids"),
-                        (lambda: model.contextualize("a text"), "takes token ids"),
-                        (lambda: model.generate("a text"), "takes token ids"),
-                        (lambda: model.contextualize(torch.zeros(1, 600, dtype=torch.long)), "window of 512: read")):
-        with pytest.raises(InputError, match=words):
-            call()
-    memory = model.read(torch.zeros(600, dtype=torch.long))
-    assert memory.tokens.tolist() == [600]
-    model.export_peft(memory, tmp_path)
-    with pytest.raises(InputError, match="holds an adapter already"):
-        model.export_peft(memory, tmp_path)

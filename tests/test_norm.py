@@ -7,11 +7,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from generator import frobenius_norm, norm
-from support.fast import product_dtype, sketch, solve_lyapunov, svd_norm
-
-# name: (the function of (S, rank, damping), whether it takes the full SVD)
-NORMS = {"svd": (svd_norm, False), "svd-exact": (norm, True)}
+from generator import norm
+from support.fast import product_dtype, sketch, svd_norm
 
 
 def matrix(d, spectrum, seed=0):
@@ -23,24 +20,27 @@ def matrix(d, spectrum, seed=0):
     return U @ torch.diag(sigma) @ V.T
 
 
-def reference(S, rank, damping, exact, lam=None):
-    """The formula step by step in float64: range finder, SVD, sigma / sqrt(sigma^2 + lambda^2)."""
-    U, sigma, Vh = torch.linalg.svd(S)
-    if not exact:
-        Q = torch.linalg.qr(S @ sketch(len(S), rank, S.device).double()).Q
-        Q = torch.linalg.qr(S @ torch.linalg.qr(S.T @ Q).Q).Q
-        U, sigma, Vh = torch.linalg.svd(Q.T @ S, full_matrices=False)
-        U = Q @ U
-    U, sigma, Vh = U[:, :rank], sigma[:rank], Vh[:rank]
-    if lam is None:
-        lam = damping * sigma[0]
-    f = torch.where(sigma > 1e-6 * sigma[0], sigma / torch.sqrt(sigma**2 + lam**2), 0)
-    return U @ torch.diag(f) @ Vh
-
-
 def falling(condition, n):
     """n singular values from 1e4 to 1e4 / condition."""
     return torch.logspace(4, 4 - math.log10(condition), n, dtype=torch.float64)
+
+
+def svd_of_range(S, rank):
+    """U, sigma, V_T of Q Q^T S in float64, Q the range finder of svd_norm by Householder QR."""
+    Q = torch.linalg.qr(S @ sketch(len(S), rank, S.device).double()).Q
+    Q = torch.linalg.qr(S @ torch.linalg.qr(S.T @ Q).Q).Q
+    U, sigma, V_T = torch.linalg.svd(Q.T @ S, full_matrices=False)
+    return Q @ U, sigma, V_T
+
+
+def reference(S, rank, damping, function, lam=None):
+    """The formula step by step in float64: sigma / sqrt(sigma^2 + lambda^2)."""
+    U, sigma, V_T = torch.linalg.svd(S) if function is norm else svd_of_range(S, rank)
+    U, sigma, V_T = U[:, :rank], sigma[:rank], V_T[:rank]
+    if lam is None:
+        lam = damping * sigma[0]
+    f = torch.where(sigma > 1e-6 * sigma[0], sigma / torch.sqrt(sigma**2 + lam**2), 0)
+    return U @ torch.diag(f) @ V_T
 
 
 def value_and_gradient(function, S, rank, damping):
@@ -56,70 +56,69 @@ def error(got, want):
     return (got - want).norm() / want.norm()
 
 
-@pytest.mark.parametrize("name, damping", [("svd", 1e-2), ("svd", 1e-3), ("svd", 0.0), ("svd-exact", 1e-2),
-                                           ("svd-exact", 0.0)])
+@pytest.mark.parametrize("function, damping", [(svd_norm, 1e-2), (svd_norm, 1e-3), (svd_norm, 0.0), (norm, 1e-2),
+                                               (norm, 0.0)])
 @pytest.mark.parametrize("condition", [1, 1e2, 1e4])
 @torch.no_grad()
-def test_value_in_fp32(condition, damping, name):
+def test_value_in_fp32(condition, damping, function):
     d, r = 64, 16
     spectrum = falling(condition, r)
     tail = spectrum[-1] * torch.logspace(-0.5, -3, d - r, dtype=torch.float64)
-    S = matrix(d, torch.cat([spectrum, tail]))
-    function, exact = NORMS[name]
-    U, V = function(S.float(), r, damping)
-    assert error(U.double() @ V.double(), reference(S.float().double(), r, damping, exact)) < 1e-3
+    S = matrix(d, torch.cat([spectrum, tail])).float()
+    U, V = function(S, r, damping)
+    assert error(U.double() @ V.double(), reference(S.double(), r, damping, function)) < 1e-3
 
 
-SPECTRA = {"short": [5, 4, 3, 2, 1], "tied": [3, 3, 3, 1, 1], "all tied": [2] * 8, "full": list(range(24, 0, -1))}
+SHORT, FULL = ([5, 4, 3, 2, 1], [3, 3, 3, 1, 1], [2] * 8), list(range(24, 0, -1))
 
 
-@pytest.mark.parametrize("name, spectrum, damping",
-                         [("svd", spectrum, damping) for spectrum in SPECTRA for damping in (1e-2, 1e-3)]
-                         + [("svd-exact", "full", 1e-2), ("svd-exact", "full", 0.0)])
-def test_gradient_against_finite_differences(name, spectrum, damping):
-    """Exact wherever rank(S) <= r, ties included, along changes that keep the rank, so that norm is differentiable. For
-    the full spectrum svd takes rank d_r; torch.linalg.svd's gradient needs sigma that are all different."""
-    d = 24
-    function, exact = NORMS[name]
-    spectrum = SPECTRA[spectrum]
-    rank = 8 if len(spectrum) <= 8 or exact else d
-    S = matrix(d, spectrum).requires_grad_()
-    G = torch.randn(d, d, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+@pytest.mark.parametrize("function, spectrum, rank, damping",
+                         [(svd_norm, spectrum, 8, damping) for spectrum in SHORT for damping in (1e-2, 1e-3)]
+                         + [(svd_norm, FULL, 24, 1e-2), (norm, FULL, 8, 1e-2), (norm, FULL, 8, 0.0)])
+def test_gradient_against_finite_differences(function, spectrum, rank, damping):
+    """Exact wherever rank(S) <= r, ties included, along changes that keep the rank, so that norm is differentiable.
+    torch.linalg.svd's gradient needs sigma that are all different."""
+    S = matrix(24, spectrum).requires_grad_()
+    G = torch.randn(24, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     U, V = function(S, rank, damping)
     (U @ V * G).sum().backward()
     lam = damping * max(spectrum)
     for seed in range(4):
         random = torch.Generator().manual_seed(10 + seed)
-        L, R = (torch.randn(d, d, dtype=torch.float64, generator=random) for _ in range(2))
+        L, R = (torch.randn(24, 24, dtype=torch.float64, generator=random) for _ in range(2))
         with torch.no_grad():
             step = 1e-6 * (L @ S + S @ R)
-            change = reference(S + step, rank, 0, exact, lam) - reference(S - step, rank, 0, exact, lam)
+            change = reference(S + step, rank, 0, function, lam) - reference(S - step, rank, 0, function, lam)
             numeric = (change * G).sum() / 2
             analytic = (S.grad * step).sum()
         assert abs(numeric - analytic) < 1e-4 * step.norm() * S.grad.norm()
 
 
+def test_the_fast_form_is_the_plain_one():
+    """Values and gradients at rank = d_r: norm truncates nothing, the sketch is exact, and all sigma are different."""
+    S = torch.stack([matrix(24, FULL, seed) for seed in range(3)])
+    for damping in (1e-1, 1e-2, 1e-3):
+        got, want = (value_and_gradient(function, S, 24, damping) for function in (svd_norm, norm))
+        assert error(got[0], want[0]) < 1e-6 and error(got[1], want[1]) < 1e-5
+
+
 @pytest.mark.parametrize("damping", [1e-2, 1e-3, 0.0])
-@pytest.mark.parametrize("S",
-                         [torch.zeros(24, 24), torch.eye(24), matrix(24, [5, 3, 1]).float(),
-                          matrix(24, [4, 4, 4, 4]).float()],
-                         ids=["zero", "identity", "three tokens", "ties"])
+@pytest.mark.parametrize("S", [torch.zeros(24, 24), torch.eye(24), matrix(24, [5, 3, 1]).float(),
+                               matrix(24, [4, 4, 4, 4]).float()], ids=["zero", "identity", "three tokens", "ties"])
 def test_corners(S, damping):
     """Null directions give 0, not noise; values and gradients are finite; two calls agree to the bit."""
-    rank, directions = 8, min(8, torch.linalg.matrix_rank(S).item())
-    S = S.clone().requires_grad_(damping > 0)
-    U, V = svd_norm(S, rank, damping)
-    N = U @ V
-    if damping > 0:
-        N.backward(torch.randn(24, 24, generator=torch.Generator().manual_seed(2)))
-        assert S.grad.isfinite().all()
-    sigma = torch.linalg.svdvals(N.detach())
-    assert (sigma[:directions] > 0.95).all() and (sigma[directions:] < 1e-4).all()
-    sigma = torch.linalg.svdvals(torch.matmul(*norm(S.detach(), rank, damping)))
-    assert (sigma[:directions] > 0.95).all() and (sigma[directions:] < 1e-4).all()
+    directions = min(8, torch.linalg.matrix_rank(S).item())
+    for function in (svd_norm, norm):
+        sigma = torch.linalg.svdvals(torch.matmul(*function(S, 8, damping)))
+        assert (sigma[:directions] > 0.95).all() and (sigma[directions:] < 1e-4).all()
+    once = svd_norm(S, 8, damping)
     torch.rand(3)                                                               # the global generator must not matter
-    again = svd_norm(S, rank, damping)
-    assert torch.equal(U, again[0]) and torch.equal(V, again[1])
+    assert all(torch.equal(*pair) for pair in zip(once, svd_norm(S, 8, damping)))
+    if damping > 0:
+        assert value_and_gradient(svd_norm, S, 8, damping)[1].isfinite().all()
+    else:
+        with pytest.raises(ValueError, match="use svd-exact"):
+            svd_norm(S.clone().requires_grad_(), 8, damping)
 
 
 @pytest.mark.parametrize("damping", [1e-2, 1e-3])
@@ -140,11 +139,9 @@ def test_gradient_in_fp32(condition, damping):
 
 def daleckii_krein(S, r, damping, G):
     """The derivative of the spectral function of Q Q^T S by its singular vectors, in float64."""
-    Q = torch.linalg.qr(S @ sketch(len(S), r, S.device).double()).Q
-    Q = torch.linalg.qr(S @ torch.linalg.qr(S.T @ Q).Q).Q
-    U, sigma, Vh = torch.linalg.svd(Q.T @ S, full_matrices=False)
+    U, sigma, V_T = svd_of_range(S, r)
     keep = sigma > 1e-6 * sigma[0]
-    U, sigma, V = Q @ U[:, keep], sigma[keep], Vh[keep].T
+    U, sigma, V = U[:, keep], sigma[keep], V_T[keep].T
     w = torch.sqrt(sigma**2 + (damping * sigma[0]) ** 2)
     f = sigma / w
     C = U.T @ G @ V
@@ -159,49 +156,12 @@ def daleckii_krein(S, r, damping, G):
     return inside + left + right
 
 
-def test_no_gradient_below_the_least_damping():
-    S = matrix(24, [5, 3, 1]).float()
-    svd_norm(S, 8, 0.0)
-    with pytest.raises(ValueError, match="use svd-exact"):
-        svd_norm(S.requires_grad_(), 8, 0.0)
-
-
-def test_lyapunov_against_its_equation():
-    random = torch.Generator().manual_seed(0)
-    A = torch.randn(3, 12, 12, generator=random, dtype=torch.float64)
-    sigma = torch.logspace(0, -2, 12, dtype=torch.float64)
-    Q = torch.linalg.qr(A).Q
-    R = Q * sigma @ Q.mT
-    Y = torch.randn(3, 12, 12, generator=random, dtype=torch.float64)
-    Y = Y + Y.mT
-    W = solve_lyapunov(R, Y, top=torch.ones(3, 1, 1), low=1e-2)
-    torch.testing.assert_close(R @ W + W @ R, Y, atol=1e-4, rtol=1e-4)
-
-
-def test_full_rank_is_the_polar_factor():
-    S = matrix(24, torch.linspace(9, 1, 24))
-    U, _, Vh = torch.linalg.svd(S)
-    for function in (svd_norm, norm):
-        left, right = function(S, 24, 0.0)
-        torch.testing.assert_close(left @ right, U @ Vh)
-
-
-def test_batches_are_independent():
-    S = torch.stack([matrix(24, [5, 3, 1], seed=s).float() for s in range(6)]).view(2, 3, 24, 24)
-    U, V = svd_norm(S, 8)
-    for b in range(2):
-        for j in range(3):
-            left, right = svd_norm(S[b, j], 8)
-            torch.testing.assert_close((U @ V)[b, j], left @ right)
-
-
-def test_frobenius():
-    S = matrix(24, [5, 3, 1])
-    torch.testing.assert_close(frobenius_norm(S), S / (S.square().sum() + 1e-6).sqrt())
-    assert torch.equal(frobenius_norm(torch.zeros(24, 24)), torch.zeros(24, 24))
-
-
-# ---- the machine's settings
+def test_gradient_of_a_large_S():
+    """norm(c S) = norm(S): its gradient by S is that of c S times c. c = 1e12 makes sigma^4 overflow fp32."""
+    S, c = matrix(64, falling(1e2, 12)).float(), 1e12
+    got, want = value_and_gradient(svd_norm, c * S, 16, 1e-2), value_and_gradient(svd_norm, S, 16, 1e-2)
+    assert error(got[0], want[0]) < 1e-4 and error(c * got[1], want[1]) < 1e-3
+    assert error(torch.matmul(*norm(c * S, 16, 1e-2)), torch.matmul(*norm(S, 16, 1e-2))) < 1e-4
 
 
 class RoundedProducts(TorchDispatchMode):
@@ -226,40 +186,13 @@ def test_full_precision_where_products_are_rounded(precision):
     """Value and gradient under fp32 products of 10 bits, as on a GPU with TF32; the switch stays as the user set it."""
     S = matrix(64, falling(1e3, 16)).float()
     want = value_and_gradient(svd_norm, S, 16, 1e-2)
+    on_cuda = SimpleNamespace(is_cuda=True, dtype=torch.float32)
+    assert product_dtype(on_cuda) == torch.float32
+    torch.set_float32_matmul_precision("high")
+    assert product_dtype(on_cuda) == torch.float64
     torch.backends.mkldnn.matmul.fp32_precision = "tf32"                # the older interface's getters raise after this
     with RoundedProducts():
         assert error(S @ S, S.double() @ S.double()) > 1e-4
         got = value_and_gradient(svd_norm, S, 16, 1e-2)
     assert torch.backends.mkldnn.matmul.fp32_precision == "tf32"
     assert error(got[0], want[0]) < 1e-4 and error(got[1], want[1]) < 1e-4
-
-
-@pytest.mark.parametrize("switch",
-                         ["torch.set_float32_matmul_precision('high')", "torch.set_float32_matmul_precision('medium')",
-                          "torch.backends.cuda.matmul.allow_tf32 = True",
-                          "torch.backends.cuda.matmul.fp32_precision = 'tf32'",
-                          "torch.backends.fp32_precision = 'tf32'"])
-def test_every_switch_of_tf32_is_seen(precision, switch):
-    on_cuda = SimpleNamespace(is_cuda=True, dtype=torch.float32)
-    assert product_dtype(on_cuda) == torch.float32
-    exec(switch)
-    assert product_dtype(on_cuda) == torch.float64
-
-
-def test_gradient_of_a_large_S():
-    """norm(c S) = norm(S): its gradient by S is that of c S times c. c = 1e12 makes sigma^4 overflow fp32."""
-    S, c = matrix(64, falling(1e2, 12)).float(), 1e12
-    got, want = value_and_gradient(svd_norm, c * S, 16, 1e-2), value_and_gradient(svd_norm, S, 16, 1e-2)
-    assert error(got[0], want[0]) < 1e-4 and error(c * got[1], want[1]) < 1e-3
-    assert error(torch.matmul(*norm(c * S, 16, 1e-2)), torch.matmul(*norm(S, 16, 1e-2))) < 1e-4
-
-
-def test_default_device():
-    """torch.set_default_device moves neither the sketch nor anything else."""
-    S = matrix(24, [5, 3, 1]).float()
-    want, Omega = svd_norm(S, 8), sketch(24, 8, S.device)
-    sketch.cache_clear()
-    with torch.device("meta"):
-        assert torch.equal(sketch(24, 8, S.device), Omega)
-        got = svd_norm(S, 8)
-    assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
