@@ -111,8 +111,8 @@ def read_fastlora(directory):
 def write_peft(directory, base_name, config, lora, tokens):
     """A PEFT LoRA directory with its model card, from {module name: (lora_A (1, r, d_in), lora_B (1, d_out, r))} with s
     in lora_B, of a context of that many tokens. config: a GeneratorConfig. PEFT multiplies by lora_alpha / r:
-    lora_alpha = s r where that is whole (vLLM types it so), else s stays in lora_B and lora_alpha = r. InputError where the
-    directory holds an adapter already."""
+    lora_alpha = s r where that is whole (vLLM types it so), else s stays in lora_B and lora_alpha = r. InputError where
+    the directory holds an adapter already."""
     if os.path.exists(os.path.join(directory, "adapter_config.json")):
         raise InputError(f"{directory} holds an adapter already: name another directory")
     r = len(next(iter(lora.values()))[0][0])             # the config's rank, but d_r for frobenius
