@@ -512,9 +512,10 @@ def main(argv=None):
     dtype = str(model.base.dtype).removeprefix("torch.")
     versions = {"python": platform.python_version(), "torch": torch.__version__,
                 "transformers": transformers.__version__}
-    # what the answers in a predictions file depend on
-    facts = [args.base, stamps(args.base), args.data, stamps(args.data), args.limit, args.seed, args.demo_seeds,
-             args.batch_size, args.controls, dtype, model.base.device.type, versions]
+    facts = []                                              # what the answers in a predictions file depend on
+    if args.predictions:
+        facts = [args.base, stamps(args.base), args.data, stamps(args.data), args.limit, args.seed, args.demo_seeds,
+                 args.batch_size, args.controls, dtype, model.base.device.type, versions]
 
     rows = []
     memories = {}
