@@ -400,7 +400,7 @@ def evaluate(model, tokenizer, method, setting, groups, args, memories, done, fa
     task = TASKS[args.task]
     template = task.PROMPTS[method]
     facts = [*facts, args.task, method, setting, template]
-    if method.startswith("adapter"):
+    if args.predictions and method.startswith("adapter"):
         facts.append(model.generator.fingerprint())
     digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
