@@ -400,7 +400,7 @@ def evaluate(model, tokenizer, method, setting, groups, args, memories, done, fa
     task = TASKS[args.task]
     template = task.PROMPTS[method]
     facts = [*facts, args.task, method, setting, template]
-    if method.startswith("adapter"):
+    if args.predictions and method.startswith("adapter"):
         facts.append(model.generator.fingerprint())
     digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
@@ -512,9 +512,10 @@ def main(argv=None):
     dtype = str(model.base.dtype).removeprefix("torch.")
     versions = {"python": platform.python_version(), "torch": torch.__version__,
                 "transformers": transformers.__version__}
-    # what the answers in a predictions file depend on
-    facts = [args.base, stamps(args.base), args.data, stamps(args.data), args.limit, args.seed, args.demo_seeds,
-             args.batch_size, args.controls, dtype, model.base.device.type, versions]
+    facts = []                                              # what the answers in a predictions file depend on
+    if args.predictions:
+        facts = [args.base, stamps(args.base), args.data, stamps(args.data), args.limit, args.seed, args.demo_seeds,
+                 args.batch_size, args.controls, dtype, model.base.device.type, versions]
 
     rows = []
     memories = {}
