@@ -600,8 +600,6 @@ def arguments(argv=None):
     if args.task in ("ppl", "streamingqa") and not args.data:
         raise InputError(f"--task {args.task} has no data set on the hub, and the paper's cerebras/SlimPajama-627B "
                          "cannot be read from it any more: give --data")
-    if args.task == "ppl" and args.limit == 1:
-        raise InputError("--limit of --task ppl must be at least 2: the control is another document")
     if args.task != "ask":
         task = TASKS[args.task]
         args.method = list(dict.fromkeys(args.method or task.METHODS))

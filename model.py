@@ -14,7 +14,6 @@ What stands here and in generator.py is the plain form. The program computes nor
 segment_losses and, in training, block_forward by their fast twins in support/fast.py; with model.plain = True by these.
 """
 
-import contextlib
 import math
 import threading
 import warnings

@@ -57,8 +57,8 @@ def load_base(name=DEFAULT_BASE, dtype=None, device=None):
         tokenizer.pad_token = tokenizer.eos_token
     for i, token in tokenizer.added_tokens_decoder.items():
         if i >= rows and not token.special:             # a special one is never a part of a text
-            raise InputError(f"base {name!r}: its tokenizer's token {token.content!r} has number {i}, beyond the "
-                             f"{rows} rows of its embedding: resize the embedding, or take the tokenizer it was trained with")
+            raise InputError(f"base {name!r}: its tokenizer's token {token.content!r} is beyond the rows of its "
+                             "embedding: resize the embedding, or take the tokenizer it came with")
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model.to(device).requires_grad_(False).eval(), tokenizer
 

@@ -124,10 +124,6 @@ def hub_reachable():
 # ---- rows of data files and of the hub's data sets
 
 
-def is_file_source(source):
-    return source.endswith((".parquet", ".jsonl", ".jsonl.gz", ".txt", ".txt.gz"))
-
-
 def read_rows(source, split="train"):
     """Yield (where, row) for every row of a .parquet, .jsonl(.gz), .txt(.gz) or .csv file or a hub data set, streaming,
     at least one; `where` names file and line."""

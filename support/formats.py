@@ -58,9 +58,7 @@ def read_generator(name):
     directory = name if os.path.isdir(name) else locate_checkpoint(os.fspath(name))
     if os.path.isfile(os.path.join(directory, "adapter_config.json")):
         values, tensors = read_fastlora(directory)
-        print(f"checkpoint {name} is in the authors' format: base {values['base']}, d_r {values['d_r']}, rank "
-              f"{values['rank']}, norm {values['norm']}, scale {values['scale']} (their alpha / r), damping 0, targets "
-              f"{', '.join(values['targets'])}")
+        print(f"checkpoint {name} is in the authors' format, so that scale is their alpha / r: {values}")
     else:
         values = read_json(os.path.join(directory, "generator_config.json"))
         tensors, _ = read_safetensors(os.path.join(directory, "generator.safetensors"))

@@ -73,11 +73,14 @@ def plot(path, rows):
         for key, title in PANELS.items():
             panels.append((title, key, [row for row in rows if key in row]))
     panels = [panel for panel in panels if panel[2]]
-    figure = Figure(figsize=(4.5 * len(panels), 3.6), layout="constrained")
+    down = math.ceil(len(panels) / 3)
+    figure = Figure(figsize=(13.5, 3.2 * down + 0.4), layout="constrained")
     methods = dict.fromkeys(row["method"] for row in rows)
     lines = {}
     for place, (title, key, drawn) in enumerate(panels, 1):
-        axes = figure.add_subplot(1, len(panels), place, title=title, xlabel=AXES[x], xscale="symlog")
+        axes = figure.add_subplot(down, 3, place, title=title, xlabel=AXES[x])
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter("{x:g}")
         axes.grid(alpha=0.3)
         for n, method in enumerate(methods):
             points = [row for row in drawn if row["method"] == method]
@@ -93,9 +96,6 @@ def plot(path, rows):
             if "shuffled" in method:
                 style["linestyle"] = ":"
             lines[method] = axes.errorbar([row[x] for row in points], values, errors, capsize=3, **style)
-        ticks = sorted({row[x] for row in drawn if row.get(x)})
-        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-        axes.minorticks_off()
         if min(row[key] for row in drawn) >= 0:
             axes.set_ylim(bottom=0)
     figure.legend(lines.values(), lines, loc="outside lower center", ncols=5, frameon=False)

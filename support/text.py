@@ -16,13 +16,14 @@ FIXED_DATE = "{%- macro strftime_now(format) -%}" + DATE + "{%- endmacro -%}"
 
 @functools.lru_cache(maxsize=8)
 def control_tokens(tokenizer, chat_template, special):
-    """Pattern of the added tokens that the chat template writes; special: and of all special tokens."""
+    """Pattern of the first character of the added tokens that the chat template writes; special: and of all special
+    tokens."""
     patterns = []
     for token in tokenizer.added_tokens_decoder.values():
         wanted = special if token.special else token.content in chat_template
         if wanted and token.content.strip():
-            patterns.append(re.escape(token.content))
-    patterns.sort(key=len, reverse=True)
+            first, rest = token.content[0], token.content[1:]
+            patterns.append(f"{re.escape(first)}(?={re.escape(rest)})")
     return re.compile("|".join(patterns) or "(?!)")
 
 
@@ -30,14 +31,8 @@ def break_up(tokenizer, text, special):
     """text with a BREAK after the first character of every control token, so that no piece between two BREAKs holds
     one; half surrogate pairs, which no tokenizer takes, are replaced."""
     control = control_tokens(tokenizer, str(tokenizer.chat_template), special)
-    rest = text.encode("utf-8", "replace").decode().replace(BREAK, "")
-    broken = ""
-    match = control.search(rest)
-    while match:
-        broken += rest[:match.start() + 1] + BREAK
-        rest = rest[match.start() + 1:]
-        match = control.search(rest)
-    return broken + rest
+    text = text.encode("utf-8", "replace").decode().replace(BREAK, "")
+    return control.sub(rf"\g<0>{BREAK}", text)
 
 
 def token_ids(tokenizer, texts, **options):

@@ -24,7 +24,4 @@ def other_contexts(parts, names, args, notes, first=None):
         if alone:
             notes.append(f"adapter-shuffled: no other context but shares a part with {', '.join(alone)}: left out of "
                          "the control and of the gap, not of the adapter's own row")
-        if count < args.controls:
-            notes.append(f"adapter-shuffled: some contexts have {count} others, so the gold is scored under {count}, "
-                         f"not under {args.controls}")
     return [some[:count] for some in others]

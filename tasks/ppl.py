@@ -3,7 +3,7 @@
 Read:    the first L tokens of a document (--context-lengths, 1,024 by default).
 Asked:   nothing. Scored: the same L tokens (reconstruction) and the L after them (completion), exp of the mean over
          documents of the token-mean nats; the first token of each is not predicted.
-Control: the first L tokens of another document, half the list away.
+Control: the first L tokens of another document.
 
 Documents with fewer than 2 L tokens, of the longest L, are left out, so that all lengths have the same documents.
 """
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from support.files import InputError, field, read_rows
 from support.text import context_ids
+from tasks.contexts import other_contexts
 
 HUB_ID = None                                               # cerebras/SlimPajama-627B cannot be read any more
 METHODS = ["closed-book", "in-context", "adapter", "adapter-shuffled"]
@@ -49,12 +50,14 @@ def settings(rows, model, tokenizer, args, notes):
     if len(documents) < 2:
         raise InputError(f"{args.data}: ppl needs 2 documents of {2 * longest} tokens, found {len(documents)}; the "
                          "control is another one")
+    names = range(len(documents))
+    others = other_contexts([{i} for i in names], names, args, [])
     for L in lengths:
         groups = []
         for i, ids in enumerate(documents):
             target = {"number": i, "cluster": f"{i} of {longest}",              # the documents depend on the longest
                       "reconstruction": ids[:L], "completion": ids[L:2 * L]}
-            groups.append((ids[:L], [documents[i - len(documents) // 2][:L]], [target]))
+            groups.append((ids[:L], [documents[others[i][0]][:L]], [target]))
         yield {"context_length": L}, METHODS, groups
 
 

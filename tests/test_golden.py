@@ -98,7 +98,7 @@ def test_checkpoint_of_the_hub(monkeypatch, capsys):
     values, tensors, base_name = formats.read_generator("owner/Generative-Adapter-v0.2")
     assert (values["scale"], len(tensors), base_name) == (0.5, 15, "tiny-random-llama")
     assert all(pattern.endswith((".json", ".safetensors")) for pattern in asked[0]["allow_patterns"])
-    assert "base tiny-random-llama" in capsys.readouterr().out
+    assert "'base': 'tiny-random-llama'" in capsys.readouterr().out
     for name in ("../up/there", "owner//name"):
         with pytest.raises(InputError, match="not a hub id"):
             formats.locate_checkpoint(name)
