@@ -9,7 +9,9 @@ tuning has rows of the sets of Table 3, or of this project's own kind, which say
     {"context": "...", "qas": [{"question": "...", "answers": ["...", ...]}], "dataset": "its name, if you like"}
     {"task": "its name", "input": "...", "output": "...", "definition": "what is to be done, if you like"}
 
-Shapes: B rows of a batch, N segments of a pass, C context chunks of a row, L tokens of a segment.
+Shapes: B rows of a batch, N segments of a pass, C context chunks of a row, L tokens of a segment. (What the paper calls
+a segment, a training text of 8,192 tokens, is a sequence here; a segment is a stretch of L tokens read under one
+adapter: a chunk, its second reading, or a conversation.)
 """
 
 import argparse
@@ -31,21 +33,22 @@ from support.bases import DEFAULT_BASE, locate_base, tokenizer_at
 from support.files import (CACHE, InputError, bad_input, count_rows, make_directory, read_rows, run_command, stamps)
 from support.text import apply_template, context_ids, document_marks, tokenize, user_turn
 
-# MetaICL is not among them: give its files
+# MetaICL, the ninth set of Table 3, is no hub data set of rows: name its files with --data
 TABLE_3 = ["stanfordnlp/coqa", "ucinlp/drop", "deepmind/narrativeqa", "qiaojin/PubMedQA:pqa_labeled",
            "textmachinelab/quail", "microsoft/ms_marco:v1.1", "kmfoda/booksum", "sggetao/PwC"]
 
 SHORTEST_CONTEXT = 16     # tokens: the shortest contexts of instruction tuning, a sentence
 CONVERSATION = 128        # tokens: a conversation may be this long even where chunks are shorter
-TEXT_SHARE = 3 / 8        # of the rows of an instruction batch: texts, where there are some
+TEXT_SHARE = 3 / 8        # of the rows of an instruction batch, with --documents: texts to reconstruct
 DEMONSTRATIONS = 64       # of a task, at most
 QUERIES = 4               # of a task, at most
-ITEMS_A_UNIT = 20         # an epoch comes to a task once for each 20 of its items
+EXAMPLES_A_UNIT = 20      # an epoch comes to a task once for each 20 of its examples, rounded up
 PACKED = 512              # documents tokenised at once
 
 
 class Batch(NamedTuple):
-    """One pass over all segments: segment j is adapted by the first visible[j] segments."""
+    """One pass over all segments: segment j is adapted by the first visible[j] segments. Segments 0 .. C-1, C =
+    max(visible), are the context chunks; the others never enter S."""
     segments: torch.Tensor     # (B, N, L) token ids, right-padded
     mask: torch.Tensor         # (B, N, L) 1 for real tokens, 0 for padding
     visible: torch.Tensor      # (N,)
@@ -159,9 +162,10 @@ class Example(NamedTuple):
 
 
 def conversation(tokenizer, pairs, limit):
-    """(ids, labels) of those questions and answers that fit into limit tokens, in the base's chat template. Labels are
-    -100 but for the answers and the token that ends each. The first question stands there exactly as user_turn shows it
-    at test time. If no pair fits, the last is truncated. A base without a template gets one question."""
+    """(ids, labels) of those pairs (question, answer) that fit into limit tokens, in the base's chat template. Labels
+    are -100 but for the answers and the token that ends each. The first question stands there exactly as user_turn
+    shows it at test time. If no pair fits, the last is truncated, and may have no label. A base without a template gets
+    one question."""
     ends = {tokenizer.eos_token_id}
     for token_id, token in tokenizer.added_tokens_decoder.items():
         if token.special:
@@ -175,11 +179,11 @@ def conversation(tokenizer, pairs, limit):
         else:
             prompt = apply_template(tokenizer, messages + turn[:1], add_generation_prompt=True)
             full = apply_template(tokenizer, messages + turn)
-        start = len(os.path.commonprefix([prompt, full]))                      # of the answer; it takes lists too
-        stop = start                                                           # its end token
+        start = len(os.path.commonprefix([prompt, full]))      # where the answer begins: it works on lists as on paths
+        stop = start                                            # where its end token stands, which is a target too
         while stop < len(full) and full[stop] not in ends:
             stop += 1
-        if start < len(prompt):                # a token of full joins the prompt's end and the answer's beginning
+        if start < len(prompt):                # the tokenizer joined the prompt's end and the answer: apart, then
             answer_ids = tokenize(tokenizer, [answer])[0]
             full = prompt + answer_ids + full[stop:]
             start = len(prompt)
@@ -187,7 +191,7 @@ def conversation(tokenizer, pairs, limit):
         if full[:len(ids)] != ids:             # the template writes earlier turns differently: keep what stands
             break
         if len(full) > limit and (ids or number < len(pairs)):
-            continue
+            continue                           # too long, and not the last hope
         labels += [-100] * (start - len(labels)) + full[start:stop + 1]
         labels += [-100] * (len(full) - len(labels))
         ids = full
@@ -198,28 +202,28 @@ def conversation(tokenizer, pairs, limit):
 
 
 def document_context(tokenizer, documents, k, length, random):
-    """(texts, pairs): document k, whole, and distractors, others of its source in random order, while all fit in length
-    tokens. Their questions may be asked too."""
+    """(texts, pairs): document k, whole, then other documents of its source in random order, up to the first that no
+    longer fits into length tokens; the questions of all of them, in random order."""
     source, text, pairs = documents[k]
     texts, pairs = [text], list(pairs)
     used = len(tokenize(tokenizer, [text])[0])
     for i in random.permutation(len(documents)):
-        other, text, more = documents[i]
-        if other != source or i == k:
+        other_source, other_text, other_pairs = documents[i]
+        if other_source != source or i == k:
             continue
-        used += 2 + len(tokenize(tokenizer, [text])[0])                        # a blank line stands before it
+        used += 2 + len(tokenize(tokenizer, [other_text])[0])                  # a blank line stands before it
         if used > length:
             break
-        texts.append(text)
-        pairs += more
+        texts.append(other_text)
+        pairs += other_pairs
     random.shuffle(texts)
     random.shuffle(pairs)
     return texts, pairs
 
 
 def task_context(tokenizer, definition, examples, length, random):
-    """(texts, pairs) of a task: its definition and demonstrations, the first whole, more while all fit in length
-    tokens; then queries, which are other examples."""
+    """(texts, pairs) of a task: its definition and demonstrations, the first of these texts always, the next while all
+    fit into length tokens (so a short context may be a definition alone); queries, which are other examples."""
     chosen = [examples[i] for i in random.permutation(len(examples))[:QUERIES + DEMONSTRATIONS]]
     queries = min(QUERIES, len(chosen) - 1)
     pairs = [(demonstration(text, ""), outputs) for text, outputs in chosen[:queries]]
@@ -314,9 +318,9 @@ class PretrainingData:
 
 
 class InstructionData:
-    """Contexts of up to chunks x chunk tokens, each with a conversation about it; validation asks about documents. An
-    epoch has a unit for every document, and one for each 20 examples of a task. With args.documents, three rows of
-    eight are texts of up to a chunk to reconstruct, so that questions do not undo the memory."""
+    """Contexts of up to chunks x chunk tokens, each with a conversation about it; validation asks about documents. A
+    unit is what a row is drawn from: a document, or a task. With args.documents, three rows of eight are texts of up to
+    a chunk to reconstruct, so that training on questions does not unlearn reconstruction."""
 
     def __init__(self, args, tokenizer):
         self.args = args
@@ -341,7 +345,7 @@ class InstructionData:
         self.units = list(range(len(self.documents)))
         for task, (_, examples) in self.tasks.items():
             if len(examples) > 1:
-                self.units += [task] * math.ceil(len(examples) / ITEMS_A_UNIT)
+                self.units += [task] * math.ceil(len(examples) / EXAMPLES_A_UNIT)
         self.steps_per_epoch = len(self.units) / self.question_rows
 
         half = min(args.eval_sequences, len(held_out)) // 2
@@ -358,6 +362,7 @@ class InstructionData:
     def batches(self, step):
         """Yield the global batches of this step and all later ones: rows of questions, then rows of texts."""
         args = self.args
+        # the units in an order shuffled anew each epoch: sequences of one number
         units = sequences(np.arange(len(self.units)), 1, step * self.question_rows, args.seed)
         texts = sequences(self.text, args.chunk, step * self.text_rows, args.seed)
         while True:
@@ -369,7 +374,7 @@ class InstructionData:
             random = np.random.default_rng((args.seed, 3, step))
             for ids in itertools.islice(texts, self.text_rows):
                 ids = ids[:context_length(args.chunks * args.chunk, random)].tolist()
-                examples.append(Example(ids, ids, ids))
+                examples.append(Example(ids, ids, ids))         # the conversation is the context itself
             yield instruction_batch(examples, self.tokenizer.pad_token_id, args.chunk)
             step += 1
 
@@ -400,10 +405,10 @@ def open_tokens(sources, tokenizer, path=None):
         "dtype": "uint32"}
     if len(tokenizer) <= 65_536:
         facts["dtype"] = "uint16"
-    if len(sources) == 1 and sources[0].endswith(".bin"):
-        path = sources[0]
-    elif path is not None:
+    if path is not None:
         pack(sources, tokenizer, facts, path)
+    elif len(sources) == 1 and sources[0].endswith(".bin"):
+        path = sources[0]
     else:
         files = json.dumps([facts, sources, *map(stamps, sources)])
         key = hashlib.sha256(files.encode()).hexdigest()[:16]
@@ -418,7 +423,7 @@ def open_tokens(sources, tokenizer, path=None):
             packed = json.load(file)
         tokens = np.memmap(path, dtype=facts["dtype"], mode="r")
         facts["tokens"] = len(tokens)
-        fits = packed | facts == packed
+        fits = packed | facts == packed                 # all facts are as in the file
     except (OSError, ValueError, TypeError) as error:
         raise InputError(f"{path} is not a packed token file: {error}") from None
     if not fits:
@@ -462,9 +467,9 @@ def pack(sources, tokenizer, facts, path):
 
 
 def sequences(tokens, length, first, seed):
-    """Yield the training sequences (length,) from number `first` on of the endless stream of epochs: each shuffles
-    tokens (T,) cut into pieces, from a fresh offset below length. Sequence i is the same for any number of processes,
-    so the data position is one integer."""
+    """Yield the endless stream of training sequences (length,), from number `first` on. Each epoch cuts tokens (T,)
+    into pieces, from a random offset below length on, and shuffles them. Sequence i is the same for any number of
+    processes, so the data position is one integer."""
     per_epoch = (len(tokens) - length + 1) // length                           # as many as fit at any offset
     if per_epoch < 1:
         raise InputError(f"the training text has {len(tokens)} tokens, fewer than two sequences of {length}: give more "

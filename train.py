@@ -38,8 +38,8 @@ from generator import NORMS, GeneratorConfig
 from model import DEFAULT_BASE, AdaptedLM, load_base
 from support.files import InputError, make_directory, read_json, read_safetensors, run_command
 
-CLIP = 1.0                # largest gradient norm (appendix B)
-WEIGHT_DECAY = 0.01       # AdamW's (appendix B)
+CLIP = 1.0                # largest gradient norm, as in the released code; the paper names none
+WEIGHT_DECAY = 0.01       # AdamW's (appendix B, which says Adam)
 MAX_SKIPPED = 10          # steps in a row without a finite gradient before the run gives up
 KEPT = 2                  # the newest checkpoints that a run keeps
 SHAPE = ("d_r", "rank", "scale", "targets")             # of a generator: a --checkpoint decides them
@@ -53,13 +53,14 @@ FREE = ("out", "resume", "micro_batch", "device", "checkpointing", "eval_every",
 
 
 def loss_weights(labels, C, objective):
-    """Weight (B, N) of each segment's loss, from labels (B, N, L) of the whole global batch: eq. 5, its log-likelihoods
-    as token means: reconstruction over segments C .. N-1, completion over 1 .. C-1; segment 0 has no adapter. (Released
-    code: one token mean over all 2C segments.) Rows that begin with a question, unlabelled, have their own mean."""
+    """Weight (B, N) of each segment's summed nats, from labels (B, N, L) of the whole global batch, so that the
+    weighted sum is eq. 5 with token means for its log-likelihoods: one mean over segments C .. N-1 (reconstruction), one over
+    1 .. C-1 (completion). Segment 0 has no adapter and no weight. (Released code: one token mean over all 2C segments.)
+    In instruct segment C is a conversation or a text, and each kind has its own mean."""
     targets = (labels[:, :, 1:] != -100).sum(-1)                        # (B, N)
     weights = torch.zeros(targets.shape)
     if objective != "completion":
-        texts = labels[:, -1, 0] != -100
+        texts = labels[:, -1, 0] != -100                        # a conversation opens with an unlabelled question
         for rows in (texts, ~texts):
             weights[rows, C:] = 1 / targets[rows, C:].sum().clamp(min=1)
     if objective != "reconstruction":
@@ -98,7 +99,7 @@ def train(args):
     if args.batch % world:
         raise InputError("--batch must be a multiple of the number of processes")
     if args.dtype == "bfloat16":
-        if device.type == "cuda":                       # it holds the bf16 factors of S exactly; norm avoids it
+        if device.type == "cuda":                       # exact for the bf16 factors of S; norm takes float64 instead
             torch.backends.cuda.matmul.fp32_precision = "tf32"
         elif args.chunk <= 256:                         # the backward pass of the fused attention is far slower
             base.set_attn_implementation("eager")
@@ -118,7 +119,7 @@ def train(args):
     parameters = list(model.generator.parameters())
     layers = model.generator.layers
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, args.beta2), weight_decay=WEIGHT_DECAY, fused=True)
-    for p in parameters:                                # as its first step would make it; a checkpoint fills it
+    for p in parameters:                                # AdamW's state, made now: a checkpoint or process 0 fills it
         p.grad = torch.zeros_like(p)
         optimizer.state[p] = {
             "step": torch.zeros((), device=device),
@@ -166,7 +167,8 @@ def train(args):
         C = int(batch.visible.max())
         weights = loss_weights(batch.labels, C, args.objective)         # (B, N)
         targets = batch.labels.masked_fill(weights[:, :, None] == 0, -100)      # no lm_head for them
-        sums = torch.zeros(4, device=device)            # loss of completion, all loss, tokens read, processes to stop
+        # summed over processes: loss of completion, whole loss, context tokens read, signals to stop
+        sums = torch.zeros(4, device=device)
         for rows in mine.split(args.micro_batch):
             segments = batch.segments[rows].to(device)                  # (b, N, L)
             mask = batch.mask[rows].to(device)
@@ -188,7 +190,8 @@ def train(args):
             dist.all_reduce(sums)
         completion, loss, read, stop = sums.tolist()
 
-        # layer by layer, where the paper clips all at once: a jump in one layer's gradient should not cost all the step
+        # each layer by itself, where the released code clips all at once: a jump in one layer's gradient then shrinks
+        # that layer's step alone; together they stay within CLIP
         norms = [clip_grad_norm_(layer.parameters(), CLIP / len(layers) ** 0.5) for layer in layers]
         norm = torch.stack(norms).norm().item()
         lr = learning_rate(args, step)
@@ -235,9 +238,9 @@ def train(args):
 
 @torch.no_grad()
 def validate(args, model, batch, rank, world):
-    """Token-mean losses (n, 3) of the n items of a fixed batch: of the second half (reconstruction, or the answers); of
-    the context itself (completion); of the second half under the context of another item, the control, which tells
-    memory from a mere change of style. NaN where there is no target."""
+    """Token-mean losses (n, 3) of the n items of a fixed batch. Column 0: the second half (reconstruction, or the
+    answers) under the item's own context; 1: the context itself (completion); 2: as 0 under the context of another
+    item, the control, which tells memory from a mere shift towards the data's style. NaN where there is no target."""
     n = len(batch.segments)
     C = int(batch.visible.max())
     device = model.base.device
@@ -254,15 +257,15 @@ def validate(args, model, batch, rank, world):
             segments, mask, labels = inputs
             nll, count = model.segment_losses(segments, mask, batch.visible, labels)            # (b, N)
             losses[rows, column] = nll[:, C:].sum(1) / count[:, C:].sum(1)
-            losses[rows, 1] = nll[:, 1:C].sum(1) / count[:, 1:C].sum(1)         # in the end the own context's
+            losses[rows, 1] = nll[:, 1:C].sum(1) / count[:, 1:C].sum(1)         # the own context comes last, and stays
     if world > 1:
         dist.all_reduce(losses)
     return losses.cpu()
 
 
 def report(args, step, losses):
-    """Append the means of losses (n, 3) to validation.jsonl and print them, with what is remembered: how much better
-    the own context is than the control, its mean and standard error over the items."""
+    """Append the means of losses (n, 3) to validation.jsonl and print them, with gap = control - own, which is what
+    the memory is worth in nats a token, and its standard error over the items."""
     second = "reconstruction"
     if args.stage == "instruct":
         second = "answer"
@@ -388,7 +391,7 @@ def arguments(argv=None):
     add("--scale", type=float, help="of the adapter: s")
     add("--targets", nargs="+", help="linear layers with adapters, o_proj or down_proj for example")
     add("--norm", choices=NORMS, help="default svd")
-    add("--damping", type=float, help="of norm, which bounds its gradient: default 0.01; the paper has none, 0")
+    add("--damping", type=float, help="lambda / sigma_1 in norm, bounds its gradient; default 0.01, the paper: 0")
     add("--dtype", choices=["float32", "bfloat16"],
         help="of the base; generator and S stay fp32. Default bfloat16 where the hardware has it; finetune float32, "
              "where steps of 1e-5 do not round away")
@@ -433,9 +436,9 @@ def check(args):
 
 
 def fill_recipe(args, base):
-    """Fill what the command line left open. A base of width 2,048 or more gets the paper's recipe (appendix B;
-    model_type llama stands for Llama2), but damping 0.01; a smaller one a recipe for minutes on a CPU: one chunk, so no
-    completion, and for its few hundred steps another beta2 of AdamW, which is no flag."""
+    """Fill what the command line left open. A base of width 2,048 or more gets the paper's recipe (appendix B; one of
+    model_type llama Llama2's, any other Mistral's), but damping 0.01; a smaller one a recipe for minutes on a CPU: one
+    chunk, so no completion, and, since it has 100 steps, beta2 0.98 in AdamW (no flag)."""
     instruct = args.stage == "instruct"
     defaults = {"norm": "svd", "damping": 1e-2, "objective": "both"}
     if base.config.get_text_config().hidden_size >= 2048:
@@ -447,7 +450,7 @@ def fill_recipe(args, base):
         if instruct:
             defaults |= {"batch": 32, "lr": 5e-5}
         else:
-            defaults["steps"] = 15_259                                      # 1 B tokens
+            defaults["steps"] = 15_259                                      # x 8 x 8 x 1,024: 1 B tokens
     else:
         defaults |= {"d_r": 192, "rank": 64, "scale": 1.0, "targets": ["down_proj"], "init": "aligned",
                      "chunk": 16, "chunks": 1, "batch": 32, "micro_batch": 32, "warmup": 15, "lr": 6e-3}
@@ -487,7 +490,8 @@ def adapted_model(args, base):
 
 
 def keep_freed_memory():
-    """glibc gives large freed blocks back to the system: a step on a CPU then spends a fifth of its time on them."""
+    """Keep freed memory in the process: glibc gives large blocks back to the system, and a step on a CPU then spends a
+    fifth of its time on getting them again."""
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         libc.mallopt(-4, 0)                             # M_MMAP_MAX: never by mmap

@@ -1,5 +1,9 @@
-"""The baselines of appendix B and C: full fine-tuning of the base on questions (SFT) and on the documents first (CPT),
-then evaluated closed-book. train.py --stage finetune hands over to it, evaluate.py for MetaICL's fine-tuned rows."""
+"""The baselines of appendix C: full fine-tuning of the base on questions (SFT) and on the documents first (CPT), then
+evaluated closed-book. train.py --stage finetune hands over to it, evaluate.py for MetaICL's fine-tuned rows.
+
+Not as in the paper: one learning rate (--lr, 1e-5) for CPT and SFT, and the patience of three epochs that it has for
+MetaICL in document QA too.
+"""
 
 import functools
 import json
@@ -71,14 +75,14 @@ def fit_base(base, train, validation, lr, batch_size, epochs, seed):
                                  "float32; evaluate.py: leave fine-tuned out with --method)")
             optimizer.step()
             optimizer.zero_grad()
-    base.load_state_dict(best, strict=False)
+    base.load_state_dict(best, strict=False)            # nothing, where there is no validation
     base.requires_grad_(False)
     return history
 
 
 def fit_task(base, tokenizer, train, validation, seed):
-    """MetaICL's fine-tuned baseline (appendix C): fit the base to rows with question and golds. Its parameters get new
-    data: the caller, who kept the old, puts it back."""
+    """MetaICL's fine-tuned baseline (appendix C): fit the base to rows with question and golds. Each p.data becomes a
+    new fp32 tensor: the caller keeps the old ones and puts them back."""
     limit = base.config.get_text_config().max_position_embeddings
     examples = []
     for row in train + validation:
@@ -124,7 +128,7 @@ def finetune(args):
     history = []
     if samples:
         print(f"continual pretraining on {len(samples)} samples, 8 epochs")
-        fit_base(base, samples, [], args.lr, 16, 8, args.seed)
+        fit_base(base, samples, [], args.lr, batch_size=16, epochs=8, seed=args.seed)
     if train:
         print(f"supervised fine-tuning on {len(train)} questions, early stopping on {len(validation)}")
         history = fit_base(base, train, validation, args.lr, args.batch, args.epochs, args.seed)
