@@ -177,11 +177,12 @@ def main():
     add("--only", default="", help="measure only what starts with this")
     add("--count", action="store_true", help="only count a training step as a GPU would run it (tests/count.py)")
     add("--chunk", type=int, help="--count: tokens of a chunk; default the shape's")
+    add("--checkpointing", type=int, default=12, help="--count: blocks recomputed, besides none and all")
     args = parser.parse_args()
     _, _, C, L, _ = SHAPES[args.shape]
     if args.count:
         args.dtype = "bfloat16"
-        return count.report(make(args, torch.device("meta")), args.batch, C, args.chunk or L)
+        return count.report(make(args, torch.device("meta")), args.batch, C, args.chunk or L, args.checkpointing)
     args.dtype = args.dtype or str(default_dtype(torch.device(args.device))).removeprefix("torch.")
     jobs = {"norm": (norm, []), "contextualising": (contextualising, [])}
     for kind in ("base", "step", "checkpointing"):

@@ -137,10 +137,10 @@ def on_meta(targets):
         torch.backends.mkldnn.matmul.fp32_precision = tf32
 
 
-def report(model, batch, C, L):
+def report(model, batch, C, L, checkpointing):
     """Print what a pass over `batch` sequences of C chunks of L tokens counts, forward and backward, with no block
-    recomputed, with the first 12, Mistral-7B's fewest that leave a tenth of 80 GB free, and with all; and tokens/s of
-    steps of eight such passes and what comes once a step, clipping and AdamW (train.py), on one H100 or on eight."""
+    recomputed, with the first `checkpointing` and with all; and tokens/s of steps of eight such passes and what comes
+    once a step, clipping and AdamW (train.py), on one H100 or on eight."""
     print(f"counted, not measured: {type(model.base).__name__}, {str(model.base.dtype)[6:]}, a pass of {batch} x {C} x "
           f"{L} tokens; seconds at {SHARES[1]:.0%} of the products' peak")
     segments, _, visible, _ = doubled(torch.zeros(batch, C * L, dtype=torch.long, device="meta"), C)   # (B, 2C, L)
@@ -158,7 +158,7 @@ def report(model, batch, C, L):
                             weight_decay=0.01, eps=1e-8, amsgrad=False, maximize=False)
         torch._foreach_zero_(gradients)
     reduce = 2 * 7 / 8 * 4 * sum(p.numel() for p in parameters) / NVLINK
-    for n in sorted({0, min(12, len(model.blocks)), len(model.blocks)}):
+    for n in sorted({0, min(checkpointing, len(model.blocks)), len(model.blocks)}):
         model.checkpointing = n
         with on_meta(batch * (2 * C - 1) * (L - 1)) as one_pass:
             one_pass.own([*model.base.parameters(), *parameters, *gradients, *moments, *squares])
