@@ -1,4 +1,4 @@
-"""The aligned start against second moments in plain float64 loops and a general eigenproblem."""
+"""The aligned start against second moments in plain float64 and a general eigenproblem."""
 
 import pytest
 import torch
@@ -10,19 +10,12 @@ from extras import aligned
 
 def plain_moments(base, l, batches):
     """Rows h_{i+1}, z_i and e_{i+1} of a block and its down_proj, i >= 1, in float64."""
-    h, z, e = [], [], []
-    linear, seen = base.model.layers[l].mlp.down_proj, []
-    hook = linear.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    for ids in batches:
-        seen.clear()
-        H = base.model(ids, output_hidden_states=True).hidden_states[l]
-        for b in range(len(ids)):
-            for i in range(1, ids.shape[1] - 1):
-                h.append(rms_norm(H[b, i + 1]).double())
-                z.append(seen[0][b, i].double())
-                e.append(base.get_input_embeddings().weight[ids[b, i + 1]].double())
+    ids, seen = torch.cat(batches), []
+    hook = base.model.layers[l].mlp.down_proj.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    H = base.model(ids, output_hidden_states=True).hidden_states[l]
     hook.remove()
-    return torch.stack(h), torch.stack(z), torch.stack(e)
+    rows = rms_norm(H)[:, 2:], seen[0][:, 1:-1], base.get_input_embeddings()(ids[:, 2:])
+    return [x.flatten(0, 1).double() for x in rows]
 
 
 @torch.no_grad()
