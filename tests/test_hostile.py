@@ -101,10 +101,7 @@ def read_everything(source, tokenizer, path):
             data.instruction_batch([example], tokenizer.pad_token_id, 32)
 
     def pack():
-        out = os.path.join(path, "out.bin")
-        assert len(data.open_tokens([source], tokenizer, out)) > 0
-        os.remove(out)
-        os.remove(out + ".json")
+        assert len(data.open_tokens([source], tokenizer, source + ".bin")) > 0
 
     return [run(path, action) for action in (instruct, pack, lambda: msc.load(source))]
 
@@ -114,8 +111,10 @@ def test_fuzz_rows(tmp_path):
     of a megabyte."""
     draw, tokenizer, good = random.Random(0), chat_tokenizer(), 0
     for case in range(1000):
+        directory = tmp_path / str(case)
+        directory.mkdir()
         kind = draw.choice(["jsonl"] * 6 + ["txt", "txt", "jsonl.gz", "parquet" if case % 2 else "txt.gz"])
-        source = str(tmp_path / f"{case}.{kind}")
+        source = directory / f"rows.{kind}"
         rows = [distort(draw, draw.choice(ROWS)) for _ in range(draw.choice([1, 1, 3]))]
         content = b"\n".join(json.dumps(row).encode() for row in rows)
         if kind == "parquet":
@@ -125,15 +124,13 @@ def test_fuzz_rows(tmp_path):
             except (pyarrow.ArrowException, UnicodeEncodeError, OverflowError):
                 bad = pyarrow.array([b"\xff\xfe"]).cast(pyarrow.string(), safe=False)
                 pyarrow.parquet.write_table(pyarrow.table({"text": bad}), source)
-            content = open(source, "rb").read()
+            content = source.read_bytes()
         elif kind.startswith("txt"):
             content = draw.choice(TEXTS).encode("utf-8", "surrogatepass") * draw.choice([1, 5])
         if kind.endswith(".gz"):
             content = gzip.compress(content)
-        with open(source, "wb") as file:
-            file.write(corrupt(draw, content) if draw.random() < 0.5 else content)
-        good += any(read_everything(source, tokenizer, str(tmp_path)))
-        os.remove(source)
+        source.write_bytes(corrupt(draw, content) if draw.random() < 0.5 else content)
+        good += any(read_everything(str(source), tokenizer, str(directory)))
     assert 200 < good < 900                                  # neither all sound nor all broken
     for content in (b"[" * 2**20, b'{"text": "' + b"<|im_end|>" * 10**5 + b'"}', b"\0" * 2**20, b'{"a": ' * 10**5):
         (tmp_path / "m.jsonl").write_bytes(content)
