@@ -3,7 +3,6 @@
 import itertools
 import multiprocessing
 import os
-import runpy
 import shutil
 import signal
 import socket
@@ -30,10 +29,10 @@ with tempfile.TemporaryDirectory() as directory:                # what transform
 
 
 def start(line, printed, cwd=ROOT, cache=None, life=0, kept=2, **environment):
-    """A multiprocessing.Process that runs python with the command line `line`, a script or -c, in cwd; what it prints
+    """A multiprocessing.Process that runs python with the command line `line`, train.py or -c, in cwd; what it prints
     goes to the file `printed`. cache: the project's, by default beside that file; life: see kill_at."""
     cache = str(cache or os.path.join(os.path.dirname(printed), "cache"))
-    process = context.Process(target=child, args=(line, str(printed), str(cwd), cache, life, kept, environment))
+    process = context.Process(target=child, args=(line, printed, cwd, cache, life, kept, environment))
     # the server that forks, started with the first process, looks for its preload here and nowhere else
     with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join([os.path.join(ROOT, "tests"), ROOT])):
         process.start()
@@ -53,10 +52,8 @@ def child(line, printed, cwd, cache, life, kept, environment):
         kill_at(life)
     if line[0] == "-c":
         exec(line[1], {"__name__": "__main__"})
-    elif line[0] == "train.py":
-        run_command(train.main)
     else:
-        runpy.run_path(os.path.join(ROOT, line[0]), run_name="__main__")
+        run_command(train.main)
 
 
 def kill_at(life):

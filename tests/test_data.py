@@ -3,9 +3,8 @@
 import gzip
 import json
 import os
+import re
 import signal
-import subprocess
-import sys
 import time
 from argparse import Namespace
 
@@ -16,10 +15,9 @@ import pytest
 import torch
 
 import data
-from conftest import ROOT
 from data import (Example, InstructionData, conversation, doubled, instruction_batch, instruction_example,
                   load_instructions, open_tokens, sequences, split_into_chunks)
-from support.files import InputError, read_rows, run_command
+from support.files import InputError, run_command
 from support.text import user_turn
 
 GOLDEN = json.load(open(os.path.join(os.path.dirname(__file__), "golden", "text_golden.json"), encoding="utf-8"))
@@ -37,10 +35,6 @@ def write_rows(path, rows):
     return str(path)
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# packing
-
-
 def test_pack_every_kind_of_file(tmp_path, tokenizer, monkeypatch):
     """Documents between <s> and </s>, PACKED of them at a time; rows of null text are left out. Packed once."""
     texts = ["Eine Zeile.", "naïve — ≠ ascii\n\nsecond paragraph", "x" * 700, ""]
@@ -54,58 +48,48 @@ def test_pack_every_kind_of_file(tmp_path, tokenizer, monkeypatch):
         assert tokens.dtype == np.uint16 and tokens.tolist() == sum(packed, [])
     (tmp_path / "b.txt.gz").write_bytes(gzip.compress(texts[1].encode()))
     mine = str(tmp_path / "t.bin")
-    assert open_tokens([str(tmp_path / "b.txt.gz"), jsonl], tokenizer, mine).tolist() == sum([packed[1], *packed], [])
-    assert open_tokens([mine], tokenizer).tolist() == sum([packed[1], *packed], [])
+    for files in ([str(tmp_path / "b.txt.gz"), jsonl, mine], [mine]):
+        assert open_tokens(files[:2], tokenizer, *files[2:]).tolist() == sum([packed[1], *packed], [])
     monkeypatch.setattr(data, "pack", lambda *_: pytest.fail("packed twice"))
     assert open_tokens([jsonl], tokenizer).tolist() == sum(packed, [])
 
 
 def test_bad_token_files(tmp_path, tokenizer):
     """Of another tokenizer, cut short, or none; sources that are missing or damaged leave nothing behind."""
-    (tmp_path / "a.txt").write_text("Some words.")
-    path = str(tmp_path / "t.bin")
-    open_tokens([str(tmp_path / "a.txt")], tokenizer, path)
-    tokenizer.eos_token = "<unused>"
-    with pytest.raises(InputError, match="another tokenizer"):
-        open_tokens([path], tokenizer)
-    tokenizer.eos_token = "</s>"
-    with open(path, "ab") as file:
-        file.write(b"12")
     damaged = gzip.compress(b'{"text": "a"}\n' * 2000)
-    files = {"x.bin": b"12345", "bad.parquet": b"nonsense", "bad.jsonl.gz": b"nonsense",
+    files = {"a.txt": b"Some words.", "x.bin": b"12345", "bad.parquet": b"nonsense",
              "cut.jsonl.gz": damaged[:30] + b"????" + damaged[34:], "f.jsonl": b'{"text": "a"}\n{"txt": "b"}\n',
              "bytes.jsonl": b'{"text": "a"}\n' * 89 + b'{"text": "\xff"}\n'}
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
-    for name, words in (("t.bin", "cut short"), ("x.bin", "x.bin is not a packed token file"),
+    for name in ("t.bin", "cut.bin"):
+        open_tokens([str(tmp_path / "a.txt")], tokenizer, str(tmp_path / name))
+    with open(tmp_path / "cut.bin", "ab") as file:
+        file.write(b"12")
+    for name, words in (("cut.bin", "cut short"), ("x.bin", "x.bin is not a packed token file"),
                         ("no.parquet", "no.parquet: no such file"), ("no.txt", "no.txt: no such file"),
-                        ("bad.parquet", "cannot be read"), ("bad.jsonl.gz", "cannot be read"),
-                        ("cut.jsonl.gz", "cannot be read"), ("f.jsonl", "f.jsonl line 2: field 'text'"),
-                        ("bytes.jsonl", "bytes.jsonl line 90")):
+                        ("bad.parquet", "cannot be read"), ("cut.jsonl.gz", "cannot be read"),
+                        ("f.jsonl", "f.jsonl line 2: field 'text'"), ("bytes.jsonl", "bytes.jsonl line 90")):
         with pytest.raises(InputError, match=words):
             open_tokens([str(tmp_path / name)], tokenizer)
+    tokenizer.eos_token = "<unused>"
+    with pytest.raises(InputError, match="another tokenizer"):
+        open_tokens([str(tmp_path / "t.bin")], tokenizer)
     assert {path.suffix for path in (tmp_path / "cache").iterdir()} == {".lock"}
 
 
 def test_sequences_are_an_endless_shuffled_stream():
-    tokens, length = np.arange(1003, dtype=np.uint16), 10
-    per_epoch = 99  # a fresh offset of up to 9 tokens may cost one
-
     def take(first, count, seed=1):
-        stream = sequences(tokens, length, first, seed)
+        stream = sequences(np.arange(1003, dtype=np.uint16), 10, first, seed)
         return torch.stack([next(stream) for _ in range(count)])
 
-    seen = take(0, 3 * per_epoch)
+    seen = take(0, 3 * 99)                              # an epoch: a fresh offset of up to 9 tokens may cost one of 100
     assert (seen[:, 1:] - seen[:, :-1] == 1).all()                             # each is a run of the text
-    epochs = seen[:, 0].view(3, per_epoch)
-    assert all(len(set(e.tolist())) == per_epoch for e in epochs)              # each epoch reads a sequence once
-    assert len({e[0].item() % length for e in epochs}) > 1                     # and cuts elsewhere
+    epochs = seen[:, 0].view(3, 99)
+    assert all(len(set(e.tolist())) == 99 for e in epochs)                     # each epoch reads a sequence once
+    assert len({e[0].item() % 10 for e in epochs}) > 1                         # and cuts elsewhere
     assert torch.equal(torch.cat([take(first, 7) for first in range(0, 280, 7)]), seen[:280])
     assert not torch.equal(take(0, 70, seed=2), seen[:70])                     # position and seed alone decide
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# segments
 
 
 def test_doubled_copy():
@@ -125,8 +109,8 @@ def test_chunks_as_the_authors_cut_them(case):
     segments, mask = segments[0, :-1], mask[0, :-1]
     assert segments.shape == (case["num_chunks"], case["chunk_len"]) and (mask == 0).sum() == case["pads"]
     assert segments[mask.bool()].tolist() == ids
-    if "input_ids" in case:
-        assert segments.tolist() == case["input_ids"] and mask.tolist() == case["attention_mask"]
+    assert segments.tolist() == case.get("input_ids", segments.tolist())
+    assert mask.tolist() == case.get("attention_mask", mask.tolist())
 
 
 def test_instruction_batch():
@@ -139,51 +123,41 @@ def test_instruction_batch():
     assert labels[:, 2].tolist() == [[-100, 8, -100, -100], [-100] * 4]
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# instruction tuning
-
-
 def test_conversation_labels(tokenizer):
     """Only the answers and the token that ends each are targets; the first question is the prompt of evaluation."""
-    def answers(labels):
-        return tokenizer.decode([t for t in labels if t != -100])
+    def check(template, pairs, text, answers):
+        tokenizer.chat_template = template
+        ids, labels = conversation(tokenizer, pairs, limit=100)
+        assert tokenizer.decode([t for t in labels if t != -100]) == answers
+        assert text is None or tokenizer.decode(ids) == text
+        assert all(t in (-100, i) for t, i in zip(labels, ids))
+        prompt = user_turn(tokenizer, pairs[0][0])
+        assert ids[:len(prompt)] == prompt
+        return tokenizer.decode(prompt)
 
-    tokenizer.chat_template = CHATML
-    ids, labels = conversation(tokenizer, [("Who?", "Ana."), ("x" * 200, "y"), ("Où?", "Nîmes")], limit=100)
-    assert tokenizer.decode(ids) == ("<s>user: Who?</s>\n<s>assistant: Ana.</s>\n"
-                                     "<s>user: Où?</s>\n<s>assistant: Nîmes</s>\n")
-    assert answers(labels) == "Ana.</s>Nîmes</s>" and all(t in (-100, i) for t, i in zip(labels, ids))
-    prompt = user_turn(tokenizer, "Who?")
-    assert ids[:len(prompt)] == prompt and len(conversation(tokenizer, [("x" * 200, "y")], limit=100)[0]) == 100
-    repeated = [("x" * 200, "y"), ("b", "c"), ("x" * 200, "y")]             # too long first and last: the other is kept
-    assert conversation(tokenizer, repeated, limit=100) == conversation(tokenizer, repeated[1:2], limit=100)
+    two, long = [("Who?", "Ana."), ("b", "c")], ("x" * 200, "y")
+    check(CHATML, [two[0], long, ("Où?", "Nîmes")], "<s>user: Who?</s>\n<s>assistant: Ana.</s>\n"
+          "<s>user: Où?</s>\n<s>assistant: Nîmes</s>\n", "Ana.</s>Nîmes</s>")
+    assert len(conversation(tokenizer, [long], limit=100)[0]) == 100
+    # too long first and last: the other is kept
+    assert conversation(tokenizer, [long, two[1], long], limit=100) == conversation(tokenizer, two[1:], limit=100)
     # a template that writes the last turn in its own way (Qwen3's thinking): one question, its labels in place
-    tokenizer.chat_template = CHATML.replace(
+    last = CHATML.replace(
         "{{ m['content'] }}", "{% if loop.last and m['role'] == 'assistant' %}~{% endif %}{{ m['content'] }}")
-    ids, labels = conversation(tokenizer, [("Who?", "Ana."), ("b", "c")], limit=100)
-    assert tokenizer.decode(ids) == "<s>user: Who?</s>\n<s>assistant: ~Ana.</s>\n" and answers(labels) == "~Ana.</s>"
+    check(last, two, "<s>user: Who?</s>\n<s>assistant: ~Ana.</s>\n", "~Ana.</s>")
     # Qwen3's template asks for thinking unless it is told not to: the prompt then ends with the empty thought
-    tokenizer.chat_template = tokenizer.chat_template.replace(
-        "<s>assistant: {%", "<s>assistant: {% if enable_thinking is false %}~{% endif %}{%")
-    ids, labels = conversation(tokenizer, [("Who?", "Ana.")], limit=100)
-    assert tokenizer.decode(user_turn(tokenizer, "Who?")) == "<s>user: Who?</s>\n<s>assistant: ~"
-    assert answers(labels) == "Ana.</s>"
+    thinking = last.replace("<s>assistant: {%", "<s>assistant: {% if enable_thinking is false %}~{% endif %}{%")
+    assert check(thinking, two[:1], None, "Ana.</s>") == "<s>user: Who?</s>\n<s>assistant: ~"
     # Gemma's turns do not end with eos
-    tokenizer.chat_template = CHATML.replace("</s>", "<unused>")
-    ids, labels = conversation(tokenizer, [("Who?", "Ana."), ("b", "c")], limit=100)
-    assert answers(labels) == "Ana.<unused>c<unused>"
+    check(CHATML.replace("</s>", "<unused>"), two, None, "Ana.<unused>c<unused>")
     # a prompt that ends with a space, which joins the answer's first token: both stand as they do at test time
     tokenizer.add_tokens([" Ana"])
-    tokenizer.chat_template = CHATML.replace("{{ m['content'] }}", " {{ m['content'] }}").replace("t: {%", "t:  {%")
-    ids, labels = conversation(tokenizer, [("Who?", "Ana."), ("b", "c")], limit=100)
-    prompt = user_turn(tokenizer, "Who?")
-    assert ids[:len(prompt)] == prompt and answers(labels) == "Ana.</s>"
-    tokenizer.chat_template = None
-    ids, labels = conversation(tokenizer, [("Who? ", "Ana"), ("b", "c")], limit=100)
-    assert tokenizer.decode(ids) == "<s>Who? Ana</s>" and answers(labels) == "Ana</s>"
+    spaced = CHATML.replace("{{ m['content'] }}", " {{ m['content'] }}").replace("t: {%", "t:  {%")
+    check(spaced, two, None, "Ana.</s>")
+    check(None, [("Who? ", "Ana"), two[1]], "<s>Who? Ana</s>", "Ana</s>")
 
 
-@pytest.mark.parametrize("row", [
+SCHEMAS = [
     {"story": "S", "questions": ["q1", "q2"], "answers": {"input_text": ["a1", "a2"]}},                       # CoQA
     {"passage": "S", "question": "q1", "answers_spans": {"spans": ["a1", "b"], "types": ["span", "span"]}},     # DROP
     {"document": {"summary": {"text": "S"}}, "question": {"text": "q1"}, "answers": [{"text": "a1"}, {"text": "b"}]},
@@ -195,7 +169,10 @@ def test_conversation_labels(tokenizer):
     {"context": "S", "question": "q1", "answers": {"text": ["a1"], "answer_start": [0]}},                       # SQuAD
     {"context": "S", "qas": [{"question": "q1", "answers": "a1"}, {"question": " ", "answers": "no question"}]},
     {"context": "S", "question": "q1", "answer": "a1"},
-    {"context": "S", "question": "q1", "answers": ["a1", ""]}])
+    {"context": "S", "question": "q1", "answers": ["a1", ""]}]
+
+
+@pytest.mark.parametrize("row", SCHEMAS)
 def test_instruction_schemas(tmp_path, row):
     """A row of each set of Table 3 and of other forms; two rows of one context are one document."""
     path = write_rows(tmp_path / "rows.jsonl", [row, row])
@@ -205,9 +182,8 @@ def test_instruction_schemas(tmp_path, row):
 
 
 @pytest.mark.parametrize("row, words", [
-    ({"line": "x"}, "known instruction set"), ({"context": "S", "question": "q"}, "missing or malformed"),
-    ({"context": "S", "qas": [{"question": "q"}]}, "missing or malformed"), ({"task": "t", "input": "x"}, "'output'"),
-    ({"task": "t", "input": 5, "output": "x"}, "malformed"), ({"task": "t", "input": "x", "output": []}, "malformed")])
+    ({"line": "x"}, "known instruction set"), ({"context": "S", "qas": [{"question": "q"}]}, "missing or malformed"),
+    ({"task": "t", "input": "x"}, "'output'"), ({"task": "t", "input": 5, "output": "x"}, "malformed")])
 def test_malformed_instructions(tmp_path, row, words):
     with pytest.raises(InputError, match=f"rows.jsonl line 1.*{words}"):
         load_instructions([write_rows(tmp_path / "rows.jsonl", [row])])
@@ -231,27 +207,28 @@ def test_the_control_shares_no_document(tmp_path, tokenizer, chunks):
     """Contexts of up to 12 of 30 documents: that of the item half the set away holds others."""
     source = write_villages(tmp_path / "qa.jsonl", 60)
     validation = InstructionData(instruction_flags([source], chunks=chunks), tokenizer).validation
-    assert len(validation.segments) == 30
-    held = []
-    for segments, mask in zip(validation.segments, validation.mask):
-        words = tokenizer.decode(segments[:-1][mask[:-1].bool()]).split()
-        held.append({word for word in words if word.startswith("village")})
-    assert all(held[i] and not held[i] & held[(i + 15) % 30] for i in range(30))
+    texts = [tokenizer.decode(ids[mask.bool()]) for ids, mask in
+             zip(validation.segments[:, :-1], validation.mask[:, :-1])]
+    held = [set(re.findall(r"village\d+", text)) for text in texts]
+    assert len(held) == 30 and all(held[i] and not held[i] & held[(i + 15) % 30] for i in range(30))
     assert chunks == 2 or max(map(len, held)) >= 9
 
 
 def test_context_lengths_are_log_uniform(tmp_path, tokenizer):
     """From a sentence to all chunks: of the lengths drawn for demonstrations of 20 tokens, each doubling has its share.
-    A document that is longer than the length drawn is not cut."""
+    A document that is longer than the length drawn is not cut; one that with its BOS is longer than all chunks is left
+    out."""
     args, tasks = instruction_flags([], chunks=16), {"t": ("", [("a", ["b"])] * 400)}
     draws = [instruction_example(tokenizer, [], tasks, "t", args, number) for number in range(600)]
     lengths = np.array([len(example.context) for example in draws])
     shares = [((lengths >= low) & (lengths < 2 * low)).mean() for low in (32, 64, 128, 256, 512)]
     assert all(abs(share - 1 / 6) < 0.06 for share in shares), shares
-    documents, _ = load_instructions([write_villages(tmp_path / "qa.jsonl", 12)])
-    args = instruction_flags([], chunks=1)
-    whole = [instruction_example(tokenizer, documents, {}, 3, args, number) for number in range(80)]
-    assert min(len(example.context) for example in whole) == 60
+    rows = [{"context": str(n) * (64 if n < 4 else 63), "qas": [{"question": "q", "answers": ["a"]}]} for n in range(9)]
+    flags = instruction_flags([write_rows(tmp_path / "qa.jsonl", rows)], chunk=32, chunks=2, eval_sequences=2)
+    documents = InstructionData(flags, tokenizer).documents
+    assert len(documents) == 5 - 2
+    whole = [instruction_example(tokenizer, documents, {}, 1, flags, number) for number in range(80)]
+    assert {len(example.context) for example in whole} == {64}
 
 
 def test_distractors_are_of_one_source(tmp_path, tokenizer):
@@ -270,57 +247,36 @@ def test_distractors_are_of_one_source(tmp_path, tokenizer):
     assert places >= {0, 1, 2, 3} and 1 in counts and max(counts) > 9
 
 
-def test_a_document_of_all_chunks_leaves_room_for_bos(tmp_path, tokenizer):
-    """With its BOS a document of 64 bytes, here tokens, is longer than 64 tokens, and one of 63 is not cut."""
-    rows = [{"context": str(n) * (64 if n < 4 else 63), "qas": [{"question": "q", "answers": ["a"]}]} for n in range(9)]
-    flags = instruction_flags([write_rows(tmp_path / "qa.jsonl", rows)], chunk=32, chunks=2, batch=9, eval_sequences=2)
-    instructions = InstructionData(flags, tokenizer)
-    assert len(instructions.documents) == 5 - 2 and next(instructions.batches(0)).mask[0, :2].sum() == 64
-
-
 def test_units_of_an_epoch(tmp_path, tokenizer, monkeypatch):
     """Every document once and a task once for each 20 of its examples; the second epoch comes to each again, in another
     order."""
-    write_villages(tmp_path / "qa.jsonl", 9)
-    rows = [{"task": "up", "input": str(k), "output": "o", "definition": "Say o."} for k in range(30)]
-    flags = instruction_flags([str(tmp_path / "qa.jsonl"), write_rows(tmp_path / "t.jsonl", rows)], eval_sequences=2)
+    tasks = [{"task": "up", "input": str(k), "output": "o", "definition": "Say o."} for k in range(30)]
+    sources = [write_villages(tmp_path / "qa.jsonl", 9), write_rows(tmp_path / "t.jsonl", tasks)]
+    flags = instruction_flags(sources, eval_sequences=2)
     instructions = InstructionData(flags, tokenizer)
     assert instructions.units == [0, 1, 2, 3, 4, 5, 6, "up", "up"] and instructions.steps_per_epoch == 4.5
     asked = []
     monkeypatch.setattr(data, "instruction_example", lambda *args: asked.append(args[3]) or instruction_example(*args))
-    batches = instructions.batches(0)
-    for step in range(9):
-        next(batches)
-    assert sorted(map(str, asked[:9])) == sorted(map(str, asked[9:])) == sorted(map(str, instructions.units))
-    assert asked[:9] != asked[9:]
+    for _ in zip(range(9), instructions.batches(0)):
+        pass
+    first, second = asked[:9], asked[9:18]
+    assert sorted(map(str, first)) == sorted(map(str, second)) == sorted(map(str, instructions.units))
+    assert first != second
     example = instruction_example(tokenizer, [], instructions.tasks, "up", flags, 5)
     assert tokenizer.decode(example.context[1:]).startswith("Say o.")
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# commands
-
-
 def test_bad_input_is_told_by_the_first_process_of_a_machine(monkeypatch, capsys):
+    """The others wait for it to tell; every one ends with exit code 2 and one line."""
     def main():
         raise InputError("t.txt: no\nsuch file")
 
-    told = []                                           # what had been printed when a process began to wait
-    monkeypatch.setattr(time, "sleep", lambda seconds: told.append(capsys.readouterr().err))
+    waits = []
+    monkeypatch.setattr(time, "sleep", waits.append)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
-    for local_rank, waited in ((None, 0), ("0", 0), ("1", 1), ("7", 1)):
-        monkeypatch.delenv("LOCAL_RANK", raising=False)
-        if local_rank:
-            monkeypatch.setenv("LOCAL_RANK", local_rank)
+    for local_rank in (0, 1):
+        monkeypatch.setenv("LOCAL_RANK", str(local_rank))
         with pytest.raises(SystemExit) as caught:
             run_command(main)
-        assert caught.value.code == 2 and told == [""] * waited
+        assert caught.value.code == 2 and len(waits) == local_rank
         assert capsys.readouterr().err == "error: t.txt: no such file\n"
-        told.clear()
-
-
-def test_data_set_libraries_wait_until_they_are_used():
-    script = ("import sys, train, evaluate;"
-              "print(sorted({'datasets', 'pyarrow', 'matplotlib', 'peft'} & set(sys.modules)))")
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout == "[]\n", done.stdout + done.stderr

@@ -16,7 +16,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from torch.distributed.run import get_args_parser
 
 import train
 from conftest import ROOT, make_base, make_model
@@ -25,7 +24,7 @@ from extras import finetune
 from model import load_base
 from processes import finish, start, start_group
 from support.files import InputError
-from test_data import CHATML, instruction_flags
+from test_data import CHATML, instruction_flags, write_rows
 
 
 @pytest.fixture(autouse=True)
@@ -80,25 +79,12 @@ def test_a_signal_leaves_a_checkpoint(tmp_path, base_directory, text_file, kind)
     assert weights(tmp_path / "run", step)
 
 
-def test_only_checkpoints_count_and_go(tmp_path, base_directory, text_file):
-    """Copies under longer names and files like checkpoints are neither the newest nor removed; 1,000,000 comes after
-    999,800."""
-    out = tmp_path / "run"
-    for name in ("step-1000000", "step-999800", "step-000200"):
-        (tmp_path / "long" / name).mkdir(parents=True)
-    assert [path.rpartition("-")[2] for path in train.checkpoints(tmp_path / "long")] == ["000200", "999800", "1000000"]
-    foreign = ["step-", "step-000001-best", "step-000009 (copy)", "step-9", "step-notes"]
-    for name in foreign:
-        (out / name).mkdir(parents=True)
-    (out / "step-000009").write_text("mine")
-    main(base_directory, text_file, out, "--steps", "3", "--save-every", "1")           # not refused: it is a new run
-    shutil.copytree(out / "step-000002", out / "step-000003-best")
-    shutil.rmtree(out / "step-000003")
-    main(base_directory, text_file, out, "--steps", "3", "--save-every", "1", "--resume")
-    assert len(read_log(out)) == 3
-    assert train.checkpoints(out) == [str(out / "step-000002"), str(out / "step-000003")]
-    assert {path.name for path in out.glob("step-*")} == {*foreign, "step-000002", "step-000003", "step-000003-best",
-                                                          "step-000009"}
+def test_only_checkpoints_count(tmp_path):
+    """Those a run resumes from and removes: no copies under longer names, no files; 1,000,000 comes after 999,800."""
+    for name in ("1000000", "999800", "", "000001-best", "000009 (copy)", "9"):
+        (tmp_path / f"step-{name}").mkdir()
+    (tmp_path / "step-000009").write_text("mine")
+    assert train.checkpoints(tmp_path) == [str(tmp_path / name) for name in ("step-999800", "step-1000000")]
 
 
 def test_killed_twenty_times(tmp_path, base_directory, text_file):
@@ -144,34 +130,21 @@ def test_processes_and_micro_batches_agree(tmp_path, base_directory, text_file):
 
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *line("two")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GENERATIVE_ADAPTER_CACHE": str(tmp_path / "cache-two")}
-    two = subprocess.Popen(torchrun, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                           text=True)
+    two = subprocess.Popen(torchrun, cwd=ROOT, env=environment)
     four = start_group(line("four"), tmp_path / "four.txt", [ROOT] * 4, kept=9)
     ended = finish(start(line("one"), tmp_path / "one.txt", kept=9), *four)
     ended += finish(start(line("whole", "--micro-batch", "4", "--checkpointing"), tmp_path / "whole.txt", kept=9))
-    assert ended == [0] * 6, [path.read_text() for path in tmp_path.glob("*.txt*")]
-    printed, _ = two.communicate()
-    assert two.returncode == 0, printed
-    one = weights(tmp_path / "one", 5)
-    assert max(tensor.abs().max() for name, tensor in one.items() if name.endswith("A1")) > 1e-2
-    logs = {name: read_log(tmp_path / name) for name in ("one", "two", "four", "whole")}
+    assert [two.wait(), *ended] == [0] * 7, [path.read_text() for path in tmp_path.glob("*.txt*")]
+    weight = [tensor.abs().max() for name, tensor in weights(tmp_path / "one", 5).items() if name.endswith("A1")]
+    one = read_log(tmp_path / "one")
+    assert max(weight) > 1e-2 and len(one) == 5
     for other in ("two", "four", "whole"):
         if other != "two":                              # torchrun's keeps the last two checkpoints, as a user's would
             assert_same_gradient(tmp_path / "one", tmp_path / other)
-        assert [row["loss"] for row in logs[other]] == pytest.approx([row["loss"] for row in logs["one"]], rel=1e-3)
-        assert logs[other][0]["grad_norm"] == pytest.approx(logs["one"][0]["grad_norm"], rel=1e-4)
-    assert len(logs["two"]) == 5 and len(train.checkpoints(tmp_path / "two")) == 2
-
-
-def test_torchrun_lets_every_option_pass(capsys):
-    """torchrun's own parser meets the script's options too, and refuses one that abbreviates several of its own."""
-    with pytest.raises(SystemExit):
-        train.arguments(["--help"])
-    options = set(re.findall(r"--[a-z][a-z0-9-]*", capsys.readouterr().out)) - {"--nproc", "--standalone"}
-    assert len(options) > 30 and {"--init", "--help"} < options
-    for option in options:
-        line = ["--standalone", "--nproc_per_node=8", "train.py", "--data", "corpus.parquet", option, "x"]
-        assert get_args_parser().parse_args(line).training_script_args == line[3:]
+        log = read_log(tmp_path / other)
+        assert [row["loss"] for row in log] == pytest.approx([row["loss"] for row in one], rel=1e-3)
+        assert log[0]["grad_norm"] == pytest.approx(one[0]["grad_norm"], rel=1e-4)
+    assert len(train.checkpoints(tmp_path / "two")) == 2
 
 
 def test_loss_is_eq_5():
@@ -225,21 +198,9 @@ def test_a_bad_gradient_is_skipped_and_ten_in_a_row_stop_the_run(tmp_path, base_
     main(base_directory, text_file, tmp_path / "one", "--steps", "4", "--micro-batch", "4")
     assert [row["skipped"] for row in read_log(tmp_path / "one")] == [False, True, True, False]
     assert all(t.isfinite().all() for t in weights(tmp_path / "one", 4).values())
-    calls.clear()
-    bad = set(range(1, 99))
+    bad = range(1, 99)
     with pytest.raises(InputError, match="10 steps in a row"):
         main(base_directory, text_file, tmp_path / "all", "--steps", "30", "--micro-batch", "4")
-
-
-def test_a_text_of_two_sequences_is_enough_for_the_default_start(tmp_path, base_directory, text_file):
-    """63 tokens are the fewest for 2 chunks of 16, and far below what the aligned start reads of a longer text."""
-    (tmp_path / "short.txt").write_text("Ana keeps nine bees; Bo walks to Oslo; Cy sings by the river.")   # + BOS, EOS
-    main(base_directory, str(tmp_path / "short.txt"), tmp_path / "x", "--validation", text_file, "--steps", "1")
-    assert read_log(tmp_path / "x")[0]["tokens"] == 4 * 32
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# refusals
 
 
 def test_a_run_is_not_overwritten(tmp_path, base_directory, text_file):
@@ -251,32 +212,28 @@ def test_a_run_is_not_overwritten(tmp_path, base_directory, text_file):
         with pytest.raises(InputError, match=words):
             main(base_directory, text_file, tmp_path / "run", *flags)
     assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*")}
-    process = start(command(base_directory, "missing.jsonl", tmp_path / "x"), tmp_path / "printed")
-    assert finish(process) == [2]
+    assert finish(start(command(base_directory, "missing.jsonl", tmp_path / "x"), tmp_path / "printed")) == [2]
     assert (tmp_path / "printed").read_text().splitlines()[-1] == "error: missing.jsonl: no such file"
 
 
-INSTRUCT = "--stage instruct --checkpoint GENERATOR --data QA"
+INSTRUCT = "--stage instruct --chunks 2 --checkpoint GENERATOR --data QA"
 FINETUNE = "--stage finetune --data QA"
 
 
 @pytest.mark.parametrize("flags, words", [
-    ("--out FILE", "cannot be a directory"), ("--data no.jsonl", "no.jsonl: no such file"),
-    ("--chunks 200", "the training text has"), ("--validation SHORT", "validation needs at least 2"),
-    ("--targets z_proj", "z_proj"), ("--rank 17", "rank"), ("--chunk 1", "--chunk must be at least 2"),
-    ("--lr nan", "--lr must be positive"), ("--damping 1e-5", "--damping of at least 1e-4"),
-    ("--norm svd-exact --d-r 17", "--norm svd"), ("--chunks 1 --objective completion", "--objective completion needs"),
-    ("--base BAD", "config.json"), ("--checkpoint GENERATOR", "--data is missing: name text files"),
-    ("--checkpoint GENERATOR --data QA --init random", "--init is decided by --checkpoint"),
-    ("--epochs 3", "--epochs does not belong to --stage pretrain"), ("--documents SHORT", "--documents does not"),
+    ("--out FILE", "cannot be a directory"), ("--chunks 200", "the training text has"),
+    ("--validation SHORT", "validation needs at least 2"), ("--targets z_proj", "z_proj"), ("--rank 17", "rank"),
+    ("--chunk 1", "--chunk must be at least 2"), ("--lr nan", "--lr must be positive"),
+    ("--damping 1e-5", "--damping of at least 1e-4"), ("--norm svd-exact --d-r 17", "--norm svd"),
+    ("--chunks 1 --objective completion", "--objective completion needs"), ("--base BAD", "config.json"),
+    ("--checkpoint GENERATOR", "--data is missing"), ("--epochs 3", "--epochs does not belong to --stage pretrain"),
     ("--stage instruct --data QA", "name it with --checkpoint"), (f"{INSTRUCT} --objective both", "does not belong"),
     (f"{INSTRUCT} --d-r 17", "--d-r is decided by --checkpoint"), (f"{INSTRUCT} --chunk 4", "of at most 2 x 4 tokens"),
-    (f"{INSTRUCT} --data SHORT", "found 0, 0 of at most"), (f"{INSTRUCT} --norm svd-exact", "has no gradient"),
+    (f"{INSTRUCT} --norm svd-exact", "has no gradient"),
     (f"{INSTRUCT} --chunk 256 --documents SHORT", "the training text has"),
     (f"{INSTRUCT} --chunk 256 --documents QA --batch 1", "--batch must be at least 2"),
-    (f"{FINETUNE} --resume", "--resume does not belong"), (f"{FINETUNE} --d-r 64", "--d-r does not belong to --stage"),
-    (f"{FINETUNE} --lr -1", "--lr must be positive"), (f"{FINETUNE} --data SHORT", "too few contexts with questions"),
-    (f"{FINETUNE} --out FILE", "exists already"), (f"{FINETUNE} --out FILE/y", "y.part cannot be a directory")])
+    (f"{FINETUNE} --resume", "--resume does not belong"), (f"{FINETUNE} --out FILE", "exists already"),
+    (f"{FINETUNE} --data SHORT", "too few contexts with questions")])
 def test_refusals(tmp_path, base_directory, text_file, qa_file, monkeypatch, flags, words):
     """One sentence each, and nothing is written."""
     (tmp_path / "file").write_text("")
@@ -288,23 +245,17 @@ def test_refusals(tmp_path, base_directory, text_file, qa_file, monkeypatch, fla
     line = command(base_directory, text_file, tmp_path / "x")
     if "--stage" in flags or "--checkpoint" in flags:               # these have a shape and steps of their own
         line = ["train.py", "--base", base_directory, "--out", str(tmp_path / "x"), "--device", "cpu"]
-    if "--stage instruct" in flags:
-        line += ["--chunks", "2"]
-    monkeypatch.setattr("sys.argv", line + flags.split())
     before = {path for path in tmp_path.rglob("*") if "cache" not in str(path)}
-    with pytest.raises(InputError, match=re.escape(words)):
+    with pytest.raises(InputError, match=re.escape(words)) as refusal:
+        monkeypatch.setattr("sys.argv", line + flags.split())
         train.main()
+    assert len(str(refusal.value).splitlines()) == 1
     assert {path for path in tmp_path.rglob("*") if "cache" not in str(path)} == before
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# instruction tuning and fine-tuning
 
 
 @pytest.fixture(scope="module")
 def qa_file(tmp_path_factory):
     """Twelve documents with two questions each, and a task."""
-    path = tmp_path_factory.mktemp("qa") / "qa.jsonl"
     names = "Ana Bo Cy Di Ed Flo Gus Hal Ida Jo Kim Lea".split()
     places = "Rome Oslo Bern Lima Cork Nice Bath Graz Linz Ghent Turin Vaasa".split()
     rows = [{"context": f"{name} lives in {place} and has {n} goats. " + "The hill is green. " * (n % 4),
@@ -313,8 +264,7 @@ def qa_file(tmp_path_factory):
             for n, (name, place) in enumerate(zip(names, places))]
     rows += [{"task": "upper", "input": word, "output": word.upper(), "options": []}
              for word in "red green blue black white grey pink".split()]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
+    return write_rows(tmp_path_factory.mktemp("qa") / "qa.jsonl", rows)
 
 
 def test_instruction_loss_against_streaming(qa_file, text_file, tokenizer):
@@ -324,15 +274,13 @@ def test_instruction_loss_against_streaming(qa_file, text_file, tokenizer):
     flags = instruction_flags([qa_file], chunk=24, chunks=6, batch=8, eval_sequences=3, documents=[text_file])
     instructions = InstructionData(flags, tokenizer)
     everything, seen = "".join(f"<s>{json.loads(line)['text']}</s>" for line in open(text_file)), set()
-    batches = instructions.batches(0)
-    model = make_model()
+    batches, model = instructions.batches(0), make_model()
     for step in range(3):
         segments, mask, visible, labels = next(batches)
         nll, count = model.segment_losses(segments, mask, visible, labels)
         sums, lengths = {True: [], False: []}, set()
         for row in range(8):
-            chunks = [ids[real.bool()].tolist() for ids, real in zip(segments[row], mask[row])]
-            *chunks, ids = chunks
+            *chunks, ids = [ids[real.bool()].tolist() for ids, real in zip(segments[row], mask[row])]
             context = sum(chunks, [])
             assert (context == ids) == (row >= 5)
             if row >= 5:
@@ -367,30 +315,24 @@ def test_instruct_stage(tmp_path, base_directory, qa_file, text_file):
                 base_directory, "--data", qa_file, "--out", str(tmp_path / name), "--device", "cpu", "--dtype",
                 "float32", "--chunk", "64", "--chunks", "3", "--batch", "4", "--lr", "1e-2", "--warmup", "2",
                 "--eval-sequences", "4", "--steps", "8", "--save-every", "1", *more]
-        if processes == 2:
-            started = start_group(line, tmp_path / "printed", [ROOT] * 2, kept=9)
-        else:
-            started = [start(line, tmp_path / "printed", kept=9)]
+        started = start_group(line, tmp_path / "printed", [ROOT] * processes, kept=9)
         assert finish(*started) == [0] * processes, [path.read_text() for path in tmp_path.glob("printed*")]
-        return weights(tmp_path / name, 8)
+        return read_log(tmp_path / name)
 
-    one, log = go("one"), read_log(tmp_path / "one")
+    log, two = go("one"), go("two", "--micro-batch", "2", processes=2)
     assert log[-1]["loss"] < log[0]["loss"] - 0.1 and log[0]["completion"] == 0
     row = json.loads(open(tmp_path / "one" / "validation.jsonl").readline())
     assert set(row) == {"step", "answer", "answer_shuffled", "gap", "gap_stderr"}
-    go("two", "--micro-batch", "2", processes=2)
     assert_same_gradient(tmp_path / "one", tmp_path / "two")
-    for a, b in zip(read_log(tmp_path / "two"), log):
-        assert a["loss"] == pytest.approx(b["loss"], rel=2e-2) and a["tokens"] == b["tokens"]
+    assert [row["tokens"] for row in two] == [row["tokens"] for row in log]
+    assert [row["loss"] for row in two] == pytest.approx([row["loss"] for row in log], rel=2e-2)
     shutil.copytree(tmp_path / "one" / "step-000004", tmp_path / "resumed" / "step-000004")
-    config = json.loads((tmp_path / "resumed" / "step-000004" / "trainer.json").read_text())
-    assert config["args"]["d_r"] == 16 and config["args"]["scale"] == 0.5
-    for name, tensor in go("resumed", "--resume").items():
-        assert torch.equal(tensor, one[name]), name
+    go("resumed", "--resume")
+    assert_same_weights(tmp_path / "one", tmp_path / "resumed", 8)
     go("texts", "--documents", text_file, "--damping", "0.02")
     go("texts-two", "--documents", text_file, "--damping", "0.02", processes=2)
     config = json.loads((tmp_path / "texts" / "step-000008" / "generator_config.json").read_text())
-    assert (config["damping"], config["chunk"]) == (0.02, 64)
+    assert [config[name] for name in ("damping", "chunk", "d_r", "scale")] == [0.02, 64, 16, 0.5]
     assert_same_gradient(tmp_path / "texts", tmp_path / "texts-two")
 
 
@@ -405,11 +347,10 @@ def test_fit_base_is_adamw_on_the_token_mean(monkeypatch):
     def fit(validation, lr, batch_size, epochs):
         return finetune.fit_base(base, examples, validation, lr, batch_size, epochs, seed=0)
 
-    monkeypatch.setattr(finetune, "PASS_TOKENS", 16)
-    with torch.no_grad():                               # a document's last token, alone in its piece, is no target
-        assert sum(finetune.losses(base, [([5], [5]), ([6], [6])])) == 0
-    assert fit([], 1e-3, batch_size=4, epochs=1) == []
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune, "PASS_TOKENS", 16)
+        assert sum(finetune.losses(base, [([5], [5]), ([6], [6])])) == 0        # pieces of one token have no target
+        assert fit([], 1e-3, batch_size=4, epochs=1) == []
     optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-3, weight_decay=0.01)
     logits = [plain(torch.tensor([ids])).logits[0, :-1] for ids, _ in examples]
     F.cross_entropy(torch.cat(logits), torch.cat([torch.tensor(labels[1:]) for _, labels in examples])).backward()
@@ -432,10 +373,9 @@ def test_finetune_stage(tmp_path, base_directory, qa_file):
     """CPT and SFT write a transformers directory that loads as a base and has learnt the documents and the answers,
     with activations recomputed or not."""
     rows = [json.loads(line) for line in open(qa_file)]
-    (tmp_path / "docs.jsonl").write_text("".join(json.dumps({"text": row["context"]}) + "\n" for row in rows[:12]))
-    flags = ["--stage", "finetune", "--base", base_directory, "--data", qa_file, "--documents",
-             str(tmp_path / "docs.jsonl"), "--validation", qa_file, "--device", "cpu", "--lr", "3e-3", "--batch", "8",
-             "--epochs", "4"]
+    documents = write_rows(tmp_path / "docs.jsonl", [{"text": row["context"]} for row in rows[:12]])
+    flags = ["--stage", "finetune", "--base", base_directory, "--data", qa_file, "--documents", documents,
+             "--validation", qa_file, "--device", "cpu", "--lr", "3e-3", "--batch", "8", "--epochs", "4"]
     finetune.finetune(train.arguments([*flags, "--out", str(tmp_path / "sft")]))
     finetune.finetune(train.arguments([*flags, "--out", str(tmp_path / "again"), "--checkpointing"]))
     for name, tensor in load_file(tmp_path / "sft" / "model.safetensors").items():
@@ -444,12 +384,8 @@ def test_finetune_stage(tmp_path, base_directory, qa_file):
     after, _ = load_base(str(tmp_path / "sft"), torch.float32, "cpu")
     samples = finetune.samples_of([("", "x" * 1500, []), ("", "yes", [])], tokenizer)
     assert [len(ids) for ids, _ in samples] == [1024, 1502 - 1024, 5]           # <s> and </s>
-
-    def nll(base, text):
-        ids = torch.tensor([tokenizer(text)["input_ids"]])
-        with torch.no_grad():
-            return F.cross_entropy(base(ids).logits[0, :-1], ids[0, 1:]).item()
-
-    assert nll(after, rows[3]["context"]) < nll(before, rows[3]["context"]) - 0.5
+    ids = torch.tensor([tokenizer(rows[3]["context"])["input_ids"]])
+    with torch.no_grad():
+        old, new = (F.cross_entropy(base(ids).logits[0, :-1], ids[0, 1:]) for base in (before, after))
     history = json.load(open(tmp_path / "sft" / "finetune.json"))["validation_nats"]
-    assert min(history) < history[0] - 0.5
+    assert new < old - 0.5 and min(history) < history[0] - 0.5
