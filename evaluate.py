@@ -479,8 +479,7 @@ def load_model(args):
         args.base = DEFAULT_BASE
         if args.checkpoint not in ("none", DEFAULT_CHECKPOINT):
             args.base = checkpoint_base(args.checkpoint) or DEFAULT_BASE
-    dtype = args.dtype and getattr(torch, args.dtype)
-    base, tokenizer = load_base(args.base, dtype, args.device)
+    base, tokenizer = load_base(args.base, args.dtype and getattr(torch, args.dtype), args.device)
     # generate takes what a config of its own leaves open from the base's: Qwen2.5's has a repetition penalty
     base.generation_config = transformers.GenerationConfig(
         do_sample=False, use_cache=True, eos_token_id=base.generation_config.eos_token_id,

@@ -141,31 +141,29 @@ class PolarFactor(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_Q, grad_P):                                  # dN P^T (..., d_r, r), Q^T dN (..., r, d_r)
         Q, M, R, Z, top = ctx.saved_tensors                     # top: of the spectrum of R
-        dtype = Q.dtype
-        Q = Q.to(ctx.wide)
-        M = M.double()
-        X = grad_P.double()
-        grad_Q = grad_Q.to(ctx.wide)
-        Y = Z @ (X @ M.mT) @ Z                                                  # (..., r, r)
-        W = solve_lyapunov(R, (Y + Y.mT) / 2, top, ctx.low)
-        inside = (Z @ X - 2 * W @ M).to(ctx.wide)                               # (..., r, d_r)
-        L_inverse = inverse_cholesky(M @ M.mT)
-        outside = (L_inverse.mT @ L_inverse @ M).to(ctx.wide)                    # (..., r, d_r)
+        wide = ctx.wide
+        Q, grad_Q, X = Q.to(wide), grad_Q.to(wide), grad_P.to(wide)
+        exact = M.double()
+        Y = Z @ (X.double() @ exact.mT) @ Z                                     # (..., r, r)
+        W = solve_lyapunov(R, (Y + Y.mT).to(wide) / 2, top, ctx.low)
+        inside = Z.to(wide) @ X - 2 * W @ M.to(wide)                            # (..., r, d_r)
+        L_inverse = inverse_cholesky(exact @ exact.mT)
+        outside = (L_inverse.mT @ L_inverse @ exact).to(wide)                   # (..., r, d_r)
         inside = inside - Q.mT @ grad_Q @ outside
         # one product for both terms: on a CPU writing (d_r, d_r) is what takes time
         grad_S = torch.cat([Q, grad_Q], -1) @ torch.cat([inside, outside], -2)
-        return grad_S.to(dtype), None, None, None, None
+        return grad_S.to(M.dtype), None, None, None, None
 
 
 def solve_lyapunov(R, Y, top, low):
-    """W with R W + W R = Y, by Smith's doubling: Y symmetric, R (..., r, r) with eigenvalues in [low, 1] top (..., 1,
-    1)."""
+    """W with R W + W R = Y, by Smith's doubling, in Y's dtype: Y symmetric, R (..., r, r) float64 with eigenvalues in
+    [low, 1] top (..., 1, 1)."""
     eye = torch.eye(R.shape[-1], dtype=R.dtype, device=R.device)
     p = low**0.5 * top                                                          # the geometric mean converges fastest
     L_inverse = inverse_cholesky(p * eye + R)
     V = L_inverse.mT @ L_inverse                                                # (p + R)^-1
-    C = 2 * p * V - eye
-    W = 2 * p * V @ Y @ V
+    C = (2 * p * V - eye).to(Y.dtype)
+    W = (2 * p * V).to(Y.dtype) @ Y @ V.to(Y.dtype)
     left = (1 - low**0.5) / (1 + low**0.5)
     while left > 1e-5:                                                          # W = sum_k C^k W_0 C^k, |C| <= left
         W = W + C @ W @ C

@@ -22,8 +22,7 @@ def control_tokens(tokenizer, chat_template, special):
     for token in tokenizer.added_tokens_decoder.values():
         wanted = special if token.special else token.content in chat_template
         if wanted and token.content.strip():
-            first, rest = token.content[0], token.content[1:]
-            patterns.append(f"{re.escape(first)}(?={re.escape(rest)})")
+            patterns.append(f"{re.escape(token.content[0])}(?={re.escape(token.content[1:])})")
     return re.compile("|".join(patterns) or "(?!)")
 
 

@@ -333,7 +333,7 @@ def test_bad_memories_and_contexts(tmp_path):
     refused("different generators", memory.__add__, foreign)
     refused("different generators", Memory.stack, [memory, foreign])
     refused("no memory", Memory.stack, [])
-    refused("batch 2 and 3", two.__add__, three)
+    refused("batches {2, 3}", two.__add__, three)
     refused("batch 2", model.forward, tokens(1, 4), memory=two, kind=ValueError)
     refused("cannot be written", memory.save, tmp_path)
     refused("no such file", Memory.load, tmp_path / "nothing")
