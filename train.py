@@ -54,9 +54,9 @@ FREE = ("out", "resume", "micro_batch", "device", "checkpointing", "eval_every",
 
 def loss_weights(labels, C, objective):
     """Weight (B, N) of each segment's summed nats, from labels (B, N, L) of the whole global batch, so that the
-    weighted sum is eq. 5 with token means for its log-likelihoods: one mean over segments C .. N-1 (reconstruction), one over
-    1 .. C-1 (completion). Segment 0 has no adapter and no weight. (Released code: one token mean over all 2C segments.)
-    In instruct segment C is a conversation or a text, and each kind has its own mean."""
+    weighted sum is eq. 5 with token means for its log-likelihoods: one mean over segments C .. N-1 (reconstruction),
+    one over 1 .. C-1 (completion). Segment 0 has no adapter and no weight. (Released code: one token mean over all 2C
+    segments.) In instruct segment C is a conversation or a text, and each kind has its own mean."""
     targets = (labels[:, :, 1:] != -100).sum(-1)                        # (B, N)
     weights = torch.zeros(targets.shape)
     if objective != "completion":
