@@ -98,7 +98,7 @@ def rouge_l_recall(prediction, gold):
             if w == word:
                 row.append(above[j] + (word,))
             else:
-                row.append(max(row[j], above[j + 1], key=len))
+                row.append(max(above[j + 1], row[j], key=len))
         above = row
     return len(set(above[-1])) / len(set(wanted))
 
