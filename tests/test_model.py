@@ -4,12 +4,10 @@ input is one sentence."""
 import json
 import os
 import shutil
-import threading
 
 import pytest
 import torch
 import torch.nn.functional as F
-from huggingface_hub import ModelCard
 from safetensors.torch import save_file
 
 from conftest import ROOT, make_base, make_model, tokens
@@ -160,7 +158,7 @@ def test_losses_equal_plain_cross_entropy_and_checkpointing_changes_nothing():
 
 @torch.no_grad()
 def test_generate_equals_greedy_by_hand():
-    """KV cache, left padding and beams against argmax over full forward passes."""
+    """KV cache and left padding against argmax over full forward passes."""
     model = make_model(scale=10.0)
     memory, prompt = model.contextualize(tokens(2, 20)), tokens(2, 6, seed=1)
     want = prompt
@@ -170,7 +168,6 @@ def test_generate_equals_greedy_by_hand():
     assert model.generate(prompt, memory, **options).tolist() == want.tolist()
     padded, mask = F.pad(prompt, (3, 0), value=259), F.pad(torch.ones_like(prompt), (3, 0))
     assert model.generate(padded, memory, attention_mask=mask, **options)[:, 9:].tolist() == want[:, 6:].tolist()
-    assert model.generate(prompt, memory, num_beams=3, num_return_sequences=2, **options).shape == (4, 11)
     plain = model.base.generate(prompt, **options)
     assert model.generate(prompt, **options).tolist() == plain.tolist() != want.tolist()
 
@@ -210,9 +207,6 @@ def test_every_user_in_one_batch_as_alone():
         alone = model.contextualize(chunk[b:b + 1], memory=memory)
         for name, S in alone.states.items():
             torch.testing.assert_close(more.states[name][b], S[0], atol=1e-3, rtol=1e-5)
-    # a memory of batch 1 serves every row, and says something else to the other two
-    broadcast = model.generate(padded, memories[0], attention_mask=mask, **options)[:, 7:].tolist()
-    assert [broadcast[b] == served[b] for b in range(3)] == [True, False, False]
 
 
 @pytest.mark.parametrize("name, scale, alpha", [*((name, 0.5, 4) for name in BASES), ("llama", 0.3, 8)])
@@ -230,9 +224,8 @@ def test_exported_adapter_in_peft(tmp_path, name, scale, alpha):
     torch.testing.assert_close(loaded(query).logits, want, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(loaded.merge_and_unload()(query).logits, want, atol=1e-4, rtol=1e-4)
     assert (want - model(query)).abs().max() > 1e-2
-    config, card = json.load(open(tmp_path / "adapter_config.json")), ModelCard.load(tmp_path / "README.md")
-    assert config["base_model_name_or_path"] == card.data.base_model == DEFAULT_BASE_HUB_ID
-    assert config["lora_alpha"] == alpha and card.data.library_name == "peft" and "30 tokens" in card.text
+    config = json.load(open(tmp_path / "adapter_config.json"))
+    assert (config["base_model_name_or_path"], config["lora_alpha"]) == (DEFAULT_BASE_HUB_ID, alpha)
 
 
 @torch.no_grad()
@@ -251,27 +244,6 @@ def test_memory_in_another_process(tmp_path, base_directory):
     assert got == pytest.approx(model(tokens(1, 8), memory=memory).double().sum().item(), rel=1e-6)
 
 
-@torch.no_grad()
-def test_threads_keep_their_memories_apart():
-    """Four threads, one model, a memory each: what each gets is what it gets alone."""
-    model = make_model(scale=10.0)
-    memories = [model.contextualize(tokens(1, 12, seed=n)) for n in range(3)] + [None]
-    prompt, options = tokens(1, 4, seed=9), {"max_new_tokens": 3, **GREEDY}
-    alone = [model.generate(prompt, memory, **options).tolist() for memory in memories]
-    answers = [[] for _ in memories]
-
-    def ask(n):
-        for _ in range(20):
-            answers[n].append(model.generate(prompt, memories[n], **options).tolist())
-
-    threads = [threading.Thread(target=ask, args=(n,)) for n in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert answers == [[answer] * 20 for answer in alone] and alone[0] != alone[1] != alone[2] != alone[3]
-
-
 def refused(words, function, *args, kind=InputError, **options):
     with pytest.raises(kind, match=words):
         function(*args, **options)
@@ -280,41 +252,27 @@ def refused(words, function, *args, kind=InputError, **options):
 def test_bad_bases(tmp_path, monkeypatch):
     monkeypatch.setattr("support.bases.CACHE", str(tmp_path / "cache"))
     (tmp_path / "broken.gguf").write_bytes(b"GGUF but not really")
-    for name, words in ((str(tmp_path), "config.json"), ("no/such.gguf", "no such file"),
-                        ("/no/directory", "cannot be loaded"), (str(tmp_path / "broken.gguf"), "cannot be loaded")):
+    for name, words in (("no/such.gguf", "no such file"), (str(tmp_path / "broken.gguf"), "cannot be loaded")):
         refused(words, load_base, name)
-    refused("--device banana", load_base, device="banana")
     refused("logits", make_model, base=make_base("granite", logits_scaling=8.0))
     refused("'z_proj' is unknown", make_model, targets=["z_proj"])
-    # gpt2 has other blocks; those of phi have self_attn and mlp, but a dense where others have o_proj; mixtral's mlp is
-    # no linear layers
     refused("GPT2LMHeadModel is not a decoder", make_model, base=make_base("gpt2"))
     refused("no linear layer self_attn.o_proj", make_model, base=make_base("phi"))
-    refused("no linear layer mlp.down_proj", make_model, base=make_base("mixtral"), targets=["down_proj"])
 
 
 def test_bad_configs_and_checkpoints(tmp_path):
-    for values, words in (({"norm": "l2"}, "norm"), ({"d_r": 8, "rank": 9}, "rank"), ({"damping": -1}, "damping"),
-                          ({"targets": 3}, "targets"), ({"d_r": 24.0}, "integers"), ({"scale": "1"}, "finite"),
-                          ({"damping": float("nan")}, "finite")):
+    for values, words in (({"norm": "l2"}, "norm"), ({"d_r": 8, "rank": 9}, "rank"), ({"damping": -1}, "damping")):
         refused(words, GeneratorConfig, **values)
     load = AdaptedLM.from_pretrained
     make_model().save_pretrained(tmp_path)
-    load(make_base(), tmp_path)
     refused("this base and config need", load, make_base(hidden_size=32, num_attention_heads=2), tmp_path)
-    refused("another base", load, make_base(num_hidden_layers=4), tmp_path)
-    refused("no such directory", load, make_base(), tmp_path / "nothing")
     os.truncate(tmp_path / "generator.safetensors", 1000)
     refused("cannot be read as safetensors", load, make_base(), tmp_path)
-    (tmp_path / "generator_config.json").write_text("{")
-    refused("cannot be read as json", load, make_base(), tmp_path)
     # of the authors
     golden = os.path.join(ROOT, "tests", "golden", "ckpt_llama_o")
     config = json.load(open(os.path.join(golden, "adapter_config.json")))
     shutil.copy(os.path.join(golden, "adapter_model.safetensors"), tmp_path)
-    for change, words in (({"fastlora_inter_size": 12}, "inter_size"), ({"fastlora_merge": "mean"}, "pre-norm-sum"),
-                          ({"fastlora_norm": "softmax"}, "norm"), ({"peft_type": "LORA"}, "peft_type"),
-                          ({"fastlora_alpha": None}, "malformed")):
+    for change, words in (({"fastlora_merge": "mean"}, "pre-norm-sum"), ({"fastlora_alpha": None}, "malformed")):
         (tmp_path / "adapter_config.json").write_text(json.dumps({**config, **change}))
         refused(words, load, make_base(), tmp_path)
     change = {"fastlora_max_rank": 99, "fastlora_norm": "forbenius"}        # capped at d_r; their spelling is read
@@ -331,23 +289,12 @@ def test_bad_memories_and_contexts(tmp_path):
     two, three = model.contextualize(tokens(2, 4)), model.contextualize(tokens(3, 4))
     refused("another generator", other.generate, tokens(1, 4), memory, max_new_tokens=1)
     refused("different generators", memory.__add__, foreign)
-    refused("different generators", Memory.stack, [memory, foreign])
-    refused("no memory", Memory.stack, [])
     refused("batches {2, 3}", two.__add__, three)
-    refused("batch 2", model.forward, tokens(1, 4), memory=two, kind=ValueError)
-    refused("cannot be written", memory.save, tmp_path)
-    refused("no such file", Memory.load, tmp_path / "nothing")
     save_file({"x": torch.zeros(1)}, path)
     refused("not a saved memory", Memory.load, path)
     refused("empty", model.contextualize, torch.zeros(1, 0, dtype=torch.long))
     refused("takes token ids", model.read, "a text")
-    refused("takes token ids", model.generate, "a text")
     refused("right", model.contextualize, tokens(1, 4), torch.tensor([[0, 1, 1, 1]]), kind=ValueError)
-    refused("visible", model.forward_segments, tokens(1, 2, 4), None, [0, 3], kind=ValueError)
-    refused("window of 512: read", model.contextualize, tokens(1, 600))
     assert model.read(tokens(600)).tokens.tolist() == [600]
     model.export_peft(memory, tmp_path / "peft")
     refused("holds an adapter already", model.export_peft, memory, tmp_path / "peft")
-    with torch.no_grad():
-        model.generator.layers[0].A2.mul_(2)
-    refused("another generator", model.lora, memory)
