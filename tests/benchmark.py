@@ -1,4 +1,4 @@
-"""Speed and memory of norm, contextualising and a training step, on a CPU or a CUDA device.
+"""Speed and memory of contextualising and a training step, on a CPU or a CUDA device.
 
     python tests/benchmark.py                                              # SmolLM2's shape, random weights
     python tests/benchmark.py --shape mistral                              # Mistral-7B's, made on the device: 80 GB
@@ -27,7 +27,7 @@ from generator import GeneratorConfig
 from model import AdaptedLM
 from support.bases import default_dtype
 from support.costs import clock
-from support.fast import losses, svd_norm
+from support.fast import losses
 from train import keep_freed_memory
 
 # config of the base, generator, chunks of a training sequence, tokens of a chunk, tokens of each of two contexts
@@ -69,28 +69,6 @@ def make(args, device):
     for layer in model.generator.layers:
         torch.nn.init.normal_(layer.A1, std=0.02)
     return model
-
-
-def norm(args, device):
-    """norm of a block's prefixes, (C, d_r, d_r), forward and backward: ours and torch.svd_lowrank, which the released
-    code calls. S is of random tokens whose features fall off as they do in a language model, by a power law."""
-    _, generator, C, _, _ = SHAPES[args.shape]
-    d_r, r = generator["d_r"], generator["rank"]
-    torch.manual_seed(0)
-    h = torch.randn(C, 8 * r, d_r, device=device) * torch.arange(1, d_r + 1, device=device) ** -0.7
-    A2, B1, gradient = torch.randn(3, d_r, d_r, device=device) / d_r**0.5
-    S = (A2.T @ h.mT @ h @ B1).requires_grad_()
-
-    def ours():
-        left, right = svd_norm(S, r)
-        (left @ right).backward(gradient.expand_as(S))
-
-    def lowrank():
-        U, _, V = torch.svd_lowrank(S, q=r, niter=1)
-        (U @ V.mT).backward(gradient.expand_as(S))
-
-    seconds, theirs = (best_time(function, device, args.repeats) for function in (ours, lowrank))
-    return {"ours_s": seconds, "svd_lowrank_s": theirs, "ratio": theirs / seconds}
 
 
 def contextualising(args, device):
@@ -159,11 +137,6 @@ def step(args, device, kind, batch, C, L):
     return {"seconds": seconds, "tokens_per_s": batch * C * L / seconds, "peak_memory_gb": peak_memory(device)}
 
 
-def run_job(function, args, options):
-    torch.set_num_threads(args.threads)
-    return function(args, torch.device(args.device), *options)
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -184,7 +157,7 @@ def main():
         args.dtype = "bfloat16"
         return count.report(make(args, torch.device("meta")), args.batch, C, args.chunk or L, args.checkpointing)
     args.dtype = args.dtype or str(default_dtype(torch.device(args.device))).removeprefix("torch.")
-    jobs = {"norm": (norm, []), "contextualising": (contextualising, [])}
+    jobs = {"contextualising": (contextualising, [])}
     for kind in ("base", "step", "checkpointing"):
         if args.shape == "mistral" and kind != "checkpointing":             # the activations alone are 100 GB
             continue
@@ -195,8 +168,8 @@ def main():
     print(f"{args.shape}, {args.dtype}, {args.device}, {args.threads} threads")
     for name, (function, options) in jobs.items():
         if name.startswith(args.only):
-            with multiprocessing.get_context("spawn").Pool(1) as worker:
-                result = worker.apply(run_job, (function, args, options))
+            with multiprocessing.get_context("spawn").Pool(1, torch.set_num_threads, (args.threads,)) as worker:
+                result = worker.apply(function, (args, torch.device(args.device), *options))
             print(f"{name:26s}", *(f" {key} {value:.4g}" for key, value in result.items()), flush=True)
 
 

@@ -162,8 +162,7 @@ def report(model, batch, C, L, checkpointing):
         model.checkpointing = n
         with on_meta(batch * (2 * C - 1) * (L - 1)) as one_pass:
             one_pass.own([*model.base.parameters(), *parameters, *gradients, *moments, *squares])
-            nats, _ = model.segment_losses(segments, None, visible, labels)
-            nats.sum().backward()
+            model.segment_losses(segments, None, visible, labels)[0].sum().backward()
         print(f"\n{n} blocks recomputed: peak {one_pass.peak / 1e9:.3g} GB, {one_pass.total(1) / 1e12:.4g} TFLOP and "
               f"{one_pass.total(2) / 1e9:.4g} GB moved a pass; once a step {once.total(4):.4f} s")
         for kind, (kernels, flops, moved, _, seconds, _) in sorted(one_pass.rows.items()):

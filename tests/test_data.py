@@ -4,8 +4,6 @@ import gzip
 import json
 import os
 import re
-import signal
-import time
 from argparse import Namespace
 
 import numpy as np
@@ -17,7 +15,7 @@ import torch
 import data
 from data import (Example, InstructionData, conversation, doubled, instruction_batch, instruction_example,
                   load_instructions, open_tokens, sequences, split_into_chunks)
-from support.files import InputError, run_command
+from support.files import InputError
 from support.text import user_turn
 
 GOLDEN = json.load(open(os.path.join(os.path.dirname(__file__), "golden", "text_golden.json"), encoding="utf-8"))
@@ -57,7 +55,7 @@ def test_pack_every_kind_of_file(tmp_path, tokenizer, monkeypatch):
 def test_bad_token_files(tmp_path, tokenizer):
     """Of another tokenizer, cut short, or none; sources that are missing or damaged leave nothing behind."""
     damaged = gzip.compress(b'{"text": "a"}\n' * 2000)
-    files = {"a.txt": b"Some words.", "x.bin": b"12345", "bad.parquet": b"nonsense",
+    files = {"a.txt": b"Some words.", "x.bin": b"12345",
              "cut.jsonl.gz": damaged[:30] + b"????" + damaged[34:], "f.jsonl": b'{"text": "a"}\n{"txt": "b"}\n',
              "bytes.jsonl": b'{"text": "a"}\n' * 89 + b'{"text": "\xff"}\n'}
     for name, content in files.items():
@@ -67,8 +65,7 @@ def test_bad_token_files(tmp_path, tokenizer):
     with open(tmp_path / "cut.bin", "ab") as file:
         file.write(b"12")
     for name, words in (("cut.bin", "cut short"), ("x.bin", "x.bin is not a packed token file"),
-                        ("no.parquet", "no.parquet: no such file"), ("no.txt", "no.txt: no such file"),
-                        ("bad.parquet", "cannot be read"), ("cut.jsonl.gz", "cannot be read"),
+                        ("no.parquet", "no.parquet: no such file"), ("cut.jsonl.gz", "cannot be read"),
                         ("f.jsonl", "f.jsonl line 2: field 'text'"), ("bytes.jsonl", "bytes.jsonl line 90")):
         with pytest.raises(InputError, match=words):
             open_tokens([str(tmp_path / name)], tokenizer)
@@ -138,7 +135,6 @@ def test_conversation_labels(tokenizer):
     two, long = [("Who?", "Ana."), ("b", "c")], ("x" * 200, "y")
     check(CHATML, [two[0], long, ("Où?", "Nîmes")], "<s>user: Who?</s>\n<s>assistant: Ana.</s>\n"
           "<s>user: Où?</s>\n<s>assistant: Nîmes</s>\n", "Ana.</s>Nîmes</s>")
-    assert len(conversation(tokenizer, [long], limit=100)[0]) == 100
     # too long first and last: the other is kept
     assert conversation(tokenizer, [long, two[1], long], limit=100) == conversation(tokenizer, two[1:], limit=100)
     # a template that writes the last turn in its own way (Qwen3's thinking): one question, its labels in place
@@ -148,8 +144,6 @@ def test_conversation_labels(tokenizer):
     # Qwen3's template asks for thinking unless it is told not to: the prompt then ends with the empty thought
     thinking = last.replace("<s>assistant: {%", "<s>assistant: {% if enable_thinking is false %}~{% endif %}{%")
     assert check(thinking, two[:1], None, "Ana.</s>") == "<s>user: Who?</s>\n<s>assistant: ~"
-    # Gemma's turns do not end with eos
-    check(CHATML.replace("</s>", "<unused>"), two, None, "Ana.<unused>c<unused>")
     # a prompt that ends with a space, which joins the answer's first token: both stand as they do at test time
     tokenizer.add_tokens([" Ana"])
     spaced = CHATML.replace("{{ m['content'] }}", " {{ m['content'] }}").replace("t: {%", "t:  {%")
@@ -168,7 +162,6 @@ SCHEMAS = [
     {"input": "S", "prompt": "q1", "answer": "a1"},                                                             # PwC
     {"context": "S", "question": "q1", "answers": {"text": ["a1"], "answer_start": [0]}},                       # SQuAD
     {"context": "S", "qas": [{"question": "q1", "answers": "a1"}, {"question": " ", "answers": "no question"}]},
-    {"context": "S", "question": "q1", "answer": "a1"},
     {"context": "S", "question": "q1", "answers": ["a1", ""]}]
 
 
@@ -202,22 +195,20 @@ def write_villages(path, count):
         {"question": f"Who bakes in village{k}?", "answers": [f"Name{k}"]}]} for k in numbers])
 
 
-@pytest.mark.parametrize("chunks", [2, 12])
-def test_the_control_shares_no_document(tmp_path, tokenizer, chunks):
+def test_the_control_shares_no_document(tmp_path, tokenizer):
     """Contexts of up to 12 of 30 documents: that of the item half the set away holds others."""
     source = write_villages(tmp_path / "qa.jsonl", 60)
-    validation = InstructionData(instruction_flags([source], chunks=chunks), tokenizer).validation
+    validation = InstructionData(instruction_flags([source], chunks=12), tokenizer).validation
     texts = [tokenizer.decode(ids[mask.bool()]) for ids, mask in
              zip(validation.segments[:, :-1], validation.mask[:, :-1])]
     held = [set(re.findall(r"village\d+", text)) for text in texts]
     assert len(held) == 30 and all(held[i] and not held[i] & held[(i + 15) % 30] for i in range(30))
-    assert chunks == 2 or max(map(len, held)) >= 9
+    assert max(map(len, held)) >= 9
 
 
 def test_context_lengths_are_log_uniform(tmp_path, tokenizer):
     """From a sentence to all chunks: of the lengths drawn for demonstrations of 20 tokens, each doubling has its share.
-    A document that is longer than the length drawn is not cut; one that with its BOS is longer than all chunks is left
-    out."""
+    A document longer than the length drawn is not cut; one that with its BOS is longer than all chunks is left out."""
     args, tasks = instruction_flags([], chunks=16), {"t": ("", [("a", ["b"])] * 400)}
     draws = [instruction_example(tokenizer, [], tasks, "t", args, number) for number in range(600)]
     lengths = np.array([len(example.context) for example in draws])
@@ -262,21 +253,3 @@ def test_units_of_an_epoch(tmp_path, tokenizer, monkeypatch):
     first, second = asked[:9], asked[9:18]
     assert sorted(map(str, first)) == sorted(map(str, second)) == sorted(map(str, instructions.units))
     assert first != second
-    example = instruction_example(tokenizer, [], instructions.tasks, "up", flags, 5)
-    assert tokenizer.decode(example.context[1:]).startswith("Say o.")
-
-
-def test_bad_input_is_told_by_the_first_process_of_a_machine(monkeypatch, capsys):
-    """The others wait for it to tell; every one ends with exit code 2 and one line."""
-    def main():
-        raise InputError("t.txt: no\nsuch file")
-
-    waits = []
-    monkeypatch.setattr(time, "sleep", waits.append)
-    monkeypatch.setattr(signal, "signal", lambda *_: None)
-    for local_rank in (0, 1):
-        monkeypatch.setenv("LOCAL_RANK", str(local_rank))
-        with pytest.raises(SystemExit) as caught:
-            run_command(main)
-        assert caught.value.code == 2 and len(waits) == local_rank
-        assert capsys.readouterr().err == "error: t.txt: no such file\n"

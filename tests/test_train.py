@@ -65,31 +65,23 @@ def assert_same_weights(out, other, step):
         assert torch.equal(tensor, weights(other, step)[name]), name
 
 
-@pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_leaves_a_checkpoint(tmp_path, base_directory, text_file, kind):
+def test_a_signal_leaves_a_checkpoint(tmp_path, base_directory, text_file):
     """It ends the run after the step under way, with exit code 0 and a checkpoint of that step."""
     log = tmp_path / "run" / "log.jsonl"
     run = start(command(base_directory, text_file, tmp_path / "run", "--steps", "100000"), tmp_path / "printed")
     while run.is_alive() and not (log.exists() and log.read_text().count("\n") >= 3):
         time.sleep(0.01)
-    os.kill(run.pid, kind)
+    os.kill(run.pid, signal.SIGTERM)
     assert finish(run) == [0]
     step = sum(1 for _ in open(log))
     assert f"stopped at step {step} of 100000" in (tmp_path / "printed").read_text()
     assert weights(tmp_path / "run", step)
 
 
-def test_only_checkpoints_count(tmp_path):
-    """Those a run resumes from and removes: no copies under longer names, no files; 1,000,000 comes after 999,800."""
-    for name in ("1000000", "999800", "", "000001-best", "000009 (copy)", "9"):
-        (tmp_path / f"step-{name}").mkdir()
-    (tmp_path / "step-000009").write_text("mine")
-    assert train.checkpoints(tmp_path) == [str(tmp_path / name) for name in ("step-999800", "step-1000000")]
-
-
 def test_killed_twenty_times(tmp_path, base_directory, text_file):
     """SIGKILL twenty times, between any two of a run's optimiser steps, renames and removals: each restart resumes from
-    a whole checkpoint, and the end is bit-identical to an unbroken run, which learns."""
+    a whole checkpoint, and the end is bit-identical to an unbroken run, which learns. A user's copy stays."""
+    (tmp_path / "broken" / "step-000009-mine").mkdir(parents=True)
     whole, broken = (command(base_directory, text_file, tmp_path / name, "--steps", "80", "--save-every", "2",
                              "--batch", "2") for name in ("whole", "broken"))
     draw = random.Random(0)
@@ -102,7 +94,7 @@ def test_killed_twenty_times(tmp_path, base_directory, text_file):
     unbroken, resumed = read_log(tmp_path / "whole"), read_log(tmp_path / "broken")
     assert [(r["step"], r["loss"]) for r in unbroken] == [(r["step"], r["loss"]) for r in resumed]
     assert unbroken[-1]["loss"] < unbroken[0]["loss"] - 0.1
-    assert sorted(p.name for p in (tmp_path / "broken").glob("step-*")) == ["step-000078", "step-000080"]
+    assert {p.name for p in (tmp_path / "broken").glob("step-*")} == {"step-000009-mine", "step-000078", "step-000080"}
     validated = [(tmp_path / name / "validation.jsonl").read_text() for name in ("whole", "broken")]
     assert validated[0] == validated[1] and len(validated[0].splitlines()) == 2
 
@@ -114,7 +106,6 @@ def test_two_machines_without_a_shared_disk(tmp_path, base_directory, text_file)
     for disk in disks:
         disk.mkdir()
     assert finish(*start_group(line, tmp_path / "printed", disks, machines=True)) == [0, 0]
-    assert not (disks[1] / "run").exists()
     (disks[0] / "run" / "step-000006").rename(tmp_path / "step-000006")
     assert finish(*start_group(line + ["--resume"], tmp_path / "printed", disks, machines=True)) == [0, 0]
     assert "from step 3;" in (tmp_path / "printed-0").read_text()
@@ -122,8 +113,8 @@ def test_two_machines_without_a_shared_disk(tmp_path, base_directory, text_file)
 
 
 def test_processes_and_micro_batches_agree(tmp_path, base_directory, text_file):
-    """torchrun with two gloo processes, four processes, one, and one without accumulation: the same gradients in the
-    first step and losses in 5 steps up to rounding."""
+    """torchrun with two gloo processes, one, and one without accumulation: the same gradients in the first step and
+    losses in 5 steps up to rounding."""
     def line(name, *more):
         return command(base_directory, text_file, tmp_path / name, "--steps", "5", "--save-every", "1", "--init",
                        "random", *more)
@@ -131,20 +122,17 @@ def test_processes_and_micro_batches_agree(tmp_path, base_directory, text_file):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *line("two")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GENERATIVE_ADAPTER_CACHE": str(tmp_path / "cache-two")}
     two = subprocess.Popen(torchrun, cwd=ROOT, env=environment)
-    four = start_group(line("four"), tmp_path / "four.txt", [ROOT] * 4, kept=9)
-    ended = finish(start(line("one"), tmp_path / "one.txt", kept=9), *four)
+    ended = finish(start(line("one"), tmp_path / "one.txt", kept=9))
     ended += finish(start(line("whole", "--micro-batch", "4", "--checkpointing"), tmp_path / "whole.txt", kept=9))
-    assert [two.wait(), *ended] == [0] * 7, [path.read_text() for path in tmp_path.glob("*.txt*")]
+    assert [two.wait(), *ended] == [0] * 3, [path.read_text() for path in tmp_path.glob("*.txt*")]
     weight = [tensor.abs().max() for name, tensor in weights(tmp_path / "one", 5).items() if name.endswith("A1")]
     one = read_log(tmp_path / "one")
     assert max(weight) > 1e-2 and len(one) == 5
-    for other in ("two", "four", "whole"):
-        if other != "two":                              # torchrun's keeps the last two checkpoints, as a user's would
-            assert_same_gradient(tmp_path / "one", tmp_path / other)
+    assert_same_gradient(tmp_path / "one", tmp_path / "whole")
+    for other in ("two", "whole"):
         log = read_log(tmp_path / other)
         assert [row["loss"] for row in log] == pytest.approx([row["loss"] for row in one], rel=1e-3)
         assert log[0]["grad_norm"] == pytest.approx(one[0]["grad_norm"], rel=1e-4)
-    assert len(train.checkpoints(tmp_path / "two")) == 2
 
 
 def test_loss_is_eq_5():
@@ -170,15 +158,12 @@ def test_learning_rate():
 
 
 def test_completion_alone_trains_nothing_of_the_second_half(text_file, tokenizer):
-    """The second half, which the pass leaves out, is padding; the loss is that of the doubled sequence."""
+    """The second half, which the pass leaves out, is padding."""
     flags = Namespace(data=[text_file], validation=None, chunk=16, chunks=3, batch=4, seed=0, eval_sequences=3,
                       objective="completion")
     batch = next(PretrainingData(flags, tokenizer).batches(0))
     assert not batch.mask[:, 3:].any() and batch.mask[:, :3].all()
     weights = train.loss_weights(batch.labels, 3, "completion")
-    nll, _ = make_model().segment_losses(*batch)
-    whole, _ = make_model().segment_losses(*doubled(batch.segments[:, :3].flatten(1), 3))
-    torch.testing.assert_close((nll * weights).sum(), (whole * weights).sum())
     assert (weights[:, 1:3] > 0).all() and weights[:, 3:].sum() == 0
 
 
@@ -207,8 +192,7 @@ def test_a_run_is_not_overwritten(tmp_path, base_directory, text_file):
     main(base_directory, text_file, tmp_path / "run", "--steps", "2")
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*")}
     for flags, words in ((("--steps", "2"), "already holds checkpoints"),
-                         (("--steps", "3", "--resume"), "was trained with --steps 2, not 3"),
-                         (("--steps", "2", "--resume", "--lr", "1"), "--lr")):
+                         (("--steps", "3", "--resume"), "was trained with --steps 2, not 3")):
         with pytest.raises(InputError, match=words):
             main(base_directory, text_file, tmp_path / "run", *flags)
     assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*")}
@@ -217,33 +201,25 @@ def test_a_run_is_not_overwritten(tmp_path, base_directory, text_file):
 
 
 INSTRUCT = "--stage instruct --chunks 2 --checkpoint GENERATOR --data QA"
-FINETUNE = "--stage finetune --data QA"
 
 
 @pytest.mark.parametrize("flags, words", [
     ("--out FILE", "cannot be a directory"), ("--chunks 200", "the training text has"),
     ("--validation SHORT", "validation needs at least 2"), ("--targets z_proj", "z_proj"), ("--rank 17", "rank"),
-    ("--chunk 1", "--chunk must be at least 2"), ("--lr nan", "--lr must be positive"),
-    ("--damping 1e-5", "--damping of at least 1e-4"), ("--norm svd-exact --d-r 17", "--norm svd"),
-    ("--chunks 1 --objective completion", "--objective completion needs"), ("--base BAD", "config.json"),
-    ("--checkpoint GENERATOR", "--data is missing"), ("--epochs 3", "--epochs does not belong to --stage pretrain"),
-    ("--stage instruct --data QA", "name it with --checkpoint"), (f"{INSTRUCT} --objective both", "does not belong"),
+    ("--lr nan", "--lr must be positive"), ("--chunks 1 --objective completion", "--objective completion needs"),
+    ("--epochs 3", "--epochs does not belong to --stage pretrain"), (f"{INSTRUCT} --norm svd-exact", "has no gradient"),
     (f"{INSTRUCT} --d-r 17", "--d-r is decided by --checkpoint"), (f"{INSTRUCT} --chunk 4", "of at most 2 x 4 tokens"),
-    (f"{INSTRUCT} --norm svd-exact", "has no gradient"),
-    (f"{INSTRUCT} --chunk 256 --documents SHORT", "the training text has"),
-    (f"{INSTRUCT} --chunk 256 --documents QA --batch 1", "--batch must be at least 2"),
-    (f"{FINETUNE} --resume", "--resume does not belong"), (f"{FINETUNE} --out FILE", "exists already"),
-    (f"{FINETUNE} --data SHORT", "too few contexts with questions")])
+    ("--stage finetune --data SHORT", "too few contexts with questions")])
 def test_refusals(tmp_path, base_directory, text_file, qa_file, monkeypatch, flags, words):
     """One sentence each, and nothing is written."""
     (tmp_path / "file").write_text("")
     (tmp_path / "short.txt").write_text("a line of text")
     make_model(base=load_base(base_directory, torch.float32, "cpu")[0]).save_pretrained(tmp_path / "generator")
-    names = {"FILE": "file", "SHORT": "short.txt", "BAD": "", "QA": qa_file, "GENERATOR": "generator"}
+    names = {"FILE": "file", "SHORT": "short.txt", "QA": qa_file, "GENERATOR": "generator"}
     for name, path in names.items():
         flags = re.sub(rf"\b{name}\b", str(tmp_path / path), flags)
     line = command(base_directory, text_file, tmp_path / "x")
-    if "--stage" in flags or "--checkpoint" in flags:               # these have a shape and steps of their own
+    if "--stage" in flags:               # these have a shape and steps of their own
         line = ["train.py", "--base", base_directory, "--out", str(tmp_path / "x"), "--device", "cpu"]
     before = {path for path in tmp_path.rglob("*") if "cache" not in str(path)}
     with pytest.raises(InputError, match=re.escape(words)) as refusal:
@@ -268,24 +244,21 @@ def qa_file(tmp_path_factory):
 
 
 def test_instruction_loss_against_streaming(qa_file, text_file, tokenizer):
-    """Of eight rows, contexts of 1 to 6 chunks, the last three repeat a text, a new one each time. The loss of the
-    padded pass is plain cross-entropy after streaming each context by itself; answers and texts have a mean each."""
+    """Of eight rows, contexts of 1 to 6 chunks, the last three repeat a text. The loss of the padded pass is plain
+    cross-entropy after streaming each context by itself; answers and texts have a mean each."""
     tokenizer.chat_template = CHATML
     flags = instruction_flags([qa_file], chunk=24, chunks=6, batch=8, eval_sequences=3, documents=[text_file])
     instructions = InstructionData(flags, tokenizer)
-    everything, seen = "".join(f"<s>{json.loads(line)['text']}</s>" for line in open(text_file)), set()
     batches, model = instructions.batches(0), make_model()
     for step in range(3):
         segments, mask, visible, labels = next(batches)
         nll, count = model.segment_losses(segments, mask, visible, labels)
-        sums, lengths = {True: [], False: []}, set()
+        sums = {True: [], False: []}
         for row in range(8):
             *chunks, ids = [ids[real.bool()].tolist() for ids, real in zip(segments[row], mask[row])]
             context = sum(chunks, [])
             assert (context == ids) == (row >= 5)
-            if row >= 5:
-                seen.add(tuple(context))
-                assert tokenizer.decode(context) in everything and labels[row, -1, :len(ids)].tolist() == ids
+            assert row < 5 or labels[row, -1, :len(ids)].tolist() == ids
             size = -(-len(context) // -(-len(context) // 24))
             memory = None
             for at in range(0, len(context), size):
@@ -295,17 +268,14 @@ def test_instruction_loss_against_streaming(qa_file, text_file, tokenizer):
             torch.testing.assert_close(nll[row].sum(), want, rtol=1e-4, atol=1e-4)
             assert count[row, :-1].sum() == 0 and count[row, -1] == (targets != -100).sum()
             sums[row >= 5].append((want, count[row, -1]))
-            lengths.add(-(-len(context) // size))
-        assert len(lengths) > 1
         loss = (nll * train.loss_weights(labels, len(visible) - 1, "reconstruction")).sum()
         want = sum(sum(loss for loss, _ in part) / sum(n for _, n in part) for part in sums.values())
         torch.testing.assert_close(loss, want, rtol=1e-4, atol=1e-4)
-    assert len(seen) == 9
     assert torch.equal(next(instructions.batches(2)).segments, segments)        # the step alone decides
 
 
 def test_instruct_stage(tmp_path, base_directory, qa_file, text_file):
-    """From a pretrained generator; it learns, two processes agree with one, also with texts beside the questions, and a
+    """From a pretrained generator; it learns, with texts beside the questions two processes agree with one, and a
     resumed run with an unbroken one."""
     base, _ = load_base(base_directory, torch.float32, "cpu")
     make_model(base=base, d_r=16).save_pretrained(tmp_path / "pretrained")
@@ -319,26 +289,20 @@ def test_instruct_stage(tmp_path, base_directory, qa_file, text_file):
         assert finish(*started) == [0] * processes, [path.read_text() for path in tmp_path.glob("printed*")]
         return read_log(tmp_path / name)
 
-    log, two = go("one"), go("two", "--micro-batch", "2", processes=2)
+    log = go("one")
     assert log[-1]["loss"] < log[0]["loss"] - 0.1 and log[0]["completion"] == 0
-    row = json.loads(open(tmp_path / "one" / "validation.jsonl").readline())
-    assert set(row) == {"step", "answer", "answer_shuffled", "gap", "gap_stderr"}
-    assert_same_gradient(tmp_path / "one", tmp_path / "two")
-    assert [row["tokens"] for row in two] == [row["tokens"] for row in log]
-    assert [row["loss"] for row in two] == pytest.approx([row["loss"] for row in log], rel=2e-2)
     shutil.copytree(tmp_path / "one" / "step-000004", tmp_path / "resumed" / "step-000004")
     go("resumed", "--resume")
     assert_same_weights(tmp_path / "one", tmp_path / "resumed", 8)
-    go("texts", "--documents", text_file, "--damping", "0.02")
-    go("texts-two", "--documents", text_file, "--damping", "0.02", processes=2)
-    config = json.loads((tmp_path / "texts" / "step-000008" / "generator_config.json").read_text())
-    assert [config[name] for name in ("damping", "chunk", "d_r", "scale")] == [0.02, 64, 16, 0.5]
+    texts = ("--documents", text_file, "--damping", "0.02", "--micro-batch", "2")
+    log, two = go("texts", *texts), go("texts-two", *texts, processes=2)
+    assert [row["tokens"] for row in two] == [row["tokens"] for row in log]
     assert_same_gradient(tmp_path / "texts", tmp_path / "texts-two")
 
 
 def test_fit_base_is_adamw_on_the_token_mean(monkeypatch):
     """One step in several passes equals one plain AdamW step on the whole batch; early stopping leaves the best
-    weights, which may be those it began with."""
+    weights."""
     random = torch.Generator().manual_seed(0)
     rows = [torch.randint(0, 256, (n,), generator=random).tolist() for n in (5, 9, 14, 7)]
     examples = [(row, [-100] * (len(row) // 2) + row[len(row) // 2:]) for row in rows]
@@ -349,7 +313,6 @@ def test_fit_base_is_adamw_on_the_token_mean(monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(finetune, "PASS_TOKENS", 16)
-        assert sum(finetune.losses(base, [([5], [5]), ([6], [6])])) == 0        # pieces of one token have no target
         assert fit([], 1e-3, batch_size=4, epochs=1) == []
     optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-3, weight_decay=0.01)
     logits = [plain(torch.tensor([ids])).logits[0, :-1] for ids, _ in examples]
@@ -364,26 +327,17 @@ def test_fit_base_is_adamw_on_the_token_mean(monkeypatch):
     assert len(history) == history.index(min(history)) + 1 + finetune.PATIENCE
     again = fit(other, 1e-9, batch_size=4, epochs=1)
     assert again[0] == pytest.approx(min(history), rel=1e-4)
-    worse = fit([(ids, [1] * len(ids)) for ids, _ in examples], 1e-1, batch_size=4, epochs=9)
-    assert len(worse) == 1 + finetune.PATIENCE and min(worse) == worse[0]
-    assert fit(other, 1e-9, batch_size=4, epochs=1)[0] == pytest.approx(again[0], rel=1e-4)
 
 
 def test_finetune_stage(tmp_path, base_directory, qa_file):
-    """CPT and SFT write a transformers directory that loads as a base and has learnt the documents and the answers,
-    with activations recomputed or not."""
+    """CPT and SFT write a transformers directory that loads as a base and has learnt the documents and the answers."""
     rows = [json.loads(line) for line in open(qa_file)]
     documents = write_rows(tmp_path / "docs.jsonl", [{"text": row["context"]} for row in rows[:12]])
     flags = ["--stage", "finetune", "--base", base_directory, "--data", qa_file, "--documents", documents,
              "--validation", qa_file, "--device", "cpu", "--lr", "3e-3", "--batch", "8", "--epochs", "4"]
-    finetune.finetune(train.arguments([*flags, "--out", str(tmp_path / "sft")]))
-    finetune.finetune(train.arguments([*flags, "--out", str(tmp_path / "again"), "--checkpointing"]))
-    for name, tensor in load_file(tmp_path / "sft" / "model.safetensors").items():
-        torch.testing.assert_close(load_file(tmp_path / "again" / "model.safetensors")[name], tensor)
+    finetune.finetune(train.arguments([*flags, "--out", str(tmp_path / "sft"), "--checkpointing"]))
     before, tokenizer = load_base(base_directory, torch.float32, "cpu")
     after, _ = load_base(str(tmp_path / "sft"), torch.float32, "cpu")
-    samples = finetune.samples_of([("", "x" * 1500, []), ("", "yes", [])], tokenizer)
-    assert [len(ids) for ids, _ in samples] == [1024, 1502 - 1024, 5]           # <s> and </s>
     ids = torch.tensor([tokenizer(rows[3]["context"])["input_ids"]])
     with torch.no_grad():
         old, new = (F.cross_entropy(base(ids).logits[0, :-1], ids[0, 1:]) for base in (before, after))
