@@ -131,6 +131,7 @@ def test_scores_of_a_hand_computed_case():
     """Two golds; the shortest is one word of the two predicted, the other is the prediction."""
     scores = evaluate.scores("the Paris, France", ["Paris France", "Paris"], qa.METRICS)
     assert scores == {"f1": pytest.approx(2 / 3), "em": 0, "f1_max": 1, "em_max": 1, "recall": 1, "rougeL_recall": 1}
+    assert rouge_l_recall("z w y z", "x z z y") == pytest.approx(2 / 3)     # of "z y" and "z z", as the package: "z y"
     nothing = evaluate.scores("", ["Ünïcode"], qa.METRICS)
     assert set(nothing.values()) == {0}
     row = evaluate.mean_scores([{**scores, "number": 0}, {**nothing, "number": 1}], {"gap": 1.0})
