@@ -36,6 +36,7 @@ from tqdm import tqdm
 from data import TABLE_3, InstructionData, PretrainingData, sequences
 from generator import NORMS, GeneratorConfig
 from model import DEFAULT_BASE, AdaptedLM, load_base
+from support.fast import LEAST_DAMPING
 from support.files import InputError, make_directory, read_json, read_safetensors, run_command
 
 CLIP = 1.0                # largest gradient norm, as in the released code; the paper names none
@@ -475,9 +476,9 @@ def adapted_model(args, base):
     fill_recipe(args, base)
     if args.objective == "completion" and args.chunks < 2:
         raise InputError("--objective completion needs --chunks of at least 2: the first chunk has no adapter")
-    if args.norm == "svd" and args.damping < 1e-4:
+    if args.norm == "svd" and args.damping < LEAST_DAMPING:
         raise InputError("norm svd has no gradient at this damping: use --norm svd-exact, or a --damping of at least "
-                         "1e-4")
+                         f"{LEAST_DAMPING}")
     if args.norm == "svd-exact" and (args.stage == "instruct" or args.chunk < args.d_r):
         raise InputError("norm svd-exact has no gradient where a context is shorter than d_r tokens: use --norm svd, "
                          "or in pretraining a longer --chunk")
