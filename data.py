@@ -29,6 +29,7 @@ import torch
 from filelock import FileLock
 from tqdm import tqdm
 
+from generator import split_into_chunks
 from support.bases import DEFAULT_BASE, locate_base, tokenizer_at
 from support.files import (CACHE, InputError, bad_input, count_rows, make_directory, read_rows, run_command, stamps)
 from support.text import apply_template, context_ids, document_marks, tokenize, user_turn
@@ -56,7 +57,7 @@ class Batch(NamedTuple):
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# segments: the doubled sequence of pretraining, and contexts cut into chunks
+# segments: the doubled sequence of pretraining
 
 
 def doubled(tokens, C):
@@ -70,16 +71,6 @@ def doubled(tokens, C):
     segments = torch.cat([chunks, chunks], dim=1)                              # (B, 2C, L)
     visible = torch.cat([torch.arange(C), torch.arange(1, C + 1)])             # (2C,)
     return Batch(segments, torch.ones_like(segments), visible, segments)
-
-
-def split_into_chunks(ids, chunk=1024):
-    """A context (a list of at least 1 id), cut evenly into C = ceil(n / chunk) lists of L = ceil(n / C) ids; the last
-    may be shorter."""
-    if not ids:
-        raise InputError("the context is empty: it needs at least 1 token")
-    C = math.ceil(len(ids) / chunk)
-    L = math.ceil(len(ids) / C)
-    return [ids[at:at + L] for at in range(0, len(ids), L)]
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -115,6 +115,16 @@ class LayerGenerator(nn.Module):
         return lora_A, lora_B
 
 
+def split_into_chunks(ids, chunk=1024):
+    """A context (a list of at least 1 id), cut evenly into C = ceil(n / chunk) lists of L = ceil(n / C) ids; the last
+    may be shorter."""
+    if not ids:
+        raise InputError("the context is empty: it needs at least 1 token")
+    C = math.ceil(len(ids) / chunk)
+    L = math.ceil(len(ids) / C)
+    return [ids[at:at + L] for at in range(0, len(ids), L)]
+
+
 def rms_norm(H):
     """Rows of H (..., L, d_h) at root mean square 1, in H's dtype. The gain g follows in update, so that the targets of
     a block share this."""

@@ -14,7 +14,6 @@ What stands here and in generator.py is the plain form. The program computes nor
 segment_losses and, in training, block_forward by their fast twins in support/fast.py; with model.plain = True by these.
 """
 
-import math
 import threading
 import warnings
 from functools import partial
@@ -23,7 +22,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from generator import AdapterGenerator, GeneratorConfig, Memory, rms_norm
+from generator import AdapterGenerator, GeneratorConfig, Memory, rms_norm, split_into_chunks
 from support import fast
 from support.bases import DEFAULT_BASE, load_base  # noqa: F401   part of this module's interface
 from support.files import InputError
@@ -208,13 +207,8 @@ class AdaptedLM(nn.Module):
         each)."""
         if isinstance(ids, str):
             raise InputError("read takes token ids, no text: model.read(context_ids(tokenizer, text))")
-        if len(ids) == 0:
-            raise InputError("the context is empty: it needs at least 1 token")
-        ids = list(ids)
-        chunks = math.ceil(len(ids) / min(self.config.chunk, self.window))
-        L = math.ceil(len(ids) / chunks)
-        for start in range(0, len(ids), L):
-            chunk = torch.tensor([ids[start:start + L]], device=self.base.device)           # (1, L)
+        for chunk in split_into_chunks(list(ids), min(self.config.chunk, self.window)):
+            chunk = torch.tensor([chunk], device=self.base.device)              # (1, L)
             memory = self.contextualize(chunk, memory=memory)
         return memory
 
