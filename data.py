@@ -40,7 +40,7 @@ TABLE_3 = ["stanfordnlp/coqa", "ucinlp/drop", "deepmind/narrativeqa", "qiaojin/P
 
 SHORTEST_CONTEXT = 16     # tokens: the shortest contexts of instruction tuning, a sentence
 CONVERSATION = 128        # tokens: a conversation may be this long even where chunks are shorter
-TEXT_SHARE = 3 / 8        # of the rows of an instruction batch, with --documents: texts to reconstruct
+TEXT_SHARE = 1 / 2        # of the rows of an instruction batch, with --documents: texts to reconstruct and continue
 DEMONSTRATIONS = 64       # of a task, at most
 QUERIES = 4               # of a task, at most
 EXAMPLES_A_UNIT = 20      # an epoch comes to a task once for each 20 of its examples, rounded up
@@ -310,8 +310,9 @@ class PretrainingData:
 
 class InstructionData:
     """Contexts of up to chunks x chunk tokens, each with a conversation about it; validation asks about documents. A
-    unit is what a row is drawn from: a document, or a task. With args.documents, three rows of eight are texts of up to
-    a chunk to reconstruct, so that training on questions does not unlearn reconstruction."""
+    unit is what a row is drawn from: a document, or a task. With args.documents, half of the rows are texts of up to a
+    chunk, to reconstruct (its own tokens follow) and to continue (as many next tokens follow) in turn, the two halves
+    of eq. 5, so that training on questions does not unlearn them."""
 
     def __init__(self, args, tokenizer):
         self.args = args
@@ -355,7 +356,7 @@ class InstructionData:
         args = self.args
         # the units in an order shuffled anew each epoch: sequences of one number
         units = sequences(np.arange(len(self.units)), 1, step * self.question_rows, args.seed)
-        texts = sequences(self.text, args.chunk, step * self.text_rows, args.seed)
+        texts = sequences(self.text, 2 * args.chunk, step * self.text_rows, args.seed)
         while True:
             examples = []
             for row in range(self.question_rows):
@@ -363,9 +364,14 @@ class InstructionData:
                 examples.append(instruction_example(
                     self.tokenizer, self.documents, self.tasks, unit, args, 1, step, row))
             random = np.random.default_rng((args.seed, 3, step))
-            for ids in itertools.islice(texts, self.text_rows):
-                ids = ids[:context_length(args.chunks * args.chunk, random)].tolist()
-                examples.append(Example(ids, ids, ids))         # the conversation is the context itself
+            for row in range(self.text_rows):
+                ids = next(texts).tolist()                      # 2 chunks
+                length = context_length(args.chunk, random)
+                context = ids[:length]
+                target = context                                # reconstruction
+                if (step * self.text_rows + row) % 2:
+                    target = ids[length:2 * length]             # completion
+                examples.append(Example(context, target, target))
             yield instruction_batch(examples, self.tokenizer.pad_token_id, args.chunk)
             step += 1
 

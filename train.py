@@ -365,8 +365,8 @@ def arguments(argv=None):
         help=".parquet, .jsonl(.gz), .txt(.gz) files, a hub data set id, or one packed .bin file; instruct: default "
              "the hub sets of Table 3")
     add("--documents", nargs="+",
-        help="instruct: texts to reconstruct, in 3 rows of 8, beside the questions; finetune: texts to learn first, by "
-             "log-likelihood (CPT)")
+        help="instruct: texts to reconstruct and to continue, half of the rows, beside the questions; finetune: texts "
+             "to learn first, by log-likelihood (CPT)")
     add("--validation", nargs="+",
         help="files of the same kinds; default: a part of --data kept out of training: the last --eval-sequences "
              "sequences, in instruct as many documents, in finetune a tenth of the contexts")
