@@ -50,7 +50,7 @@ NOT_OF_STAGE = {
     "finetune": ["objective", "init", "checkpoint", "resume", "steps", "chunk", "chunks", "micro_batch", "warmup",
                  "norm", "damping", "eval_every", "save_every", *SHAPE]}
 # flags that a resumed run may change: they change no result, but for rounding
-FREE = ("out", "resume", "micro_batch", "device", "checkpointing", "eval_every", "save_every")
+FREE = ("out", "resume", "micro_batch", "device", "shard", "checkpointing", "eval_every", "save_every")
 
 
 def loss_weights(labels, C, objective):
@@ -88,10 +88,13 @@ def train(args):
         raise InputError("--out already holds checkpoints: add --resume to continue that run, or name another "
                          "directory")
 
-    base, tokenizer = load_base(args.base, args.dtype and getattr(torch, args.dtype), args.device)
+    load = load_base
+    if args.shard:
+        from support.sharding import load_sharded as load
+    base, tokenizer = load(args.base, args.dtype and getattr(torch, args.dtype), args.device)
     device = base.device
     args.dtype = str(base.dtype).removeprefix("torch.")
-    if world > 1:
+    if world > 1 and not args.shard:
         dist.init_process_group(timeout=timedelta(minutes=15))          # gloo for CPU tensors, nccl for CUDA's
 
     torch.manual_seed(args.seed)
@@ -132,21 +135,24 @@ def train(args):
         make_directory(args.out)
         if saved:
             step = load_checkpoint(saved[-1], args, model, optimizer)
-        elif args.init == "aligned" and args.checkpoint is None:
-            from extras.aligned import aligned_start
-            length = min(128, (len(data.tokens) + 1) // 2)      # a short text has two sequences of these
-            texts = itertools.islice(sequences(data.tokens, length, 0, args.seed), 96)
-            aligned_start(model, torch.stack(list(texts)).split(16))
+    if world > 1:                                       # process 0's place in the data
+        place = torch.tensor(step, device=device)
+        dist.broadcast(place, 0)
+        step = place.item()
+    if step == 0 and args.init == "aligned" and args.checkpoint is None:
+        from extras.aligned import aligned_start        # on every process: a sharded base needs them all
+        length = min(128, (len(data.tokens) + 1) // 2)          # a short text has two sequences of these
+        texts = itertools.islice(sequences(data.tokens, length, 0, args.seed), 96)
+        aligned_start(model, torch.stack(list(texts)).split(16))
+    if rank == 0:
         cut_log(f"{args.out}/log.jsonl", step)
         cut_log(f"{args.out}/validation.jsonl", step - 1)
         print(f"{args.base}, {args.dtype}, {device}; {data.about}; steps of {args.batch} x {args.chunks} x "
               f"{args.chunk} tokens, from step {step}; processes: {world}", flush=True)
-    if world > 1:                                       # process 0's weights, moments and place in the data
-        place = torch.tensor(step, device=device)
+    if world > 1:                                       # process 0's weights and moments
         state = model.generator.state_dict() | moments(model, optimizer)
-        for t in (place, *state.values()):
+        for t in state.values():
             dist.broadcast(t, 0)
-        step = place.item()
 
     stopping = []
     for kind in (signal.SIGTERM, signal.SIGINT):
@@ -245,11 +251,10 @@ def validate(args, model, batch, rank, world):
     n = len(batch.segments)
     C = int(batch.visible.max())
     device = model.base.device
-    losses = torch.zeros(n, 3, device=device)
-    mine = torch.arange(n)[rank::world]
-    for rows in tqdm(mine.split(args.micro_batch), desc="validation", leave=False, disable=rank != 0):
-        if len(rows) == 0:                                          # of more processes than items
-            break
+    losses = torch.zeros(math.ceil(n / world) * world, 3, device=device)    # equally many for each process: a sharded
+    mine = torch.arange(rank, len(losses), world)                           # base needs it; those beyond n do not count
+    for places in tqdm(mine.split(args.micro_batch), desc="validation", leave=False, disable=rank != 0):
+        rows = places % n
         controls = (rows + n // 2) % n                              # neighbours may be alike
         for column, contexts in ((2, controls), (0, rows)):
             inputs = []
@@ -257,11 +262,11 @@ def validate(args, model, batch, rank, world):
                 inputs.append(torch.cat([t[contexts, :C], t[rows, C:]], dim=1).to(device))      # (b, N, L)
             segments, mask, labels = inputs
             nll, count = model.segment_losses(segments, mask, batch.visible, labels)            # (b, N)
-            losses[rows, column] = nll[:, C:].sum(1) / count[:, C:].sum(1)
-            losses[rows, 1] = nll[:, 1:C].sum(1) / count[:, 1:C].sum(1)         # the own context comes last, and stays
+            losses[places, column] = nll[:, C:].sum(1) / count[:, C:].sum(1)
+            losses[places, 1] = nll[:, 1:C].sum(1) / count[:, 1:C].sum(1)         # the own context comes last, and stays
     if world > 1:
         dist.all_reduce(losses)
-    return losses.cpu()
+    return losses[:n].cpu()
 
 
 def report(args, step, losses):
@@ -400,6 +405,9 @@ def arguments(argv=None):
     add("--checkpointing", nargs="?", type=int, const=10_000, default=0,
         help="recompute the activations of so many blocks (without a number: of all) in the backward pass; as few as "
              "memory allows")
+    add("--shard", action="store_true",
+        help="under torchrun: share the base out among the processes, for one that is larger than a device; finetune "
+             "does so by itself")
     add("--eval-sequences", type=int, default=50, help="validation items")
     add("--seed", type=int, default=0)
     args = parser.parse_args(argv)
@@ -423,6 +431,8 @@ def check(args):
     for name, value in least.items():
         if getattr(args, name) is not None and getattr(args, name) < value:
             raise InputError(f"{flag(name)} must be at least {value}")
+    if args.shard and int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        raise InputError("--shard shares the base out among processes, and here is one: start several with torchrun")
     if args.lr is not None and not args.lr > 0:
         raise InputError("--lr must be positive")
     if args.stage == "instruct":
@@ -479,6 +489,8 @@ def adapted_model(args, base):
     if args.norm == "svd" and args.damping < LEAST_DAMPING:
         raise InputError("norm svd has no gradient at this damping: use --norm svd-exact, or a --damping of at least "
                          f"{LEAST_DAMPING}")
+    if args.norm == "svd-exact" and args.shard:         # one process that leaves a pass would leave the others waiting
+        raise InputError("norm svd-exact may fail on one process alone, which --shard does not bear: use --norm svd")
     if args.norm == "svd-exact" and (args.stage == "instruct" or args.chunk < args.d_r):
         raise InputError("norm svd-exact has no gradient where a context is shorter than d_r tokens: use --norm svd, "
                          "or in pretraining a longer --chunk")
