@@ -17,16 +17,20 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 
 from support.bases import default_dtype, load_base
+from support.files import bad_input
 
 
 def load_sharded(name, dtype=None, device=None):
     """load_base in every process of torchrun, whose group it starts: (model, tokenizer). The files are mapped into
     memory in the dtype they have, and each block goes to the device by itself, where a part of it is kept: no process
     holds more than a block whole."""
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
+    if device is None and torch.cuda.is_available():
+        device = "cuda"
+    with bad_input(f"--device {device} is not to be had here", RuntimeError, AssertionError):
+        device = torch.device(device or "cpu")
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
     base, tokenizer = load_base(name, "auto", "cpu")
     dist.init_process_group(timeout=timedelta(minutes=15))              # gloo for CPU tensors, nccl for CUDA's
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))

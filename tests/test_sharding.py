@@ -7,9 +7,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import train
 from conftest import ROOT, make_base, make_tokenizer
 from extras import finetune
+from model import load_base
 from processes import finish, start, start_group
+from support import bases
+from support.files import InputError
 from test_data import write_rows
 from test_train import assert_same_weights, command, qa_file, read_log  # noqa: F401   qa_file is a fixture
 
@@ -61,6 +65,25 @@ def test_finetuning(tmp_path, qa_file):  # noqa: F811
     assert histories[1] == pytest.approx(histories[0], rel=1e-5) and histories[0][-1] < histories[0][0]
     configs = [json.load(open(tmp_path / name / "config.json")) for name in ("one", "three")]
     assert configs[0] == configs[1] and not (tmp_path / "three.part").exists()
+
+
+def test_one_sentence(base_directory, text_file, tmp_path, monkeypatch):
+    """What does not fit on one device, and what has but one process."""
+    with pytest.raises(InputError, match="auto is not to be had here, and a base must fit on one device"):
+        load_base(base_directory, device="auto")
+    with pytest.raises(InputError, match="here is one: start several with torchrun"):
+        train.arguments(command(base_directory, text_file, tmp_path, "--shard")[1:])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    args = train.arguments(command(base_directory, text_file, tmp_path, "--shard", "--norm", "svd-exact")[1:])
+    with pytest.raises(InputError, match="svd-exact may fail on one process alone"):
+        train.adapted_model(args, load_base(base_directory, torch.float32, "cpu")[0])
+
+    def from_pretrained(*args, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(bases.AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    with pytest.raises(InputError, match="does not fit on cpu, .* train.py --shard"):
+        load_base(base_directory, torch.float32, "cpu")
 
 
 def test_shares(monkeypatch):
