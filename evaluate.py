@@ -569,7 +569,7 @@ def arguments(argv=None):
     add("--limit", type=int, help="conversations, documents (ppl: default 100) or, metaicl, test items a task")
     add("--seed", type=int, default=0, help="of the control and of the demonstrations drawn")
     add("--batch-size", type=int, default=4)
-    add("--device", help="default: CUDA where there is one; one, which the base fits on: 2 bytes a parameter in bfloat16")
+    add("--device", help="default: CUDA where there is one; the base must fit on it: 2 bytes a parameter in bfloat16")
     add("--dtype", choices=["float32", "bfloat16"], help="of the base; default: bfloat16 where the hardware has it")
     add("--output", help="write the table and its circumstances as JSON")
     add("--predictions", help="append every prediction to this JSONL; a run that was stopped continues from it")
