@@ -138,9 +138,9 @@ def on_meta(targets):
 
 
 def report(model, batch, C, L, checkpointing):
-    """Print what a pass over `batch` sequences of C chunks of L tokens counts, forward and backward, with no block
-    recomputed, with the first `checkpointing` and with all; and tokens/s of steps of eight such passes and what comes
-    once a step, clipping and AdamW (train.py), on one H100 or on eight."""
+    """Print what a pass over `batch` sequences of C chunks of L tokens counts: forward alone; forward and backward with
+    no block recomputed, with the first `checkpointing` and with all; and tokens/s of steps of eight such passes and
+    what comes once a step, clipping and AdamW (train.py), on one H100 or on eight."""
     print(f"counted, not measured: {type(model.base).__name__}, {str(model.base.dtype)[6:]}, a pass of {batch} x {C} x "
           f"{L} tokens; seconds at {SHARES[1]:.0%} of the products' peak")
     segments, _, visible, _ = doubled(torch.zeros(batch, C * L, dtype=torch.long, device="meta"), C)   # (B, 2C, L)
@@ -158,9 +158,13 @@ def report(model, batch, C, L, checkpointing):
                             weight_decay=0.01, eps=1e-8, amsgrad=False, maximize=False)
         torch._foreach_zero_(gradients)
     reduce = 2 * 7 / 8 * 4 * sum(p.numel() for p in parameters) / NVLINK
+    targets = batch * (2 * C - 1) * (L - 1)
+    with torch.no_grad(), on_meta(targets) as forward:
+        model.segment_losses(segments, None, visible, labels)
+    print(f"forward alone, as validation runs it: {forward.total(4):.3f} s")
     for n in sorted({0, min(checkpointing, len(model.blocks)), len(model.blocks)}):
         model.checkpointing = n
-        with on_meta(batch * (2 * C - 1) * (L - 1)) as one_pass:
+        with on_meta(targets) as one_pass:
             one_pass.own([*model.base.parameters(), *parameters, *gradients, *moments, *squares])
             model.segment_losses(segments, None, visible, labels)[0].sum().backward()
         print(f"\n{n} blocks recomputed: peak {one_pass.peak / 1e9:.3g} GB, {one_pass.total(1) / 1e12:.4g} TFLOP and "
