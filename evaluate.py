@@ -327,23 +327,31 @@ def read_context(model, tokenizer, text, memories):
 
 
 def in_context(model, tokenizer, task, template, context, questions, batch_size):
-    """The context in the prompt: its questions share the KV cache of what their prompts begin with."""
+    """The context in the prompt: its questions share the KV cache of what their prompts begin with, unless the base has
+    a sliding window shorter than a prompt: that would count the padding which follows a shared cache."""
     base = model.base
     golds = tokenize(tokenizer, [min(question["golds"], key=len) for question in questions])
-    most = model.window - max(task.NEW_TOKENS, *map(len, golds))
+    new_tokens = max(task.NEW_TOKENS, *map(len, golds))
+    most = model.window - new_tokens
     prompts, lost = in_context_prompts(tokenizer, template, context, questions, most)
     # costs count what the context adds to the bare question; the cache holds all that the prompts have in common, but
     # for their last token: each needs something to go on from
     past = len(prompts[0]) - len(user_turn(tokenizer, questions[0]["question"]))
+    longest = max(map(len, prompts))
     prefix = os.path.commonprefix([prompt[:-1] for prompt in prompts])
+    sliding = getattr(base.config.get_text_config(), "sliding_window", None)
+    if sliding and sliding < longest + new_tokens:
+        prefix = []
+    cache = None
     began = clock(base.device)
-    with torch.no_grad():
-        ids = torch.tensor([prefix], device=base.device)                                    # (1, P)
-        cache = base.get_decoder()(input_ids=ids, use_cache=True).past_key_values
+    if prefix:
+        with torch.no_grad():
+            ids = torch.tensor([prefix], device=base.device)                                # (1, P)
+            cache = base.get_decoder()(input_ids=ids, use_cache=True).past_key_values
     costs = {"contextualisation_tflops": base_flops(base, past, head=False) / 1e12,
              "storage_mfloats": kv_cache_floats(base, past) / 1e6, "context_tokens": past,
              "contextualisation_seconds": clock(base.device) - began, "past": past, "lost": lost}
-    copied = int(KV_FLOATS / kv_cache_floats(base, len(prefix)))
+    copied = int(KV_FLOATS / kv_cache_floats(base, longest))
     size = max(1, min(batch_size, copied))
     records = []
     for start in range(0, len(questions), size):

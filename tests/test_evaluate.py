@@ -260,11 +260,12 @@ def test_long_context_loses_its_beginning(tokenizer):
         cut("x", "q" * 500, most=400)
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen3"])
-def test_cached_prefix_answers_like_whole_prompts(tokenizer, kind, monkeypatch):
+@pytest.mark.parametrize("kind, window", [("llama", None), ("mistral", 256), ("gemma3_text", 32), ("qwen2", 8),
+                                          ("qwen3", 32), ("qwen3", 500)])
+def test_cached_prefix_answers_like_whole_prompts(tokenizer, kind, window, monkeypatch):
     """Questions of different lengths on one context, in one batch and in parts, against generate on each prompt and
-    nats one token at a time."""
-    model = make_model(base=make_base(kind))
+    nats one token at a time. A sliding window that is shorter than the prompts sees no padding."""
+    model = make_model(base=make_base(kind, sliding_window=window, use_sliding_window=True, max_window_layers=0))
     model.base.generation_config.pad_token_id = 259
     template, context = qa.PROMPTS["in-context"], "A cold river, seven green stones."
     golds = {"Who sings?": "Ana Maria", "Why does it rain so much in the north?": "x", "Ö": " in Nîmes ", "Who?": "y"}
