@@ -513,7 +513,7 @@ def main(argv=None):
         notes.append("the hub is out of reach: this is the built-in sample of 24 conversations, NOT the paper's "
                      f"benchmark ({msc.HUB_ID})")
     args.data = args.data or task.HUB_ID
-    data = task.load(args.data, args)                       # before the model: a bad file should not wait for that
+    data = task.load(args.data, args, notes)                # before the model: a bad file should not wait for that
     done = read_predictions(args.predictions)
     model, tokenizer = load_model(args)
     dtype = str(model.base.dtype).removeprefix("torch.")

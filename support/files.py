@@ -158,7 +158,9 @@ def read_rows(source, split="train"):
         else:
             import datasets                                  # slow to import
             if source.endswith(".parquet"):
-                rows = datasets.load_dataset("parquet", data_files=source, split="train", streaming=True)
+                rows = []
+                if count_rows(source) != 0:                  # on which datasets fails
+                    rows = datasets.load_dataset("parquet", data_files=source, split="train", streaming=True)
             elif os.path.exists(source):
                 raise InputError(f"{source}: give a .parquet, .jsonl(.gz) or .txt(.gz) file, or a hub data set id")
             else:

@@ -294,9 +294,10 @@ def conversation(*sessions, answer="blue"):
 
 
 def test_msc_loader(tmp_path):
-    """Names before turns that have none; the row's own dialog as the last session; never what holds the answer."""
+    """Names before turns that have none; the row's own dialog as the last session; never what holds the answer. A
+    session without a word is none, so that conversations which have one do not share it."""
     path = tmp_path / "c.jsonl"
-    write_rows(path, [conversation(["Hi: you", "hello"], ["a", "b", "c"]), conversation(["Ann: hi", "Dr. O'Neil: ho"]),
+    write_rows(path, [conversation(["Hi: you", "hello"], [], ["a", "b", "c"], [" "]), conversation(["Ann: hi", "Dr. O'Neil: ho"]),
                       {**conversation(["hi"]), "dialog": [{"text": "last"}], "span": "all"}])
     first, second, third = msc.load(str(path))
     assert first == {"id": "x1", "span": None, "question": "Which?", "answer": "blue",
@@ -306,6 +307,9 @@ def test_msc_loader(tmp_path):
     assert "SECRET" not in json.dumps([first, second, third])
     path.write_text(json.dumps(conversation(["hi"])) + "\n{broken")
     with pytest.raises(InputError, match="c.jsonl line 2 cannot be read"):
+        msc.load(str(path))
+    write_rows(path, [conversation(["hi"], answer=" ")])
+    with pytest.raises(InputError, match="c.jsonl line 1: self_instruct needs a question"):
         msc.load(str(path))
 
 
@@ -355,19 +359,32 @@ def test_msc_answers_nats_and_gap(tmp_path, base_directory, generator_directory,
 
 
 def test_qa_loaders(tmp_path, squad_file):
-    """.jsonl, .parquet and StreamingQA's .csv give the same documents."""
+    """.jsonl, .parquet and StreamingQA's .csv give the same documents. A list of answers may be written as text; rows
+    without one are left out and counted."""
     datasets.load_dataset("json", data_files=squad_file, split="train").to_parquet(tmp_path / "s.parquet")
     with open(tmp_path / "s.csv", "w", encoding="utf-8-sig", newline="") as file:                # as Excel writes it
         table = csv.writer(file)
         table.writerow(["text", "question", "answers"])
         for text, questions in SQUAD:
             table.writerows([text, question, "\\".join(golds)] for question, golds in questions)
+    written = ["['goat', 'a goat']", '["goat", "a goat"]', "['goat' 'a goat']", "goat\\a goat", "[]"]
+    for name, rows in (("lists.csv", written), ("none.csv", ["", "[]"])):
+        with open(tmp_path / name, "w", newline="") as file:
+            csv.writer(file).writerows([["text", "question", "answers"], *(["t", "q", text] for text in rows)])
     for source, task in ((squad_file, "squad"), (tmp_path / "s.parquet", "squad"), (tmp_path / "s.csv", "streamingqa")):
-        documents = qa.load(str(source), SimpleNamespace(task=task))
+        documents = qa.load(str(source), SimpleNamespace(task=task), [])
         assert SQUAD == [(d["text"], [(q["question"], q["golds"]) for q in d["questions"]]) for d in documents]
+    notes = []
+    (document,) = qa.load(str(tmp_path / "lists.csv"), SimpleNamespace(task="streamingqa"), notes)
+    assert [question["golds"] for question in document["questions"]] == [["goat", "a goat"]] * 4
+    assert notes == ["1 questions without an answer are left out"]
     (tmp_path / "bad.csv").write_text("text,question,answers\na,b\n")
-    with pytest.raises(InputError, match="row 2: field 'answers'"):
-        qa.load(str(tmp_path / "bad.csv"), SimpleNamespace(task="streamingqa"))
+    (tmp_path / "blank.csv").write_text("text,question,answers\na, ,c\n")
+    datasets.Dataset.from_dict({"context": []}).to_parquet(tmp_path / "no.parquet")
+    for name, words in (("bad.csv", "row 2: field 'answers'"), ("blank.csv", "row 2: text or question is empty"),
+                        ("none.csv", "none of its 2 questions has an answer"), ("no.parquet", "is empty")):
+        with pytest.raises(InputError, match=words):
+            qa.load(str(tmp_path / name), SimpleNamespace(task="streamingqa"), [])
 
 
 def test_qa_rows_groups_and_answers(tmp_path, base_directory, squad_file, generator_directory, tokenizer):
@@ -381,6 +398,7 @@ def test_qa_rows_groups_and_answers(tmp_path, base_directory, squad_file, genera
     want.remove(("adapter-shuffled", 5000, 1))
     assert [(row["method"], row["context_length"], row["groups"]) for row in result["rows"]] == want
     assert all(row["n"] == 6 and row.keys() >= COSTS | set(qa.METRICS) for row in result["rows"])
+    assert "--context-lengths 1 makes each document a context of its own" in result["note"]
     model = load_adapted(base_directory, generator_directory)
     texts = ["\n\n".join(text for text, _ in SQUAD[:2]), SQUAD[2][0]]
     for method, text in (("adapter", texts[0]), ("adapter-shuffled", texts[1])):
