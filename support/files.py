@@ -44,11 +44,15 @@ def bad_input(words, *kinds):
 
 def run_command(main):
     """Run a script's main. On an InputError every process exits with 2, and the first of a machine prints it: torchrun
-    ends all of them when one exits, so the others give it ten seconds. What they alone met, they print themselves."""
+    ends all of them when one exits, so the others give it ten seconds. What they alone met, they print themselves.
+    Ctrl-C ends quietly with 130."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")           # a console that lacks a character is no reason to end
     try:
         main()
+    except KeyboardInterrupt:
+        print(file=sys.stderr)                                  # after the ^C
+        sys.exit(130)
     except InputError as error:
         if int(os.environ.get("LOCAL_RANK", 0)) > 0:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)       # train.py's handler would sleep on

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from filelock import FileLock
 from torch.utils.flop_counter import FlopCounterMode
 
 import evaluate
@@ -509,25 +510,39 @@ def test_ppl_against_plain_cross_entropy(tmp_path, base_directory, generator_dir
         assert row[f"ppl_{target}_stderr"] == pytest.approx(math.exp(mean) * error, rel=1e-2)
 
 
-def test_ask(tmp_path, base_directory, generator_directory, tokenizer, capsys):
+def test_ask(tmp_path, base_directory, generator_directory, tokenizer, capsys, monkeypatch):
     """Two calls with a memory file equal one that streams both texts; the answers are the model's. What is refused
     leaves the memory as it was."""
     model = load_adapted(base_directory, generator_directory)
-    texts = ["Ana keeps bees. " * 30, "Bo sold twelve jars, à Nîmes."]                      # two chunks, one
+    texts = ["Ana keeps bees. " * 30, "Bo sold twelve jars, à Nîmes.\nAll of them."]       # two chunks, one
     memory, a, b = (str(tmp_path / name) for name in ("ana.safetensors", "a.txt", "b.txt"))
     (tmp_path / "a.txt").write_text(texts[0])
-    (tmp_path / "b.txt").write_text(texts[1], encoding="utf-8")
+    (tmp_path / "b.txt").write_bytes(texts[1].replace("\n", "\r\n").encode("utf-8-sig"))     # as Notepad writes it
     common = ["--task", "ask", "--base", base_directory, "--device", "cpu", "--dtype", "float32", "--checkpoint",
               generator_directory, "--question", "Who?"]
     evaluate.main([*common, "--memory", memory, "--context", a, "--compare"])
+    assert "trained to read 300 tokens at a time, contexts here have up to 481" in capsys.readouterr().out
     evaluate.main([*common, "--memory", memory, "--context", b, "--question", "Where?", "--export", f"{tmp_path}/lora"])
     answers = capsys.readouterr().out.split("\n")[-3:-1]
     want = streamed(model, tokenizer, texts[1], streamed(model, tokenizer, texts[0]))
     for name, S in Memory.load(memory).states.items():
         torch.testing.assert_close(S, want.states[name], rtol=1e-4, atol=1e-4 * S.abs().max().item())
-    assert answers == [greedy(model, tokenizer, question, Memory.load(memory), 60) for question in ("Who?", "Where?")]
+    for question, answer in zip(("Who?", "Where?"), answers):
+        ids = ids_of(tokenizer, question)
+        text = tokenizer.decode(model.generate(ids, want, max_new_tokens=60, pad_token_id=259)[0, ids.shape[1]:])
+        cut = "\n" not in text and "</s>" not in text
+        assert answer == greedy(model, tokenizer, question, want, 60) + " ..." * cut
     assert (tmp_path / "lora" / "adapter_config.json").exists()
+    # a text the memory holds is noticed, a second process is refused; typed questions end with an empty line
+    typed = iter(["Who?", ""])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
+    evaluate.main([*common[:-2], "--memory", memory, "--context", b])
+    out = capsys.readouterr().out
+    assert f"holds {b} already" in out and "\n0 tokens read in" in out and "an empty line or Ctrl-D ends" in out
+    assert out.split("\n")[-2] == answers[0] and Memory.load(memory).tokens == want.tokens
     before = open(memory, "rb").read()
+    with FileLock(f"{memory}.lock"), pytest.raises(InputError, match="read into by another process"):
+        evaluate.main([*common, "--memory", memory, "--context", a])
     with pytest.raises(InputError, match="written by another generator"):
         evaluate.main([*common, "--memory", memory, "--context", a, "--checkpoint", "none"])
     assert open(memory, "rb").read() == before
@@ -538,7 +553,9 @@ def test_ask(tmp_path, base_directory, generator_directory, tokenizer, capsys):
     (["msc", "--data", msc.SAMPLE, "--checkpoint", "missing"], "missing: no such directory"),
     (["msc", "--method", "magic"], "--method magic"),
     (["msc", "--output", ROOT], "--output .* cannot be written"),
-    (["squad", "--shots", "4"], "--shots belongs to --task metaicl")])
+    (["squad", "--shots", "4"], "--shots belongs to --task metaicl"),
+    (["ask", "--context", "missing.txt"], "missing.txt .*No such file"),
+    (["ask", "--question", " "], "--question is empty")])
 def test_refusals(base_directory, flags, words):
     with pytest.raises(InputError, match=words) as caught:
         evaluate.main(["--base", base_directory, "--task", *flags])
