@@ -22,6 +22,6 @@ def other_contexts(parts, names, args, notes, first=None):
     if "adapter-shuffled" in args.method:
         alone = [name for name, some in zip(names[:first], others) if not some]
         if alone:
-            notes.append(f"adapter-shuffled: no other context but shares a part with {', '.join(map(str, alone))}: left "
-                         "out of the control and of the gap, not of the adapter's own row")
+            notes.append(f"adapter-shuffled: no other context but shares a part with {', '.join(alone)}: left out of "
+                         "the control and of the gap, not of the adapter's own row")
     return [some[:count] for some in others]

@@ -78,7 +78,7 @@ def load(source, args, notes):
     if not documents:
         raise InputError(f"{source}: none of its {unanswerable} questions has an answer, so nothing can be scored")
     if unanswerable:
-        notes.append(f"{unanswerable} questions without an answer are left out")
+        notes.append(f"left out, since they have no answer: {unanswerable} questions")
     return [{"text": text, "questions": questions} for text, questions in documents.items()]
 
 
@@ -96,7 +96,7 @@ def settings(documents, model, tokenizer, args, notes):
         count = min(math.ceil(total / length), len(documents))
         parts = np.array_split(range(len(documents)), count)            # as many documents each
         contexts = ["\n\n".join(texts[i] for i in part) for part in parts]
-        others = other_contexts([{g} for g in range(count)], range(count), args, [])
+        others = other_contexts([{g} for g in range(count)], contexts, args, [])      # the note is below
         if count == 1:
             notes.append(f"{total} tokens or more hold all documents ({len(documents)}) in one context, which has no "
                          "control: --context-lengths 1 makes each document a context of its own")
