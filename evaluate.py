@@ -480,7 +480,7 @@ def read_predictions(path):
 
 def longer_than_trained(chunk, tokens):
     """The note where contexts are longer than a chunk of the training: the number of chunks is recorded nowhere."""
-    return (f"the generator was trained to read {chunk} tokens at a time, contexts here have up to {tokens:.0f}: "
+    return (f"the generator was trained to read {chunk} tokens at a time, contexts here have about {tokens:.0f}: "
             "unless it was trained on as many, chunk after chunk, expect answers no better than the control's")
 
 

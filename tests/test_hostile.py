@@ -139,7 +139,8 @@ def test_ask_reads_plain_text_alone(tmp_path):
         path.write_bytes(content)
         return run(tmp_path, lambda: read_text(str(path)))
 
-    for content in (b"%PDF-1.7 words", b"PK\3\4 words", "words".encode("utf-16"), b"a\0b", b"\xff", "\ufeff \r\n".encode()):
+    bad = [b"%PDF-1.7 words", b"PK\3\4 words", "words".encode("utf-16"), b"a\0b", b"\xff", "\ufeff \r\n".encode()]
+    for content in bad:
         assert not sound(content)
     assert sound("\ufeffdos\r\n".encode()) and read_text(str(path)) == "dos\n"
     assert 20 < sum(sound(corrupt(draw, "Où est-elle? ".encode() * 5)) for _ in range(100)) < 95
