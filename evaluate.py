@@ -1,18 +1,20 @@
 """The paper's evaluation (§4, §5): each method beside its baselines and its control, in one table.
 
-    python evaluate.py --task msc                                # Table 1: conversations; default base, built-in sample
-    python evaluate.py --task squad --limit 20 --context-lengths 512 1024 2048 --plot squad.png     # Fig. 2, 3, Table 5
-    python evaluate.py --task streamingqa --data streamingqa.csv --base out/sft --method closed-book   # a baseline
-    python evaluate.py --task metaicl --data metaicl --predictions metaicl.jsonl    # Fig. 4; after a kill: continues
-    python evaluate.py --task ppl --data validation.parquet --checkpoint out/run/step-000100           # Table 2
-    python evaluate.py --task ask --context notes.txt --question "Who owns the boat?" --compare    # your own text
+    python evaluate.py --task msc                             # Table 1: conversations; built-in sample
+    python evaluate.py --task squad --limit 20 --plot squad.png              # Fig. 2, Fig. 3, Table 5
+    python evaluate.py --task squad --data own.jsonl --context-lengths 1        # a document a context
+    python evaluate.py --task streamingqa --data streamingqa.csv --base out/sft --method closed-book
+    python evaluate.py --task metaicl --data metaicl --predictions p.jsonl   # Fig. 4; can be continued
+    python evaluate.py --task ppl --data validation.parquet --checkpoint out/run/step-000100 # Table 2
+    python evaluate.py --task ask --context notes.txt --question "Who owns the boat?" --compare
 
 What is read, what is asked and how it is scored stands in tasks/, a file for each task.
 
-Methods: closed-book (bare question; the paper's, with an instruction, is closed-book-instructed), full-conversation /
-in-context / few-shot (context in the prompt), adapter (bare question, context in the weights) and adapter-shuffled, the
-control: the adapters of OTHER contexts. What a generator remembers is the gap between the last two in nats, the
-negative log-likelihood of the right answer, per token: a generator that has only learnt an answer style has no gap.
+Methods: closed-book (bare question; the paper's, with an instruction, is closed-book-instructed),
+full-conversation / in-context / few-shot (context in the prompt), adapter (bare question, context
+in the weights) and adapter-shuffled, the control: the adapters of OTHER contexts. What a generator
+remembers is the gap between the last two in nats, the negative log-likelihood of the right answer,
+per token: a generator that has only learnt an answer style has no gap.
 """
 
 import argparse
@@ -210,8 +212,8 @@ def mean_scores(records, gap):
 
 
 def greedy_answers(model, tokenizer, prompts, new_tokens, memory=None, prefix=(), cache=None):
-    """Greedy answers to prompts (lists of ids), cut at the first newline, and the number of tokens generated for each.
-    cache: the base's KV cache of prefix, ids with which every prompt begins."""
+    """Greedy answers to prompts (lists of ids), to their first newline, the number of tokens generated for each, and
+    whether new_tokens cut it short. cache: the base's KV cache of prefix, ids with which every prompt begins."""
     device = model.base.device
     P = len(prefix)
     batch = tokenizer.pad({"input_ids": [prompt[P:] for prompt in prompts]}, padding_side="left", return_tensors="pt")
@@ -227,7 +229,8 @@ def greedy_answers(model, tokenizer, prompts, new_tokens, memory=None, prefix=()
     ended = torch.isin(new, ends).cumsum(1)                                                 # 0 before an answer's end
     counts = (1 + (ended == 0).sum(1)).clamp(max=new.shape[1])                              # (B,), its end included
     texts = tokenizer.batch_decode(new, skip_special_tokens=True)
-    return [text.split("\n")[0].strip() for text in texts], counts.tolist()
+    cut = [not end and "\n" not in text for text, end in zip(texts, ended[:, -1])]
+    return [text.split("\n")[0].strip() for text in texts], counts.tolist(), cut
 
 
 @torch.no_grad()
@@ -265,7 +268,7 @@ def answer(model, tokenizer, task, questions, prompts, costs, memories=(None,), 
     the mean over all. prefix, cache: as in greedy_answers.
     """
     golds = [min(question["golds"], key=len) for question in questions]
-    texts, new_tokens = greedy_answers(model, tokenizer, prompts, task.NEW_TOKENS, memories[0], prefix, cache)
+    texts, new_tokens, _ = greedy_answers(model, tokenizer, prompts, task.NEW_TOKENS, memories[0], prefix, cache)
     nats = [gold_nats(model, tokenizer, prompts, golds, memory, prefix, cache) for memory in memories]
     records = []
     for b, question in enumerate(questions):
@@ -327,23 +330,31 @@ def read_context(model, tokenizer, text, memories):
 
 
 def in_context(model, tokenizer, task, template, context, questions, batch_size):
-    """The context in the prompt: its questions share the KV cache of what their prompts begin with."""
+    """The context in the prompt: its questions share the KV cache of what their prompts begin with, unless the base has
+    a sliding window shorter than a prompt: that would count the padding which follows a shared cache."""
     base = model.base
     golds = tokenize(tokenizer, [min(question["golds"], key=len) for question in questions])
-    most = model.window - max(task.NEW_TOKENS, *map(len, golds))
+    new_tokens = max(task.NEW_TOKENS, *map(len, golds))
+    most = model.window - new_tokens
     prompts, lost = in_context_prompts(tokenizer, template, context, questions, most)
     # costs count what the context adds to the bare question; the cache holds all that the prompts have in common, but
     # for their last token: each needs something to go on from
     past = len(prompts[0]) - len(user_turn(tokenizer, questions[0]["question"]))
+    longest = max(map(len, prompts))
     prefix = os.path.commonprefix([prompt[:-1] for prompt in prompts])
+    sliding = getattr(base.config.get_text_config(), "sliding_window", None)
+    if sliding and sliding < longest + new_tokens:
+        prefix = []
+    cache = None
     began = clock(base.device)
-    with torch.no_grad():
-        ids = torch.tensor([prefix], device=base.device)                                    # (1, P)
-        cache = base.get_decoder()(input_ids=ids, use_cache=True).past_key_values
+    if prefix:
+        with torch.no_grad():
+            ids = torch.tensor([prefix], device=base.device)                                # (1, P)
+            cache = base.get_decoder()(input_ids=ids, use_cache=True).past_key_values
     costs = {"contextualisation_tflops": base_flops(base, past, head=False) / 1e12,
              "storage_mfloats": kv_cache_floats(base, past) / 1e6, "context_tokens": past,
              "contextualisation_seconds": clock(base.device) - began, "past": past, "lost": lost}
-    copied = int(KV_FLOATS / kv_cache_floats(base, len(prefix)))
+    copied = int(KV_FLOATS / kv_cache_floats(base, longest))
     size = max(1, min(batch_size, copied))
     records = []
     for start in range(0, len(questions), size):
@@ -467,6 +478,12 @@ def read_predictions(path):
     return done
 
 
+def longer_than_trained(chunk, tokens):
+    """The note where contexts are longer than a chunk of the training: the number of chunks is recorded nowhere."""
+    return (f"the generator was trained to read {chunk} tokens at a time, contexts here have about {tokens:.0f}: "
+            "unless it was trained on as many, chunk after chunk, expect answers no better than the control's")
+
+
 def load_model(args):
     """(AdaptedLM, tokenizer). Without --base it is the base that the checkpoint was trained for. Without --checkpoint
     it is the shipped generator on the default base, on another one (as with --checkpoint none) an untrained one, with a
@@ -479,6 +496,7 @@ def load_model(args):
         args.base = DEFAULT_BASE
         if args.checkpoint not in ("none", DEFAULT_CHECKPOINT):
             args.base = checkpoint_base(args.checkpoint) or DEFAULT_BASE
+    torch.backends.cuda.enable_cudnn_sdp(False)             # on CUDA cuDNN builds a plan for every new shape
     base, tokenizer = load_base(args.base, args.dtype and getattr(torch, args.dtype), args.device)
     # generate takes what a config of its own leaves open from the base's: Qwen2.5's has a repetition penalty
     base.generation_config = transformers.GenerationConfig(
@@ -505,7 +523,7 @@ def main(argv=None):
         notes.append("the hub is out of reach: this is the built-in sample of 24 conversations, NOT the paper's "
                      f"benchmark ({msc.HUB_ID})")
     args.data = args.data or task.HUB_ID
-    data = task.load(args.data, args)                       # before the model: a bad file should not wait for that
+    data = task.load(args.data, args, notes)                # before the model: a bad file should not wait for that
     done = read_predictions(args.predictions)
     model, tokenizer = load_model(args)
     dtype = str(model.base.dtype).removeprefix("torch.")
@@ -543,12 +561,18 @@ def main(argv=None):
         rows += metaicl.averages(rows)
     if not rows:
         raise InputError(f"{args.data}: no method could be evaluated on it")
+    read = [row.get("context_tokens", row.get("context_length")) for row in rows if row["method"] == "adapter"]
+    if args.checkpoint != "none" and max(read, default=0) > model.config.chunk:
+        notes.append(longer_than_trained(model.config.chunk, max(read)))
 
     notes = dict.fromkeys(notes)
     write_table(args, {**vars(args), "note": " ".join(notes) or None, "n": max(row["n"] for row in rows),
                        "dtype": dtype, "versions": versions, "prompts": task.PROMPTS, "rows": rows})
     for note in notes:
         print(f"NOTE: {note}")
+    for path in (args.output, args.predictions, args.plot):
+        if path:
+            print(f"written: {path}")
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -558,30 +582,40 @@ def main(argv=None):
 def arguments(argv=None):
     """The flags, checked before anything is loaded. Raises InputError naming the flag."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
+    add = parser.add_argument_group("data").add_argument
     add("--task", choices=["ask", *TASKS], required=True)
-    add("--base", help=f"hub id, directory or .gguf file of the base; default: the checkpoint's, or {DEFAULT_BASE}")
-    add("--checkpoint", help="generator directory or hub id, or none, an untrained one; default: the shipped one, on "
-        "another base none")
-    add("--data", help="hub id, .parquet or .jsonl; streamingqa: .csv; metaicl: hub id or directory")
+    add("--data", help="hub id, .parquet or .jsonl; streamingqa: .csv; metaicl: hub id or directory; default: the "
+        "paper's on the hub, msc without a connection: the built-in sample")
+    add("--limit", type=int, help="conversations, documents or, metaicl, test items a task; default: all, ppl 100")
+    add("--context-lengths", type=int, nargs="+", metavar="N", help="tokens. squad, streamingqa: documents are joined "
+        "to contexts of about so many, 1 makes each a context of its own; default 512 to 32768, doubling. ppl: 1024")
+    add("--shots", type=int, nargs="+", metavar="K", help="metaicl: demonstrations; default 1 2 4 8 16")
+    add("--demo-seeds", type=int, nargs="+", choices=metaicl.SEEDS, metavar="SEED",
+        help="metaicl: their files; default 100 13 21 42 87")
+    add = parser.add_argument_group("model").add_argument
+    add("--base", help=f"hub id, directory or .gguf file; default: the checkpoint's, or {DEFAULT_BASE}")
+    add("--checkpoint", metavar="GENERATOR", help="directory or hub id, or none, an untrained one; default: the "
+        "shipped one, on another base none")
+    add("--device", help="the base must fit on it; default: cuda where there is one, else cpu")
+    add("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 where the hardware has it")
+    add("--batch-size", type=int, default=4, help="questions at once; default 4")
+    add = parser.add_argument_group("methods").add_argument
     add("--method", action="append", help="repeatable; default: all of the task but -instructed and fine-tuned")
-    add("--controls", type=int, default=4, help="other contexts under which the gold is scored; F1 takes the first")
-    add("--limit", type=int, help="conversations, documents (ppl: default 100) or, metaicl, test items a task")
-    add("--seed", type=int, default=0, help="of the control and of the demonstrations drawn")
-    add("--batch-size", type=int, default=4)
-    add("--device", help="default: CUDA where there is one; the base must fit on it: 2 bytes a parameter in bfloat16")
-    add("--dtype", choices=["float32", "bfloat16"], help="of the base; default: bfloat16 where the hardware has it")
-    add("--output", help="write the table and its circumstances as JSON")
-    add("--predictions", help="append every prediction to this JSONL; a run that was stopped continues from it")
-    add("--plot", help="draw the table: .png, .svg or .pdf")
-    add("--context-lengths", type=int, nargs="+", help="tokens; squad, streamingqa: default 512 to 32768; ppl: 1024")
-    add("--shots", type=int, nargs="+", help="metaicl: demonstrations; default 1 2 4 8 16")
-    add("--demo-seeds", type=int, nargs="+", choices=metaicl.SEEDS, help="metaicl: their files; default: all five")
-    add("--context", action="append", help="ask: text file to read, - for standard input; repeatable")
-    add("--question", action="append", help="ask: repeatable; without one, questions are typed in until an empty line")
-    add("--memory", help="ask: .safetensors file of what was read; loaded if it exists, streamed on, saved")
-    add("--export", help="ask: write the adapter of the context as a PEFT LoRA directory")
-    add("--compare", action="store_true", help="ask: the closed-book and the in-context answer beside it")
+    add("--controls", type=int, default=4, metavar="K", help="other contexts under which the gold is scored; the "
+        "answer is under the first; default 4")
+    add("--seed", type=int, default=0, help="of the control and of the demonstrations drawn; default 0")
+    add = parser.add_argument_group("output").add_argument
+    add("--output", metavar="FILE", help="write the table and its circumstances as JSON; default: only print it")
+    add("--predictions", metavar="FILE", help="append every prediction to this JSONL, from which a run that was "
+        "stopped continues; default: none")
+    add("--plot", metavar="FILE", help="draw the table: .png, .svg or .pdf; default: none")
+    add = parser.add_argument_group("ask, your own text and questions").add_argument
+    add("--context", action="append", metavar="FILE", help="text to read, - for standard input; repeatable")
+    add("--question", action="append", help="repeatable; default: typed in, until an empty line")
+    add("--memory", metavar="FILE", help="what was read, a .safetensors file: loaded if it exists, read on into, "
+        "saved; default: nothing is kept")
+    add("--export", metavar="DIRECTORY", help="write the adapter of the context as a PEFT LoRA; default: not")
+    add("--compare", action="store_true", help="the closed-book and the in-context answer beside it; default: not")
     args = parser.parse_args(argv)
 
     tasks_of = {"context_lengths": ["squad", "streamingqa", "ppl"]}
@@ -619,6 +653,8 @@ def arguments(argv=None):
         raise InputError("--data, --context, --memory, --output, --predictions and --plot must be different files")
     if args.plot and not args.plot.endswith((".png", ".svg", ".pdf")):
         raise InputError("--plot must be a .png, .svg or .pdf")
+    if not all(question.strip() for question in args.question or []):
+        raise InputError("--question is empty: ask something, or leave it out to type questions in")
     if args.export and os.path.exists(args.export):
         raise InputError(f"--export {args.export} exists already: name another")
     if args.context and "-" in args.context and not args.question:

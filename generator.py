@@ -257,14 +257,16 @@ class Memory:
             raise InputError("memories of different generators cannot be put together: read the contexts again with "
                              "one generator")
 
-    def save(self, path):
-        """Write to one safetensors file. InputError where that cannot be, and nothing is left behind."""
+    def save(self, path, **facts):
+        """Write to one safetensors file, facts (texts) among its metadata. InputError where that cannot be, and nothing
+        is left behind."""
         if os.path.isdir(path) or not os.path.isdir(os.path.dirname(path) or "."):
             raise InputError(f"{path} cannot be written: name a file in a directory that exists")
         tensors = {"tokens": self.tokens}
         for name, S in self.states.items():
             tensors[f"S.{name}"] = S.float()
-        save_tensors(tensors, path, {"format": "generative-adapter-memory", "fingerprint": self.fingerprint or ""})
+        facts |= {"format": "generative-adapter-memory", "fingerprint": self.fingerprint or ""}
+        save_tensors(tensors, path, facts)
 
     @classmethod
     def load(cls, path):

@@ -21,6 +21,7 @@ from functools import partial
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from tqdm import tqdm
 
 from generator import AdapterGenerator, GeneratorConfig, Memory, rms_norm, split_into_chunks
 from support import fast
@@ -207,7 +208,8 @@ class AdaptedLM(nn.Module):
         each)."""
         if isinstance(ids, str):
             raise InputError("read takes token ids, no text: model.read(context_ids(tokenizer, text))")
-        for chunk in split_into_chunks(list(ids), min(self.config.chunk, self.window)):
+        chunks = split_into_chunks(list(ids), min(self.config.chunk, self.window))
+        for chunk in tqdm(chunks, desc="read", delay=2, leave=False, disable=None):        # a bar on a terminal alone
             chunk = torch.tensor([chunk], device=self.base.device)              # (1, L)
             memory = self.contextualize(chunk, memory=memory)
         return memory

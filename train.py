@@ -263,7 +263,7 @@ def validate(args, model, batch, rank, world):
             segments, mask, labels = inputs
             nll, count = model.segment_losses(segments, mask, batch.visible, labels)            # (b, N)
             losses[places, column] = nll[:, C:].sum(1) / count[:, C:].sum(1)
-            losses[places, 1] = nll[:, 1:C].sum(1) / count[:, 1:C].sum(1)         # the own context comes last, and stays
+            losses[places, 1] = nll[:, 1:C].sum(1) / count[:, 1:C].sum(1)     # the own context comes last, and stays
     if world > 1:
         dist.all_reduce(losses)
     return losses[:n].cpu()

@@ -101,7 +101,10 @@ def locate_base(name):
 def tokenizer_at(name, path, **options):
     """The tokenizer of a base located there. Errors name the base as the user did."""
     try:                             # trust_remote_code None would ask whether to run a stranger's code
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=False, **options)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, mistral_format=False, **options)
+        if type(tokenizer).__name__ == "MistralCommonBackend":         # it cannot split control tokens within a text
+            raise ValueError("its tokenizer is mistral-common's own: a base with a tokenizer.json is needed")
+        return tokenizer
     except Exception as error:       # damaged files and lost connections end in many ways
         reason = str(error).strip().split("\n")[0]
         raise InputError(f"base {name!r} cannot be loaded from disk or the hub, check --base: {reason}") from None

@@ -54,7 +54,7 @@ def context_costs(model, tokens):
     LoRA pair for each chunk; of norm (svd) the four products with S, the eight of (d_r, r) with (r, r) and the 36 of
     (r, r), those of a damping of 1e-2."""
     config = model.config
-    chunks = math.ceil(tokens / config.chunk)
+    chunks = math.ceil(tokens / min(config.chunk, model.window))
     longest = math.ceil(tokens / chunks)
     d_r = config.d_r
     r = config.rank

@@ -44,11 +44,15 @@ def bad_input(words, *kinds):
 
 def run_command(main):
     """Run a script's main. On an InputError every process exits with 2, and the first of a machine prints it: torchrun
-    ends all of them when one exits, so the others give it ten seconds. What they alone met, they print themselves."""
+    ends all of them when one exits, so the others give it ten seconds. What they alone met, they print themselves.
+    Ctrl-C ends quietly with 130."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")           # a console that lacks a character is no reason to end
     try:
         main()
+    except KeyboardInterrupt:
+        print(file=sys.stderr)                                  # after the ^C
+        sys.exit(130)
     except InputError as error:
         if int(os.environ.get("LOCAL_RANK", 0)) > 0:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)       # train.py's handler would sleep on
@@ -158,7 +162,9 @@ def read_rows(source, split="train"):
         else:
             import datasets                                  # slow to import
             if source.endswith(".parquet"):
-                rows = datasets.load_dataset("parquet", data_files=source, split="train", streaming=True)
+                rows = []
+                if count_rows(source) != 0:                  # on which datasets fails
+                    rows = datasets.load_dataset("parquet", data_files=source, split="train", streaming=True)
             elif os.path.exists(source):
                 raise InputError(f"{source}: give a .parquet, .jsonl(.gz) or .txt(.gz) file, or a hub data set id")
             else:

@@ -1,10 +1,11 @@
 """Fig. 4, 5, 6: MetaICL's 26 test tasks (its setting hr_to_lr, Table 4), learnt from k demonstrations.
 
-Read:    the first k of a training file's 16 examples (the paper says of the development split's, the released code
-         takes these) in a seeded order, so that fewer are a part of more; each demonstration seed has its file.
+Read:    the first k of a training file's 16 examples, as in the released code (the paper: of the development split),
+         in a seeded order, so that fewer are a part of more; each demonstration seed has its file.
 Asked:   the test items of seed 100, as in the released code: "Input: ..", to be continued after "Output:".
-Scored:  exact match but for case; nats of the output. A row for each task, then means over classification,
-         non-classification and all tasks.
+Scored:  exact match but for case, of generated text as in the released code (MetaICL's own pipeline takes the most
+         likely option); nats of the output. A row for each task, then means over classification, non-classification
+         and all tasks.
 Control: the demonstrations of other tasks.
 Besides: fine-tuned, all weights of the base fitted to the 16 examples; only with --method.
 """
@@ -33,7 +34,7 @@ KINDS = {                                                   # by the task_type o
 }
 TASKS = sum(KINDS.values(), ())
 
-# Fig. 7. The question is an example without its output
+# Fig. 7. The question is an example without its output. The released prompt begins "## Instruction:"
 FEW_SHOT_PROMPT = (
     "{context}\n\nInstruction: Based on the demonstration above, provide a short and concise answer, without any "
     "explanation or additional words.\n\n{question}")
@@ -54,7 +55,7 @@ METRICS = ["accuracy"]
 NEW_TOKENS = 10
 
 
-def load(source, args):
+def load(source, args, notes):
     """The test tasks found in a directory of MetaICL's layout, or such a data set on the hub: {task: {"test": rows,
     seed: (train rows, dev rows)}}, a row {"number", "id", "question", "golds": [text]}. Dev files are read for
     fine-tuned alone."""

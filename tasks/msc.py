@@ -7,6 +7,9 @@ Asked:   `self_instruct` B, the bare question; only full-conversation has the se
 Scored:  the greedy answer against A; nats of A.
 Control: conversations that share no session with the question's own.
 
+Fig. 7's prompt and 20 new tokens, those of the questions on documents, are our choice: the paper names none for MSC,
+and the one example released (inference.ipynb) reads a speaker's persona and generates 100 tokens.
+
 A row may name its `span`: how much of the conversation around the answer it holds, as in the built-in sample. Each span
 is a setting of its own; closed-book, which reads nothing, is asked once.
 """
@@ -34,11 +37,11 @@ METRICS = ["f1", "em", "recall", "rougeL_recall"]
 NEW_TOKENS = 20
 
 
-def load(source=SAMPLE, args=None):
+def load(source=SAMPLE, args=None, notes=None):
     """Conversations of a file or hub id: [{"id", "span" or None, "sessions": [text of each], "question", "answer"}].
 
     Turns alternate: "Speaker 1: " and "Speaker 2: ", anew in each session, go before them unless every turn of the row
-    already begins with a name.
+    already begins with a name. A session without a word is none.
     """
     rows = []
     for where, row in read_rows(source):
@@ -48,7 +51,9 @@ def load(source=SAMPLE, args=None):
         sessions = []
         for dialog in dialogs:
             turns = field(dialog, "dialog", list, where)
-            sessions.append([field(turn, "text", str, where) for turn in turns])
+            session = [field(turn, "text", str, where) for turn in turns]
+            if "".join(session).strip():
+                sessions.append(session)
         turns = sum(sessions, [])
         if not turns:
             raise InputError(f"{where}: previous_dialogs holds no turn to read")
@@ -56,6 +61,10 @@ def load(source=SAMPLE, args=None):
             for session in sessions:
                 session[:] = [f"Speaker {i % 2 + 1}: {text}" for i, text in enumerate(session)]
         asked = field(row, "self_instruct", dict, where)
+        question = field(asked, "B", str, where)
+        answer = field(asked, "A", str, where)
+        if not question.strip() or not answer.strip():
+            raise InputError(f"{where}: self_instruct needs a question (B) and an answer (A), one of them is empty")
         metadata = row.get("metadata")
         name = len(rows)
         if isinstance(metadata, dict):
@@ -67,8 +76,8 @@ def load(source=SAMPLE, args=None):
             "id": str(name),
             "span": span,
             "sessions": ["\n".join(session) for session in sessions],
-            "question": field(asked, "B", str, where),
-            "answer": field(asked, "A", str, where),
+            "question": question,
+            "answer": answer,
         })
     return rows
 

@@ -25,7 +25,7 @@ DOCUMENTS = 100
 CONTEXT_LENGTH = 1024
 
 
-def load(source, args):
+def load(source, args, notes):
     """Rows with text, one after another, of which the first is read at once: a bad file is refused now."""
     rows = read_rows(source, split="validation")
     return itertools.chain([next(rows)], rows)

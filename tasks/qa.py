@@ -8,18 +8,21 @@ Scored:  f1, em, rougeL_recall against the shortest gold, as the authors score; 
 Control: other groups of the same length.
 """
 
+import ast
 import math
+import re
 
 import numpy as np
 
-from support.files import InputError, field, read_rows
+from support.files import InputError, bad_input, field, read_rows
 from support.text import tokenize
 from tasks.contexts import other_contexts
 
 HUB_ID = "rajpurkar/squad"                                  # StreamingQA is on no hub: a .csv
 CONTEXT_LENGTHS = [512, 1024, 2048, 4096, 8192, 16384, 32768]
 
-# Fig. 7: one user turn
+# Fig. 7: one user turn. The released prompts begin "## Instruction:", have one line break before "Answer:" and name the
+# context in the closed-book one as well
 IN_CONTEXT_PROMPT = (
     "{context}\n\nInstruction: Answer the question based on the context above. Respond with a short phrase only. "
     "Keep the answer short and concise, without any explanation or additional words\n\nQuestion: {question}\n\nAnswer:")
@@ -30,7 +33,7 @@ CLOSED_BOOK_PROMPT = (                                      # the same, without 
 METHODS = ["closed-book", "in-context", "adapter", "adapter-shuffled"]
 PROMPTS = {
     "closed-book": "{question}",
-    "closed-book-instructed": CLOSED_BOOK_PROMPT,           # the paper's closed-book; only with --method
+    "closed-book-instructed": CLOSED_BOOK_PROMPT,           # Table 5's zero-shot prompting; only with --method
     "in-context": IN_CONTEXT_PROMPT,
     "adapter": "{question}",
     "adapter-shuffled": "{question}",
@@ -38,31 +41,44 @@ PROMPTS = {
 METRICS = ["f1", "em", "f1_max", "em_max", "recall", "rougeL_recall"]
 NEW_TOKENS = 20
 
+QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""")
+LIST = re.compile(rf"\[(?:{QUOTED.pattern}|[\s,])*\]")      # of texts, as JSON, Python or numpy writes it
 
-def load(source, args):
+
+def load(source, args, notes):
     """Documents with their questions, in the order of the data: [{"text", "questions": [{"number" of its row, "id",
     "cluster": 0, "question", "golds": [text, ...]}]}]. Rows of one text are one document.
 
-    squad: rows with context, question, answers {"text": [...]}; streamingqa: with text, question, answers split on a
-    backslash.
+    squad: rows with context, question, answers {"text": [...]}; streamingqa: with text, question, answers, a list
+    written as text or split on a backslash. Rows without an answer, the unanswerable ones of SQuAD v2, are left out.
     """
     documents = {}
+    unanswerable = 0
     for number, (where, row) in enumerate(read_rows(source, split="validation")):
         if args.task == "squad":
             key = "context"
             golds = field(field(row, "answers", dict, where), "text", list, where)
         else:
             key = "text"
-            golds = [gold.strip() for gold in field(row, "answers", str, where).split("\\")]
-        golds = [gold for gold in golds if isinstance(gold, str) and gold]
+            answers = field(row, "answers", str, where).strip()
+            golds = [gold.strip() for gold in answers.split("\\")]
+            if LIST.fullmatch(answers):
+                with bad_input(f"{where}: answers is not the list that it looks like"):
+                    golds = [ast.literal_eval(quoted) for quoted in QUOTED.findall(answers)]
+        golds = [gold for gold in golds if isinstance(gold, str) and gold.strip()]
         text = field(row, key, str, where)
+        asked = field(row, "question", str, where)
+        if not text.strip() or not asked.strip():
+            raise InputError(f"{where}: {key} or question is empty")
         if not golds:
-            raise InputError(f"{where}: answers holds no text")
-        if not text.strip():
-            raise InputError(f"{where}: empty {key}")
-        question = {"number": number, "id": str(row.get("id", number)), "cluster": 0,
-                    "question": field(row, "question", str, where), "golds": golds}
+            unanswerable += 1
+            continue
+        question = {"number": number, "id": str(row.get("id", number)), "cluster": 0, "question": asked, "golds": golds}
         documents.setdefault(text, []).append(question)
+    if not documents:
+        raise InputError(f"{source}: none of its {unanswerable} questions has an answer, so nothing can be scored")
+    if unanswerable:
+        notes.append(f"left out, since they have no answer: {unanswerable} questions")
     return [{"text": text, "questions": questions} for text, questions in documents.items()]
 
 
@@ -80,8 +96,10 @@ def settings(documents, model, tokenizer, args, notes):
         count = min(math.ceil(total / length), len(documents))
         parts = np.array_split(range(len(documents)), count)            # as many documents each
         contexts = ["\n\n".join(texts[i] for i in part) for part in parts]
-        names = [f"the only group of {length} tokens"] * count          # said where count is 1
-        others = other_contexts([{g} for g in range(count)], names, args, notes)
+        others = other_contexts([{g} for g in range(count)], contexts, args, [])      # the note is below
+        if count == 1:
+            notes.append(f"{total} tokens or more hold all documents ({len(documents)}) in one context, which has no "
+                         "control: --context-lengths 1 makes each document a context of its own")
         groups = []
         for g, part in enumerate(parts):
             questions = []

@@ -67,6 +67,8 @@ def peak_memory(device):
 def make(args, device):
     """An AdaptedLM with random weights on the device, whose A1 is not zero."""
     config, generator, *_ = SHAPES[args.shape]
+    if args.targets:
+        generator = {**generator, "targets": args.targets}
     torch.manual_seed(0)
     with torch.device(device):
         base = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, args.dtype))
@@ -154,6 +156,7 @@ def main():
     add("--stream", nargs="?", type=int, const=1_000_000, metavar="TOKENS", help="only read such a context (1,000,000)")
     add("--only", default="", help="measure only what starts with this")
     add("--count", action="store_true", help="only count a training step as a GPU would run it (tests/count.py)")
+    add("--targets", nargs="+", help="linear layers with adapters; default o_proj")
     add("--chunk", type=int, help="--count: tokens of a chunk; default the shape's")
     add("--chunks", type=int, help="--count: chunks of a sequence; default the shape's")
     add("--shards", type=int, default=1, help="--count: devices that share the base out")

@@ -173,10 +173,10 @@ def report_fine_tuning(base, tokens, shards):
 
 
 def report(model, batch, C, L, checkpointing, shards):
-    """Print what a pass over `batch` sequences of C chunks of L tokens counts, forward and backward, with no block
-    recomputed, with the first `checkpointing` and with all; and tokens/s of steps of eight such passes and what comes
-    once a step, clipping and AdamW (train.py), on one H100 or on eight. Of a base in several shards (--shard) only the
-    memory says something: what the gathering costs is not counted."""
+    """Print what a pass over `batch` sequences of C chunks of L tokens counts: forward alone; forward and backward with
+    no block recomputed, with the first `checkpointing` and with all; and tokens/s of steps of eight such passes and
+    what comes once a step, clipping and AdamW (train.py), on one H100 or on eight. Of a base in several shards
+    (--shard) the memory alone counts: what the gathering takes is left out."""
     print(f"counted, not measured: {type(model.base).__name__}, {str(model.base.dtype)[6:]}, in {shards} shards, a pass "
           f"of {batch} x {C} x {L} tokens; seconds at {SHARES[1]:.0%} of the products' peak")
     segments, _, visible, _ = doubled(torch.zeros(batch, C * L, dtype=torch.long, device="meta"), C)   # (B, 2C, L)
@@ -194,9 +194,13 @@ def report(model, batch, C, L, checkpointing, shards):
                             weight_decay=0.01, eps=1e-8, amsgrad=False, maximize=False)
         torch._foreach_zero_(gradients)
     reduce = 2 * 7 / 8 * 4 * sum(p.numel() for p in parameters) / NVLINK
+    targets = batch * (2 * C - 1) * (L - 1)
+    with torch.no_grad(), on_meta(targets) as forward:
+        model.segment_losses(segments, None, visible, labels)
+    print(f"forward alone, as validation runs it: {forward.total(4):.3f} s")
     for n in sorted({0, min(checkpointing, len(model.blocks)), len(model.blocks)}):
         model.checkpointing = n
-        with on_meta(batch * (2 * C - 1) * (L - 1)) as one_pass:
+        with on_meta(targets) as one_pass:
             own_base(one_pass, model.base, shards, copies=1)
             one_pass.own([*parameters, *gradients, *moments, *squares])
             model.segment_losses(segments, None, visible, labels)[0].sum().backward()

