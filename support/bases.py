@@ -30,7 +30,7 @@ def load_base(name=DEFAULT_BASE, dtype=None, device=None):
     try:
         device = torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {device} is not to be had here, and a base must fit on one device: {error}") from None
+        raise InputError(f"--device {device} is not to be had here (a base must fit on one device): {error}") from None
     if dtype is None:
         dtype = default_dtype(device)
     elif dtype == torch.bfloat16 and default_dtype(device) == torch.float32:

@@ -177,8 +177,8 @@ def report(model, batch, C, L, checkpointing, shards):
     no block recomputed, with the first `checkpointing` and with all; and tokens/s of steps of eight such passes and
     what comes once a step, clipping and AdamW (train.py), on one H100 or on eight. Of a base in several shards
     (--shard) the memory alone counts: what the gathering takes is left out."""
-    print(f"counted, not measured: {type(model.base).__name__}, {str(model.base.dtype)[6:]}, in {shards} shards, a pass "
-          f"of {batch} x {C} x {L} tokens; seconds at {SHARES[1]:.0%} of the products' peak")
+    print(f"counted, not measured: {type(model.base).__name__}, {str(model.base.dtype)[6:]}, in {shards} shards, a "
+          f"pass of {batch} x {C} x {L} tokens; seconds at {SHARES[1]:.0%} of the products' peak")
     segments, _, visible, _ = doubled(torch.zeros(batch, C * L, dtype=torch.long, device="meta"), C)   # (B, 2C, L)
     labels = segments.clone()
     labels[:, 0] = -100                                                 # segment 0, without an adapter, has no weight
