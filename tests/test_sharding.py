@@ -27,7 +27,8 @@ def test_pretraining(tmp_path, base_directory, text_file):
     start, with blocks recomputed, killed in its middle and resumed."""
     def group(name, *more, life=0):
         line = command(base_directory, text_file, tmp_path / name, "--steps", "6", "--save-every", "2", "--batch", "6",
-                       "--eval-sequences", "20", "--eval-every", "3", "--checkpointing", "2", *more)
+                       "--eval-sequences", "20", "--eval-every", "3", "--checkpointing", "2", "--micro-batch",
+                       "3", *more)
         return start_group(line, tmp_path / "printed", [ROOT] * 3, life=life)
 
     assert finish(*group("whole")) == [0] * 3, read(tmp_path)
