@@ -8,14 +8,15 @@ import torch
 from safetensors.torch import load_file
 
 import train
-from conftest import ROOT, make_base, make_tokenizer
+from conftest import ROOT, make_base, make_model, make_tokenizer
 from extras import finetune
 from model import load_base
 from processes import finish, start, start_group
 from support import bases
 from support.files import InputError
 from test_data import write_rows
-from test_train import assert_same_weights, command, qa_file, read_log  # noqa: F401   qa_file is a fixture
+from test_train import qa_file  # noqa: F401   a fixture
+from test_train import assert_same_gradient, assert_same_weights, command, read_log
 
 
 def read(path):
@@ -43,6 +44,26 @@ def test_pretraining(tmp_path, base_directory, text_file):
     assert_same_weights(tmp_path / "whole", tmp_path / "sharded", 6)
     validated = [(tmp_path / name / "validation.jsonl").read_text() for name in ("whole", "sharded")]
     assert validated[0] == validated[1] and len(validated[0].splitlines()) == 3
+
+
+def test_instruction_tuning(tmp_path, base_directory, qa_file, text_file):  # noqa: F811
+    """On two processes: the gradients and the losses of one, with contexts of one to three chunks and texts."""
+    base, _ = load_base(base_directory, torch.float32, "cpu")
+    make_model(base=base, d_r=16).save_pretrained(tmp_path / "pretrained")
+    line = ["train.py", "--stage", "instruct", "--checkpoint", str(tmp_path / "pretrained"), "--base", base_directory,
+            "--data", qa_file, "--documents", text_file, "--device", "cpu", "--dtype", "float32", "--chunk", "64",
+            "--chunks", "3", "--batch", "8", "--micro-batch", "3", "--lr", "1e-3", "--warmup", "1", "--eval-sequences",
+            "3", "--steps", "3", "--save-every", "1"]
+    ended = finish(start([*line, "--out", str(tmp_path / "one")], tmp_path / "printed", kept=9))
+    line += ["--shard", "--out", str(tmp_path / "two")]
+    ended += finish(*start_group(line, tmp_path / "printed", [ROOT] * 2, kept=9))
+    assert ended == [0] * 3, read(tmp_path)
+    assert_same_gradient(tmp_path / "one", tmp_path / "two")
+    losses = [[row["loss"] for row in read_log(tmp_path / name)] for name in ("one", "two")]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    validated = [(tmp_path / name / "validation.jsonl").read_text() for name in ("one", "two")]
+    for one, two in zip(*(map(json.loads, lines.splitlines()) for lines in validated)):
+        assert two == pytest.approx(one, rel=1e-3, abs=1e-4)
 
 
 def test_finetuning(tmp_path, qa_file):  # noqa: F811
