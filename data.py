@@ -32,7 +32,7 @@ from tqdm import tqdm
 from generator import split_into_chunks
 from support.bases import DEFAULT_BASE, locate_base, tokenizer_at
 from support.files import (CACHE, InputError, bad_input, count_rows, make_directory, read_rows, run_command, stamps)
-from support.text import apply_template, context_ids, document_marks, tokenize, user_turn
+from support.text import MARK, apply_template, context_ids, document_marks, token_ids, tokenize, user_turn
 
 # MetaICL, the ninth set of Table 3, is no hub data set of rows: name its files with --data
 TABLE_3 = ["stanfordnlp/coqa", "ucinlp/drop", "deepmind/narrativeqa", "qiaojin/PubMedQA:pqa_labeled",
@@ -163,22 +163,30 @@ def conversation(tokenizer, pairs, limit):
             ends.add(token_id)
     messages, ids, labels = [], [], []
     for number, (question, answer) in enumerate(pairs, 1):
-        turn = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        # a template that trims would find no white space beside the MARKs
+        turn = [{"role": "user", "content": question}, {"role": "assistant", "content": answer.strip()}]
         if tokenizer.chat_template is None:
             prompt = user_turn(tokenizer, question)
             full = prompt + tokenize(tokenizer, [answer])[0] + [tokenizer.eos_token_id]
         else:
-            prompt = apply_template(tokenizer, messages + turn[:1], add_generation_prompt=True)
-            full = apply_template(tokenizer, messages + turn)
-        start = len(os.path.commonprefix([prompt, full]))      # where the answer begins: it works on lists as on paths
-        stop = start                                            # where its end token stands, which is a target too
+            opening = apply_template(tokenizer, messages + turn[:1], add_generation_prompt=True)
+            parts = apply_template(tokenizer, messages + turn).split(MARK)
+            if len(parts) != 3:
+                raise InputError("the chat template of --base does not write an answer once and as it is, so that its "
+                                 "tokens cannot be found: choose another base, or mend its chat_template")
+            before, reply, after = parts
+            if not before.startswith(opening):         # R1's opens a thought in the prompt alone
+                before = opening
+            prompt, full = token_ids(tokenizer, [opening, before + reply + after])
+            # Qwen3 and gpt-oss write an empty thought or the name of a channel before an answer, which are no part of
+            # it; and a tokenizer may join the prompt's end and the answer's first word: apart, then
+            if before[len(opening):].strip() or full[:len(prompt)] != prompt:
+                prompt, reply, after = token_ids(tokenizer, [before, reply, after])
+                full = prompt + reply + after
+        start = len(prompt)                             # where the answer begins
+        stop = start                                    # where its end token stands, which is a target too
         while stop < len(full) and full[stop] not in ends:
             stop += 1
-        if start < len(prompt):                # the tokenizer joined the prompt's end and the answer: apart, then
-            answer_ids = tokenize(tokenizer, [answer])[0]
-            full = prompt + answer_ids + full[stop:]
-            start = len(prompt)
-            stop = start + len(answer_ids)
         if full[:len(ids)] != ids:             # the template writes earlier turns differently: keep what stands
             break
         if len(full) > limit and (ids or number < len(pairs)):

@@ -140,7 +140,7 @@ def test_conversation_labels(tokenizer):
     # a template that writes the last turn in its own way (Qwen3's thinking): one question, its labels in place
     last = CHATML.replace(
         "{{ m['content'] }}", "{% if loop.last and m['role'] == 'assistant' %}~{% endif %}{{ m['content'] }}")
-    check(last, two, "<s>user: Who?</s>\n<s>assistant: ~Ana.</s>\n", "~Ana.</s>")
+    check(last, two, "<s>user: Who?</s>\n<s>assistant: ~Ana.</s>\n", "Ana.</s>")
     # Qwen3's template asks for thinking unless it is told not to: the prompt then ends with the empty thought
     thinking = last.replace("<s>assistant: {%", "<s>assistant: {% if enable_thinking is false %}~{% endif %}{%")
     assert check(thinking, two[:1], None, "Ana.</s>") == "<s>user: Who?</s>\n<s>assistant: ~"
@@ -149,6 +149,31 @@ def test_conversation_labels(tokenizer):
     spaced = CHATML.replace("{{ m['content'] }}", " {{ m['content'] }}").replace("t: {%", "t:  {%")
     check(spaced, two, None, "Ana.</s>")
     check(None, [("Who? ", "Ana"), two[1]], "<s>Who? Ana</s>", "Ana</s>")
+
+
+@pytest.mark.parametrize("opening, reply", [
+    ("### Answer: ", "### Answer: {}</s>\n"),                                           # the prompt ends with a space
+    ("<s>assistant<think>\n", "<s>assistant{}</s>"),                                    # DeepSeek R1
+    ("<s>assistant\n<think>\n\n</think>\n\n", "<s>assistant\n<think>\n\n</think>\n\n{}</s>\n"),             # Qwen3
+    ("<s>assistant\n<think>\n", "<s>assistant\n<think>\n\n</think>\n\n{}</s>\n"),       # Qwen3, the thinking one
+    ("<s>assistant", "<s>assistant<channel>final<message>{}</s>"),                      # Harmony: gpt-oss
+    ("[/INST]", "[/INST] {}</s>")])                                                     # Mistral, Llama 2
+def test_labels_in_templates_that_write_more_than_the_answer(tokenizer, opening, reply):
+    """Neither a thought nor a channel is a target. At test time the prompt is what stands before the answer here, or
+    the base writes what lies between."""
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<channel>", "<message>"]})
+    tokenizer.add_tokens([" Ana", "<think>", "</think>"])
+    before, after = reply.split("{}")
+    tokenizer.chat_template = ("{% for m in messages %}{% if m['role'] == 'user' %}<s>user {{ m['content'] }}</s>"
+                               f"{{% else %}}{before}{{{{ m['content'] }}}}{after}{{% endif %}}{{% endfor %}}"
+                               f"{{% if add_generation_prompt %}}{opening}{{% endif %}}").replace("\n", "{{ '\n' }}")
+    ids, labels = conversation(tokenizer, [("Who?", "Ana Lee ")], limit=100)
+    assert tokenizer.decode([t for t in labels if t != -100]).strip() == "Ana Lee</s>"
+    assert ids[:len(user_turn(tokenizer, "Who?"))] == user_turn(tokenizer, "Who?")
+    assert tokenizer.decode(ids).startswith("<s>user Who?</s>" + max(opening, before, key=len) + "Ana Lee</s>")
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    with pytest.raises(InputError, match="chat template of --base"):
+        conversation(tokenizer, [("Who?", "Ana")], limit=100)
 
 
 SCHEMAS = [
