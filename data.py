@@ -130,23 +130,22 @@ def answers_of(row):
     raise ValueError("there is a question without a field 'answers' or 'answer'")
 
 
-def text_of(value, name):
-    """A field of that name as text: a number is spelled out, and where there is nothing it is empty."""
-    if value is None or value != value:                                        # null, NaN
-        return ""
-    if isinstance(value, (int, float)):
-        return str(value)
-    if not isinstance(value, str):
-        raise ValueError(f"{name} is a {type(value).__name__}")
-    return value
-
-
 def texts_of(value, name):
-    """The texts of a field that holds one or a list of them, but for the blank ones."""
+    """The texts of a field of that name, which holds one or a list of them, but for blank ones; a number is spelled
+    out."""
     if not isinstance(value, list):
         value = [value]
-    texts = [text_of(each, name) for each in value]
-    return [text for text in texts if text.strip()]
+    texts = []
+    for text in value:
+        if text is None or text != text:                                       # null, NaN
+            continue
+        if isinstance(text, (int, float)):
+            text = str(text)
+        if not isinstance(text, str):
+            raise ValueError(f"{name} is a {type(text).__name__}")
+        if text.strip():
+            texts.append(text)
+    return texts
 
 
 def load_instructions(sources):
@@ -161,27 +160,28 @@ def load_instructions(sources):
                            "context and question and answer, context and qas [{question, answers}], or task, input and "
                            "output; answers and output are a text, a number or a list of them)"):
                 if "task" in row:
-                    definition = text_of(row.get("definition"), "definition")
+                    definition = "\n".join(texts_of(row.get("definition"), "definition"))
+                    text = "\n".join(texts_of(row["input"], "input"))
                     outputs = texts_of(row["output"], "output")
-                    if not outputs:
+                    _, examples = tasks.setdefault("".join(texts_of(row["task"], "task")), (definition, []))
+                    if outputs:
+                        examples.append((text, outputs))
+                    else:
                         left_out += 1
-                        continue
-                    example = (text_of(row["input"], "input"), outputs)
-                    tasks.setdefault(text_of(row["task"], "task"), (definition, []))[1].append(example)
                     continue
                 context, asked = question_answers(row)
-                context = text_of(context, "context")
-                if not context.strip():
+                context = "\n\n".join(texts_of(context, "context"))
+                if not context:
                     left_out += 1
                     continue
                 pairs = documents.setdefault((row.get("dataset") or source, context), [])
                 for question, answers in asked:
-                    question = text_of(question, "question").strip()
+                    question = "\n".join(texts_of(question, "question"))
                     answers = texts_of(answers, "answer")
-                    if not question or not answers:
+                    if question and answers:
+                        pairs.append((question.strip(), answers))
+                    else:
                         left_out += 1
-                        continue
-                    pairs.append((question, answers))
     if left_out:
         print(f"{left_out} rows or questions of {', '.join(sources)} without a text or an answer were left out")
     return [(name, context, pairs) for (name, context), pairs in documents.items()], tasks
@@ -246,11 +246,11 @@ def conversation(tokenizer, pairs, limit):
 
 
 def index_by_source(documents):
-    """{source: indices of its documents (n,)}."""
+    """{source: [indices of its documents]}."""
     index = {}
     for k, (source, _, _) in enumerate(documents):
         index.setdefault(source, []).append(k)
-    return {source: np.array(indices) for source, indices in index.items()}
+    return index
 
 
 def document_context(tokenizer, documents, by_source, k, length, random):
@@ -259,7 +259,9 @@ def document_context(tokenizer, documents, by_source, k, length, random):
     source, text, pairs = documents[k]
     texts, pairs = [text], list(pairs)
     used = len(tokenize(tokenizer, [text])[0])
-    for i in random.permutation(by_source[source]):
+    same = by_source[source]
+    for number in random.permutation(len(same)):
+        i = same[number]
         if i == k:
             continue
         _, other_text, other_pairs = documents[i]
@@ -361,7 +363,7 @@ class PretrainingData:
 
     def checksum(self):
         """The same in all processes that read the same text."""
-        return len(self.tokens), zlib.crc32(self.tokens)
+        return zlib.crc32(self.tokens)
 
     def batches(self, step):
         """Yield the global batches of this step and all later ones."""
@@ -423,9 +425,10 @@ class InstructionData:
 
     def checksum(self):
         """The same in all processes that read the same data."""
-        rows = json.dumps([self.documents, self.tasks])
-        texts = self.text if self.text is not None else b""
-        return len(rows), zlib.crc32(texts, zlib.crc32(rows.encode()))
+        rows = json.dumps([self.documents, self.tasks]).encode()
+        if self.text is None:
+            return zlib.crc32(rows)
+        return zlib.crc32(self.text, zlib.crc32(rows))
 
     def batches(self, step):
         """Yield the global batches of this step and all later ones: rows of questions, then rows of texts."""
@@ -478,23 +481,21 @@ def open_tokens(sources, tokenizer, path=None):
         "dtype": "uint32"}
     if len(tokenizer) <= 65_536:
         facts["dtype"] = "uint16"
-    if path is not None:
-        with bad_input(f"{path} cannot be written", OSError):
-            pack(sources, tokenizer, facts, path)
-    elif len(sources) == 1 and sources[0].endswith(".bin"):
+    if path is None and len(sources) == 1 and sources[0].endswith(".bin"):
         path = sources[0]
     else:
-        files = json.dumps([facts, sources, *map(stamps, sources)])
-        key = hashlib.sha256(files.encode()).hexdigest()[:16]
-        path = os.path.join(CACHE, key + ".bin")
-        try:
-            os.makedirs(CACHE, exist_ok=True)
-            with FileLock(path + ".lock"):              # one process of a machine packs, the others wait for it
-                if not os.path.isfile(path):
-                    pack(sources, tokenizer, facts, path)
-        except OSError as error:
-            raise InputError(f"{CACHE} cannot be written, where the packed text goes: make room there or name another "
-                             f"directory in GENERATIVE_ADAPTER_CACHE ({error})") from None
+        with bad_input(f"{path or CACHE} cannot be written, where the packed text goes: make room there or name "
+                       "another directory, instead of the cache in GENERATIVE_ADAPTER_CACHE", OSError):
+            if path is not None:
+                pack(sources, tokenizer, facts, path)
+            else:
+                files = json.dumps([facts, sources, *map(stamps, sources)])
+                key = hashlib.sha256(files.encode()).hexdigest()[:16]
+                path = os.path.join(CACHE, key + ".bin")
+                os.makedirs(CACHE, exist_ok=True)
+                with FileLock(path + ".lock"):          # one process of a machine packs, the others wait for it
+                    if not os.path.isfile(path):
+                        pack(sources, tokenizer, facts, path)
 
     try:
         with open(path + ".json") as file:

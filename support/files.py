@@ -55,6 +55,8 @@ def run_command(main):
             time.sleep(10)
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)                                        # as a shell says it
 
 
 def make_directory(path):
@@ -94,14 +96,19 @@ def save_tensors(tensors, path, metadata=None):
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
         save_file(contiguous, part, metadata=metadata)
-        umask = os.umask(0)                                  # the only way to read it
-        os.umask(umask)
-        os.chmod(part, 0o666 & ~umask)                       # safetensors leaves the file to its owner alone
+        share(part)
         os.replace(part, path)
     except (OSError, SafetensorError) as error:
         if os.path.exists(part):
             os.remove(part)
         raise InputError(f"{path} cannot be written: {error}") from None
+
+
+def share(path):
+    """Give a file the mode that the umask says: safetensors leaves those that it writes to their owner alone."""
+    umask = os.umask(0)                                      # the only way to read it
+    os.umask(umask)
+    os.chmod(path, 0o666 & ~umask)
 
 
 def stamps(path):
