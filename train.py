@@ -46,8 +46,8 @@ CLIP = 1.0                # largest gradient norm, as in the released code; the 
 WEIGHT_DECAY = 0.01       # AdamW's (appendix B, which says Adam)
 MAX_SKIPPED = 10          # steps in a row without a finite gradient before the run gives up
 KEPT = 2                  # the newest checkpoints that a run keeps
-PASS_TOKENS = 16_384      # of a pass, padded, where there is no --micro-batch: those of the paper's doubled sequence. To
-                          # issue the kernels of a pass takes the same time whatever its length
+PASS_TOKENS = 16_384      # of a pass, padded, where there is no --micro-batch: as many as a doubled sequence of the
+                          # paper's. Issuing the kernels of a pass takes the same time whatever its length
 SHAPE = ("d_r", "rank", "scale", "targets")             # of a generator: a --checkpoint decides them
 NOT_OF_STAGE = {
     "pretrain": ["documents", "epochs", "cpt_lr"],
