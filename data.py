@@ -347,8 +347,7 @@ class PretrainingData:
         if args.validation:
             held_out = open_tokens(args.validation, tokenizer)
         else:
-            tenth = len(self.tokens) // (10 * self.length)
-            n = min(args.eval_sequences, max(2, tenth))
+            n = min(args.eval_sequences, max(2, len(self.tokens) // self.length // 10))
             self.tokens, held_out = np.split(self.tokens, [-n * self.length])
         n = min(args.eval_sequences, len(held_out) // self.length)
         if n < 2:
@@ -387,7 +386,7 @@ class InstructionData:
         self.args = args
         self.tokenizer = tokenizer
         self.text_rows = 0
-        self.text = None
+        self.text = np.zeros(0)
         if args.documents:
             self.text_rows = round(TEXT_SHARE * args.batch)
             self.text = open_tokens(args.documents, tokenizer)
@@ -425,10 +424,8 @@ class InstructionData:
 
     def checksum(self):
         """The same in all processes that read the same data."""
-        rows = json.dumps([self.documents, self.tasks]).encode()
-        if self.text is None:
-            return zlib.crc32(rows)
-        return zlib.crc32(self.text, zlib.crc32(rows))
+        rows = json.dumps([self.documents, self.tasks])
+        return zlib.crc32(self.text, zlib.crc32(rows.encode()))
 
     def batches(self, step):
         """Yield the global batches of this step and all later ones: rows of questions, then rows of texts."""

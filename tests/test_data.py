@@ -227,7 +227,7 @@ def test_rows_without_an_answer_are_left_out(tmp_path, capsys, row, count, pairs
 @pytest.mark.parametrize("row, words", [
     ({"line": "x"}, "known instruction set"),
     ({"context": "S", "qas": [{"question": "q"}]}, "without a field 'answers'"),
-    ({"task": "t", "input": "x"}, "'output'"), ({"task": "t", "input": [5], "output": "x"}, "input is a list"),
+    ({"task": "t", "input": "x"}, "'output'"), ({"task": "t", "input": {"a": 1}, "output": "x"}, "input is a dict"),
     ({"context": "S", "question": "q", "answers": [{"a": 1}]}, "a number or a list of them.*: answer is a dict")])
 def test_malformed_instructions(tmp_path, row, words):
     with pytest.raises(InputError, match=f"rows.jsonl line 1.*{words}"):
