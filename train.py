@@ -84,7 +84,7 @@ def learning_rate(args, step):
 
 def micro_batches(rows, mask, size):
     """Cut rows (n,) of a batch with this mask (B, N, L) into passes of so many rows; where size is None, into passes of
-    rows of like length, each of PASS_TOKENS tokens with padding, but for a row that is longer."""
+    rows of like length, each of about PASS_TOKENS tokens with padding, but for a row that is longer by itself."""
     if size is not None:
         return rows.split(size)
     lengths = mask.sum(-1)                                              # (B, N)
