@@ -1,8 +1,6 @@
 """The baselines of appendix C: full fine-tuning of the base on questions (SFT) and on the documents first (CPT), then
-evaluated closed-book. train.py --stage finetune hands over to it, evaluate.py for MetaICL's fine-tuned rows.
-
-Not as in the paper: one learning rate (--lr, 1e-5) for CPT and SFT, and the patience of three epochs that it has for
-MetaICL in document QA too.
+evaluated closed-book. train.py --stage finetune hands over to it, evaluate.py for MetaICL's fine-tuned rows. Where the
+paper has two learning rates, a base of model_type llama gets Llama2's, any other Mistral's.
 """
 
 import functools
@@ -18,10 +16,10 @@ from tqdm import tqdm
 
 from data import conversation, load_instructions
 from model import find_blocks, load_base
+from support.bases import save_base
 from support.files import InputError, make_directory
 from support.text import context_ids, document_marks
 
-PATIENCE = 3              # epochs in a row without a better validation loss, then it stops
 PASS_TOKENS = 2048        # padded tokens of one forward and backward pass
 PIECE = 1024              # tokens of a sample of CPT, at most
 ANSWER = 512              # tokens of a question and its answer, at most
@@ -47,10 +45,14 @@ def losses(base, examples):
         yield F.cross_entropy(logits, labels[at], reduction="sum") / max(1, targets)
 
 
-def fit_base(base, train, validation, lr, batch_size, epochs, seed):
+def fit_base(base, train, validation, lr, batch_size, epochs, patience, seed):
     """Fine-tune ALL weights of base in place on examples (ids, labels), -100 is no target; the loss is the token mean
-    of a batch. With validation examples it stops PATIENCE epochs after the best one and leaves the best weights, which
-    may be those it began with. Returns the validation losses, before training and after each epoch."""
+    of a batch. With validation examples it stops after `patience` epochs in a row without a better validation loss and
+    leaves the best weights, which may be those it began with. Returns the validation losses, before training and after
+    each epoch."""
+    precision = torch.get_float32_matmul_precision()
+    if base.device.type == "cuda":
+        torch.set_float32_matmul_precision("high")      # TF32
     base.requires_grad_(True)
     optimizer = torch.optim.AdamW(base.parameters(), lr=lr, weight_decay=0.01, fused=True)
     history = []
@@ -62,7 +64,7 @@ def fit_base(base, train, validation, lr, batch_size, epochs, seed):
             since = epoch - history.index(min(history))     # epochs since the best
             if since == 0:
                 best = {name: p.detach().cpu().clone() for name, p in base.named_parameters()}
-            if since == PATIENCE:
+            if since == patience:
                 break
         if epoch == epochs:
             break
@@ -75,28 +77,34 @@ def fit_base(base, train, validation, lr, batch_size, epochs, seed):
                                  "float32; evaluate.py: leave fine-tuned out with --method)")
             optimizer.step()
             optimizer.zero_grad()
+    torch.set_float32_matmul_precision(precision)
     base.load_state_dict(best, strict=False)            # nothing, where there is no validation
     base.requires_grad_(False)
     return history
 
 
 def fit_task(base, tokenizer, train, validation, seed):
-    """MetaICL's fine-tuned baseline (appendix C): fit the base to rows with question and golds. Each p.data becomes a
-    new fp32 tensor: the caller keeps the old ones and puts them back."""
+    """MetaICL's fine-tuned baseline (appendix C): fit the base to rows with question and golds, for at most 40 epochs,
+    until the validation loss has not fallen for three. Each p.data becomes a new fp32 tensor: the caller keeps the old
+    ones and puts them back."""
     limit = base.config.get_text_config().max_position_embeddings
     examples = []
     for row in train + validation:
         examples.append(conversation(tokenizer, [(row["question"], row["golds"][0])], limit))
     for p in base.parameters():                         # steps of 1e-5 would be lost in bfloat16
         p.data = p.data.to(torch.float32, copy=True)
+    lr = 5e-6
+    if base.config.model_type == "llama":
+        lr = 1e-5
     count = len(train)
-    fit_base(base, examples[:count], examples[count:], lr=1e-5, batch_size=16, epochs=40, seed=seed)
+    fit_base(base, examples[:count], examples[count:], lr, batch_size=16, epochs=40, patience=3, seed=seed)
 
 
 def finetune(args):
     """CPT: 8 epochs of log-likelihood over --documents, each a sample or, where it is longer than 1,024 tokens,
-    several; batch 16. Then SFT: questions and answers, closed-book, early stopping. Writes a transformers directory.
-    One process, with four copies of the weights on its device: a 7B base takes 58 GB in bfloat16, 116 GB in float32."""
+    several; batch 16. Then SFT: questions and answers, closed-book, until the validation loss rises. Writes a
+    transformers directory. One process, with four copies of the weights on its device: a 7B base takes 58 GB in
+    bfloat16, 116 GB in float32."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise InputError("--stage finetune runs in one process: start it without torchrun")
     if os.path.exists(args.out):
@@ -113,6 +121,10 @@ def finetune(args):
         held_out = documents[:len(documents) // 10]
         documents = documents[len(held_out):]
     base, tokenizer = load_base(args.base, getattr(torch, args.dtype), args.device)
+    if args.cpt_lr is None:
+        args.cpt_lr = 1e-5
+        if base.config.model_type == "llama":
+            args.cpt_lr = 3e-5
     samples = samples_of(texts, tokenizer)
     train = questions_of(documents, tokenizer)
     validation = questions_of(held_out, tokenizer)
@@ -128,17 +140,17 @@ def finetune(args):
     history = []
     if samples:
         print(f"continual pretraining on {len(samples)} samples, 8 epochs")
-        fit_base(base, samples, [], args.lr, batch_size=16, epochs=8, seed=args.seed)
+        fit_base(base, samples, [], args.cpt_lr, batch_size=16, epochs=8, patience=0, seed=args.seed)
     if train:
         print(f"supervised fine-tuning on {len(train)} questions, early stopping on {len(validation)}")
-        history = fit_base(base, train, validation, args.lr, args.batch, args.epochs, args.seed)
+        history = fit_base(base, train, validation, args.lr, args.batch, args.epochs, patience=1, seed=args.seed)
         print("validation nats an answer token, before and after each epoch:", history)
-    base.save_pretrained(part)
-    tokenizer.save_pretrained(part)
+    save_base(base, tokenizer, part)
     with open(f"{part}/finetune.json", "w") as file:
         json.dump({"args": vars(args), "validation_nats": history}, file, indent=1)
     os.rename(part, args.out)
-    print(f"fine-tuned base in {args.out}: evaluate.py --base {args.out} --method closed-book")
+    print(f"fine-tuned base in {args.out}. Next: python evaluate.py --task squad --method closed-book --base "
+          f"{args.out}")
 
 
 def samples_of(documents, tokenizer):
