@@ -465,7 +465,7 @@ def arguments(argv=None):
     add("--objective", choices=["both", "reconstruction", "completion"],
         help="pretrain: eq. 5, default both, or Table 2's ablations; one chunk has no completion")
     add("--lr", type=float,
-        help="learning rate; default small base 0.006, instruct 0.001; large base 5e-05 (pretrain llama 0.0001); "
+        help="learning rate; default small base 0.006, instruct 0.002; large base 5e-05 (pretrain llama 0.0001); "
              "finetune 1e-05")
     add("--cpt-lr", type=float, help="finetune: learning rate of --documents; default llama 3e-05, else 1e-05")
     add("--checkpointing", nargs="?", type=int, const=10_000, default=0,
@@ -477,17 +477,17 @@ def arguments(argv=None):
     integers = {
         data: {
             "--eval-sequences": "validation items; default 50",
-            "--chunk": "tokens of a chunk (L); default small base 16, instruct 1024; large base 1024",
+            "--chunk": "tokens of a chunk (L); default small base 16, instruct 128; large base 1024",
             "--chunks": "chunks of a sequence (C), the pass holds 2C segments; default small base 1, large 8"},
         model: {
             "--d-r": "width of the memory S; default small base 192, large 1024",
             "--rank": "of the adapter; default small base 64, large 128"},
         training: {
-            "--steps": "optimiser steps; default small base 100, large 15259; instruct: what --epochs makes",
-            "--epochs": "passes over the data; default instruct 2, finetune at most 10",
+            "--steps": "optimiser steps; default small base 100; large 15259, instruct: what --epochs makes",
+            "--epochs": "passes over the data; default instruct of a large base 2, finetune at most 10",
             "--batch": "sequences of a step over all processes; default small base 32, instruct 8; large base 8, "
                        "instruct 32; finetune 64",
-            "--micro-batch": "sequences of one forward and backward pass; default small base 32, instruct 4; large "
+            "--micro-batch": "sequences of one forward and backward pass; default small base 32, instruct 8; large "
                              "base 1; instruct on CUDA: as many as make 16384 tokens with padding",
             "--warmup": "steps of linear warm-up, then linear decay to 0; default small base 15, large 100",
             "--seed": "default 0"},
@@ -558,8 +558,8 @@ def fill_recipe(args, base):
                      "chunk": 16, "chunks": 1, "batch": 32, "micro_batch": 32, "warmup": 15, "lr": 6e-3}
         args.beta2 = 0.98
         if instruct:
-            defaults |= {"chunk": 1024, "batch": 8, "micro_batch": 4, "lr": 1e-3}
-        else:
+            defaults |= {"chunk": 128, "batch": 8, "micro_batch": 8, "lr": 2e-3}
+        if args.epochs is None:
             defaults["steps"] = 100
     if instruct and base.device.type == "cuda":
         defaults["micro_batch"] = None                                      # by PASS_TOKENS
