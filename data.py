@@ -7,6 +7,7 @@ set id, with its configuration after a colon where it has several ("microsoft/ms
 tuning has rows of the sets of Table 3, or of this project's own kind, which say what is asked and answered:
 
     {"context": "...", "qas": [{"question": "...", "answers": ["...", ...]}], "dataset": "its name, if you like"}
+    {"context": "...", "question": "...", "answer": "..."}
     {"task": "its name", "input": "...", "output": "...", "definition": "what is to be done, if you like"}
 
 Shapes: B rows of a batch, N segments of a pass, C context chunks of a row, L tokens of a segment. (What the paper calls
@@ -21,6 +22,7 @@ import json
 import math
 import os
 import tempfile
+import zlib
 from random import Random
 from typing import NamedTuple
 
@@ -32,9 +34,10 @@ from tqdm import tqdm
 from generator import split_into_chunks
 from support.bases import DEFAULT_BASE, locate_base, tokenizer_at
 from support.files import (CACHE, InputError, bad_input, count_rows, make_directory, read_rows, run_command, stamps)
-from support.text import apply_template, context_ids, document_marks, tokenize, user_turn
+from support.text import MARK, apply_template, context_ids, document_marks, token_ids, tokenize, user_turn
 
-# MetaICL, the ninth set of Table 3, is no hub data set of rows: name its files with --data
+# MetaICL, the ninth set of Table 3, is no hub data set of rows: name the files <task>/<task>_16384_100_train.jsonl of
+# allenai/metaicl-data with --data, for the tasks under "train" of config/hr_to_lr.json in its repository (Table 4)
 TABLE_3 = ["stanfordnlp/coqa", "ucinlp/drop", "deepmind/narrativeqa", "qiaojin/PubMedQA:pqa_labeled",
            "textmachinelab/quail", "microsoft/ms_marco:v1.1", "kmfoda/booksum", "sggetao/PwC"]
 
@@ -85,7 +88,7 @@ def demonstration(text, output):
 def question_answers(row):
     """(context, [(question, answers)]) of a row, answers a text or a list. Its fields tell which set it is from."""
     if "qas" in row:                                                           # this project's own
-        return row["context"], [(qa["question"], qa["answers"]) for qa in row["qas"]]
+        return row["context"], [(qa["question"], answers_of(qa)) for qa in row["qas"]]
     if "story" in row:                                                         # CoQA
         return row["story"], zip(row["questions"], row["answers"]["input_text"])
     if "passage" in row:                                                       # DROP
@@ -93,52 +96,94 @@ def question_answers(row):
     if "document" in row:                                                      # NarrativeQA, on summaries
         answers = [answer["text"] for answer in row["answers"]]
         return row["document"]["summary"]["text"], [(row["question"]["text"], answers)]
-    if "long_answer" in row:                                                   # PubMedQA
-        return "\n".join(row["context"]["contexts"]), [(row["question"], row["long_answer"])]
+    if "long_answer" in row:                                                   # PubMedQA: yes, no or maybe, and why
+        answer = row["final_decision"].capitalize() + ". " + row["long_answer"]
+        return "\n".join(row["context"]["contexts"]), [(row["question"], answer)]
     if "correct_answer_id" in row:                                             # QuAIL
-        return row["context"], [(row["question"], row["answers"][row["correct_answer_id"]])]
-    if "passages" in row:                                                      # MS MARCO
-        return "\n\n".join(row["passages"]["passage_text"]), [(row["query"], row["answers"])]
+        answer = row["answers"][row["correct_answer_id"]]
+        if answer.strip().lower() == "not enough information":                 # left out, as in the released code
+            return row["context"], []
+        return row["context"], [(row["question"], answer)]
+    if "passages" in row:                                                      # MS MARCO: the passages that answer
+        passages = row["passages"]
+        selected = []
+        for passage, is_selected in zip(passages["passage_text"], passages["is_selected"]):
+            if is_selected:
+                selected.append(passage)
+        return "\n\n".join(selected), [(row["query"], row["answers"])]
     if "chapter" in row:                                                       # BookSum
         return row["chapter"], [("Write a summary of the text.", row["summary_text"])]
     if "prompt" in row:                                                        # PwC
         return row["input"], [(row["prompt"], row["answer"])]
     if "text" in row:                                                          # nothing is asked
         return row["text"], []
-    answers = row.get("answers", row.get("answer"))
-    if isinstance(answers, dict):                                              # SQuAD
-        answers = answers["text"]
-    return row["context"], [(row["question"], answers)]
+    return row["context"], [(row["question"], answers_of(row))]
+
+
+def answers_of(row):
+    """The field of a row that answers its question: a text, a number or a list of them, SQuAD's within "text"."""
+    for name in ("answers", "answer", "response"):
+        if name in row:
+            if isinstance(row[name], dict):
+                return row[name]["text"]
+            return row[name]
+    raise ValueError("there is a question without a field 'answers' or 'answer'")
+
+
+def texts_of(value, name):
+    """The texts of a field of that name, which holds one or a list of them, but for blank ones; a number is spelled
+    out."""
+    if not isinstance(value, list):
+        value = [value]
+    texts = []
+    for text in value:
+        if text is None or text != text:                                       # null, NaN
+            continue
+        if isinstance(text, (int, float)):
+            text = str(text)
+        if not isinstance(text, str):
+            raise ValueError(f"{name} is a {type(text).__name__}")
+        if text.strip():
+            texts.append(text)
+    return texts
 
 
 def load_instructions(sources):
     """(documents, tasks): [(source, context, [(question, [answers])])], rows of one context joined, and {task:
-    (definition, [(input, [outputs])])}. A source is the set that a row names as its "dataset", else the file."""
+    (definition, [(input, [outputs])])}. A source is the set that a row names as its "dataset", else the file. Rows
+    without a context and questions without an answer are left out and counted."""
     documents, tasks = {}, {}
+    left_out = 0
     for source in sources:
         for where, row in tqdm(read_rows(source), desc=source, leave=False):
             with bad_input(f"{where}: the row is of no known instruction set, or a field is missing or malformed (give "
-                           "context and qas [{question, answers}], or task, input and output; answers and output are a "
-                           "text or a list)"):
+                           "context and question and answer, context and qas [{question, answers}], or task, input and "
+                           "output; answers and output are a text, a number or a list of them)"):
                 if "task" in row:
-                    outputs = row["output"]
-                    if isinstance(outputs, str):
-                        outputs = [outputs]
-                    definition = row.get("definition") or ""
-                    "".join([row["task"], definition, row["input"], outputs[0], *outputs])      # all are texts
-                    _, examples = tasks.setdefault(row["task"], (definition, []))
-                    examples.append((row["input"], outputs))
+                    definition = "\n".join(texts_of(row.get("definition"), "definition"))
+                    text = "\n".join(texts_of(row["input"], "input"))
+                    outputs = texts_of(row["output"], "output")
+                    _, examples = tasks.setdefault("".join(texts_of(row["task"], "task")), (definition, []))
+                    if outputs:
+                        examples.append((text, outputs))
+                    else:
+                        left_out += 1
                     continue
                 context, asked = question_answers(row)
-                if not context.strip():
+                context = "\n\n".join(texts_of(context, "context"))
+                if not context:
+                    left_out += 1
                     continue
                 pairs = documents.setdefault((row.get("dataset") or source, context), [])
                 for question, answers in asked:
-                    if isinstance(answers, str):
-                        answers = [answers]
-                    answers = [answer for answer in answers if answer.strip()]
-                    if question.strip() and answers:
+                    question = "\n".join(texts_of(question, "question"))
+                    answers = texts_of(answers, "answer")
+                    if question and answers:
                         pairs.append((question.strip(), answers))
+                    else:
+                        left_out += 1
+    if left_out:
+        print(f"{left_out} rows or questions of {', '.join(sources)} without a text or an answer were left out")
     return [(name, context, pairs) for (name, context), pairs in documents.items()], tasks
 
 
@@ -163,22 +208,30 @@ def conversation(tokenizer, pairs, limit):
             ends.add(token_id)
     messages, ids, labels = [], [], []
     for number, (question, answer) in enumerate(pairs, 1):
-        turn = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        # a template that trims would find no white space beside the MARKs
+        turn = [{"role": "user", "content": question}, {"role": "assistant", "content": answer.strip()}]
         if tokenizer.chat_template is None:
             prompt = user_turn(tokenizer, question)
             full = prompt + tokenize(tokenizer, [answer])[0] + [tokenizer.eos_token_id]
         else:
-            prompt = apply_template(tokenizer, messages + turn[:1], add_generation_prompt=True)
-            full = apply_template(tokenizer, messages + turn)
-        start = len(os.path.commonprefix([prompt, full]))      # where the answer begins: it works on lists as on paths
-        stop = start                                            # where its end token stands, which is a target too
+            opening = apply_template(tokenizer, messages + turn[:1], add_generation_prompt=True)
+            parts = apply_template(tokenizer, messages + turn).split(MARK)
+            if len(parts) != 3:
+                raise InputError("the chat template of --base does not write an answer once and as it is, so that its "
+                                 "tokens cannot be found: choose another base, or mend its chat_template")
+            before, reply, after = parts
+            if not before.startswith(opening):         # R1's opens a thought in the prompt alone
+                before = opening
+            prompt, full = token_ids(tokenizer, [opening, before + reply + after])
+            # Qwen3 and gpt-oss write an empty thought or the name of a channel before an answer, which are no part of
+            # it; and a tokenizer may join the prompt's end and the answer's first word: apart, then
+            if before[len(opening):].strip() or full[:len(prompt)] != prompt:
+                prompt, reply, after = token_ids(tokenizer, [before, reply, after])
+                full = prompt + reply + after
+        start = len(prompt)                             # where the answer begins
+        stop = start                                    # where its end token stands, which is a target too
         while stop < len(full) and full[stop] not in ends:
             stop += 1
-        if start < len(prompt):                # the tokenizer joined the prompt's end and the answer: apart, then
-            answer_ids = tokenize(tokenizer, [answer])[0]
-            full = prompt + answer_ids + full[stop:]
-            start = len(prompt)
-            stop = start + len(answer_ids)
         if full[:len(ids)] != ids:             # the template writes earlier turns differently: keep what stands
             break
         if len(full) > limit and (ids or number < len(pairs)):
@@ -192,16 +245,26 @@ def conversation(tokenizer, pairs, limit):
     return ids[:limit], labels[:limit]
 
 
-def document_context(tokenizer, documents, k, length, random):
+def index_by_source(documents):
+    """{source: [indices of its documents]}."""
+    index = {}
+    for k, (source, _, _) in enumerate(documents):
+        index.setdefault(source, []).append(k)
+    return index
+
+
+def document_context(tokenizer, documents, by_source, k, length, random):
     """(texts, pairs): document k, whole, then other documents of its source in random order, up to the first that no
     longer fits into length tokens; the questions of all of them, in random order."""
     source, text, pairs = documents[k]
     texts, pairs = [text], list(pairs)
     used = len(tokenize(tokenizer, [text])[0])
-    for i in random.permutation(len(documents)):
-        other_source, other_text, other_pairs = documents[i]
-        if other_source != source or i == k:
+    same = by_source[source]
+    for number in random.permutation(len(same)):
+        i = same[number]
+        if i == k:
             continue
+        _, other_text, other_pairs = documents[i]
         used += 2 + len(tokenize(tokenizer, [other_text])[0])                  # a blank line stands before it
         if used > length:
             break
@@ -235,18 +298,18 @@ def context_length(limit, random):
     return int(math.exp(random.uniform(low, math.log(limit + 1))))
 
 
-def instruction_example(tokenizer, documents, tasks, unit, args, *numbers):
+def instruction_example(tokenizer, documents, by_source, tasks, unit, args, *numbers):
     """Example of a unit, which is the index of a document or the name of a task: a context of up to args.chunks x
     args.chunk tokens (see context_length) and a conversation about it. A document that is longer than the length
     drawn stands there whole. Texts are joined by blank lines and raw, as in evaluation. args.seed and the numbers alone
-    decide what is drawn."""
+    decide what is drawn. by_source: index_by_source(documents)."""
     random = np.random.default_rng((args.seed, *numbers))
     limit = args.chunks * args.chunk
     length = context_length(limit, random)
     if isinstance(unit, str):
         texts, pairs = task_context(tokenizer, *tasks[unit], length, random)
     else:
-        texts, pairs = document_context(tokenizer, documents, unit, length, random)
+        texts, pairs = document_context(tokenizer, documents, by_source, unit, length, random)
     context = context_ids(tokenizer, "\n\n".join(texts))[:limit]
     asked = [(question, answers[random.integers(len(answers))]) for question, answers in pairs]
     ids, labels = conversation(tokenizer, asked, max(args.chunk, CONVERSATION))
@@ -284,7 +347,8 @@ class PretrainingData:
         if args.validation:
             held_out = open_tokens(args.validation, tokenizer)
         else:
-            self.tokens, held_out = np.split(self.tokens, [-args.eval_sequences * self.length])
+            n = min(args.eval_sequences, max(2, len(self.tokens) // self.length // 10))
+            self.tokens, held_out = np.split(self.tokens, [-n * self.length])
         n = min(args.eval_sequences, len(held_out) // self.length)
         if n < 2:
             raise InputError(f"validation needs at least 2 sequences of {self.length} tokens: give more text or "
@@ -295,6 +359,10 @@ class PretrainingData:
             rows.append(held_out[start:start + self.length].astype(np.int64))
         self.validation = doubled(torch.from_numpy(np.stack(rows)), args.chunks)
         self.about = f"{len(self.tokens) / 1e6:.2f} M tokens"
+
+    def checksum(self):
+        """The same in all processes that read the same text."""
+        return zlib.crc32(self.tokens)
 
     def batches(self, step):
         """Yield the global batches of this step and all later ones."""
@@ -318,7 +386,7 @@ class InstructionData:
         self.args = args
         self.tokenizer = tokenizer
         self.text_rows = 0
-        self.text = None
+        self.text = np.zeros(0)
         if args.documents:
             self.text_rows = round(TEXT_SHARE * args.batch)
             self.text = open_tokens(args.documents, tokenizer)
@@ -332,8 +400,10 @@ class InstructionData:
             held_out, _ = load_instructions(args.validation)
             held_out = usable(held_out, tokenizer, args)
         else:
-            held_out = self.documents[:args.eval_sequences]
-            del self.documents[:args.eval_sequences]
+            n = min(args.eval_sequences, max(2, len(self.documents) // 10))
+            held_out = self.documents[:n]
+            del self.documents[:n]
+        self.by_source = index_by_source(self.documents)
         self.units = list(range(len(self.documents)))
         for task, (_, examples) in self.tasks.items():
             if len(examples) > 1:
@@ -342,14 +412,20 @@ class InstructionData:
 
         half = min(args.eval_sequences, len(held_out)) // 2
         if half == 0 or not self.units:
-            raise InputError(f"need 1 unit to train on, 2 documents to validate on, found {len(self.units)}, "
-                             f"{len(held_out)} of at most {args.chunks} x {args.chunk} tokens: give more data, "
-                             "--validation, longer --chunks, fewer --eval-sequences")
+            raise InputError(f"{len(held_out)} documents are there to validate on, {len(self.units)} documents and "
+                             f"tasks to train on, with questions and of at most {args.chunks} x {args.chunk} tokens, "
+                             "and 2 and 1 are needed: give more --data, files of --validation or longer --chunks")
         items = []
         for side in (held_out[:half], held_out[half:2 * half]):     # an item and its control share no document
+            by_source = index_by_source(side)
             for k in range(half):
-                items.append(instruction_example(tokenizer, side, self.tasks, k, args, 2, len(items)))
+                items.append(instruction_example(tokenizer, side, by_source, self.tasks, k, args, 2, len(items)))
         self.validation = instruction_batch(items, tokenizer.pad_token_id, args.chunk)
+
+    def checksum(self):
+        """The same in all processes that read the same data."""
+        rows = json.dumps([self.documents, self.tasks])
+        return zlib.crc32(self.text, zlib.crc32(rows.encode()))
 
     def batches(self, step):
         """Yield the global batches of this step and all later ones: rows of questions, then rows of texts."""
@@ -362,7 +438,7 @@ class InstructionData:
             for row in range(self.question_rows):
                 unit = self.units[next(units)]
                 examples.append(instruction_example(
-                    self.tokenizer, self.documents, self.tasks, unit, args, 1, step, row))
+                    self.tokenizer, self.documents, self.by_source, self.tasks, unit, args, 1, step, row))
             random = np.random.default_rng((args.seed, 3, step))
             for row in range(self.text_rows):
                 ids = next(texts).tolist()                      # 2 chunks
@@ -402,18 +478,21 @@ def open_tokens(sources, tokenizer, path=None):
         "dtype": "uint32"}
     if len(tokenizer) <= 65_536:
         facts["dtype"] = "uint16"
-    if path is not None:
-        pack(sources, tokenizer, facts, path)
-    elif len(sources) == 1 and sources[0].endswith(".bin"):
+    if path is None and len(sources) == 1 and sources[0].endswith(".bin"):
         path = sources[0]
     else:
-        files = json.dumps([facts, sources, *map(stamps, sources)])
-        key = hashlib.sha256(files.encode()).hexdigest()[:16]
-        path = os.path.join(CACHE, key + ".bin")
-        os.makedirs(CACHE, exist_ok=True)
-        with FileLock(path + ".lock"):                  # one process of a machine packs, the others wait for it
-            if not os.path.isfile(path):
+        with bad_input(f"{path or CACHE} cannot be written, where the packed text goes: make room there or name "
+                       "another directory, instead of the cache in GENERATIVE_ADAPTER_CACHE", OSError):
+            if path is not None:
                 pack(sources, tokenizer, facts, path)
+            else:
+                files = json.dumps([facts, sources, *map(stamps, sources)])
+                key = hashlib.sha256(files.encode()).hexdigest()[:16]
+                path = os.path.join(CACHE, key + ".bin")
+                os.makedirs(CACHE, exist_ok=True)
+                with FileLock(path + ".lock"):          # one process of a machine packs, the others wait for it
+                    if not os.path.isfile(path):
+                        pack(sources, tokenizer, facts, path)
 
     try:
         with open(path + ".json") as file:
@@ -430,11 +509,11 @@ def open_tokens(sources, tokenizer, path=None):
 
 def pack(sources, tokenizer, facts, path):
     """Tokenise every document of sources into one flat file, uint16 where the vocabulary fits, and a .json with the
-    facts beside it. Rows whose text is null are left out and counted. The token file is written aside and renamed;
+    facts beside it. Rows whose text is null or blank are left out and counted. Both are written aside and renamed;
     PACKED documents are in memory at a time."""
     before, after = facts["marks"]
     tokens = 0
-    null = 0
+    blank = 0
     total = sum(count_rows(source) or 0 for source in sources)
     rows = itertools.chain.from_iterable(map(read_rows, sources))
     with tempfile.TemporaryDirectory(dir=os.path.dirname(path) or ".") as part:
@@ -446,21 +525,26 @@ def pack(sources, tokenizer, facts, path):
                 for where, row in some:
                     text = row.get("text", 0)           # 0: there is no such field
                     if text is None:
-                        null += 1
-                        continue
+                        text = ""
                     if not isinstance(text, str):
                         raise InputError(f"{where}: field 'text' is missing or is not a text")
-                    texts.append(text)
+                    if text.strip():
+                        texts.append(text)
+                    else:
+                        blank += 1
                 for ids in tokenize(tokenizer, texts):
                     ids = before + ids + after
                     np.array(ids, dtype=facts["dtype"]).tofile(file)
                     tokens += len(ids)
                 some = list(itertools.islice(rows, PACKED))
-        with open(path + ".json", "w") as file:
+        if tokens == 0:
+            raise InputError(f"{', '.join(sources)}: there is no text in any row")
+        with open(f"{part}/facts", "w") as file:
             json.dump({**facts, "tokens": tokens, "sources": sources}, file)
+        os.replace(f"{part}/facts", path + ".json")
         os.replace(f"{part}/tokens", path)
-    if null:
-        print(f"{null} rows whose text is null were left out")
+    if blank:
+        print(f"{blank} rows without a text were left out")
 
 
 def sequences(tokens, length, first, seed):
@@ -484,15 +568,17 @@ def sequences(tokens, length, first, seed):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sources", nargs="+")
+    parser.add_argument("sources", nargs="+", help="text files or hub data set ids")
     parser.add_argument("--out", required=True, help="token file to write, ending in .bin; a .json goes beside it")
-    parser.add_argument("--base", default=DEFAULT_BASE, help="base model whose tokenizer is used")
+    parser.add_argument("--base", default=DEFAULT_BASE, help="base model whose tokenizer is used; default %(default)s")
     args = parser.parse_args()
     if os.path.exists(args.out) or os.path.exists(args.out + ".json") or not args.out.endswith(".bin"):
         raise InputError("--out: name a new file ending in .bin")
     make_directory(os.path.dirname(args.out) or ".")
     path, options = locate_base(args.base)
-    open_tokens(args.sources, tokenizer_at(args.base, path, **options), args.out)
+    tokens = open_tokens(args.sources, tokenizer_at(args.base, path, **options), args.out)
+    print(f"{args.out} and {args.out}.json: {len(tokens)} tokens. Next: python train.py --base {args.base} "
+          f"--data {args.out} --out out/run")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@
     python train.py --stage finetune --data qa.parquet --out out/sft        # baseline SFT; with --documents, CPT too
 
 The global batch is --batch for any number of processes. Every out/run/step-* is a checkpoint that evaluate.py reads;
---resume continues from the newest one, on a CPU to weights bit-identical to an unbroken run.
+--resume continues from the newest one, on a CPU to weights bit-identical to an unbroken run. Ctrl-C, SIGTERM, SIGHUP
+and SIGUSR1 end a run after the step under way, with a checkpoint.
 
 Shapes: B sequences of a batch, b of a micro-batch, C context chunks, N segments of a pass (2C in pretraining), L tokens
 of a segment.
@@ -24,12 +25,12 @@ import re
 import shutil
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
 
@@ -37,16 +38,21 @@ from data import TABLE_3, InstructionData, PretrainingData, sequences
 from generator import NORMS, GeneratorConfig
 from model import DEFAULT_BASE, AdaptedLM, load_base
 from support.fast import LEAST_DAMPING
-from support.files import InputError, make_directory, read_json, read_safetensors, run_command
+from support.files import (InputError, bad_input, make_directory, read_json, read_safetensors, run_command,
+                           save_tensors)
+from support.formats import write_generator
+from tasks import metaicl
 
 CLIP = 1.0                # largest gradient norm, as in the released code; the paper names none
 WEIGHT_DECAY = 0.01       # AdamW's (appendix B, which says Adam)
 MAX_SKIPPED = 10          # steps in a row without a finite gradient before the run gives up
 KEPT = 2                  # the newest checkpoints that a run keeps
+PASS_TOKENS = 16_384      # of a pass, padded, where there is no --micro-batch: as many as a doubled sequence of the
+                          # paper's. Issuing the kernels of a pass takes the same time whatever its length
 SHAPE = ("d_r", "rank", "scale", "targets")             # of a generator: a --checkpoint decides them
 NOT_OF_STAGE = {
-    "pretrain": ["documents", "epochs"],
-    "instruct": ["objective", "init"],
+    "pretrain": ["documents", "epochs", "cpt_lr"],
+    "instruct": ["objective", "init", "cpt_lr"],
     "finetune": ["objective", "init", "checkpoint", "resume", "steps", "chunk", "chunks", "micro_batch", "warmup",
                  "norm", "damping", "eval_every", "save_every", *SHAPE]}
 # flags that a resumed run may change: they change no result, but for rounding
@@ -76,6 +82,30 @@ def learning_rate(args, step):
     return args.lr * min(warmup, decay, 1.0)
 
 
+def micro_batches(mask, size, rank, world):
+    """This process's rows of a batch with this mask (B, N, L), cut into passes of so many; where size is None, into
+    passes of rows of like length, each of PASS_TOKENS tokens with padding, but for a row that is longer. All processes
+    have equally many passes, as a sharded base needs."""
+    if size is not None:
+        return torch.arange(len(mask))[rank::world].split(size)
+    lengths = mask.sum(-1)                                              # (B, N)
+    tokens = (lengths > 0).sum(1) * lengths.amax(1)                     # (B,) of a pass of this row alone, padded
+    order = tokens.argsort(descending=True, stable=True)
+    most = 0
+    for rest in (order[::world], order[rank::world]):                   # the first process's, the longest, and ours
+        passes = []
+        while len(rest) > 0:
+            size = max(1, PASS_TOKENS // tokens[rest[0]].item())
+            passes.append(rest[:size])
+            rest = rest[size:]
+        most = max(most, len(passes))
+    while len(passes) < most:
+        passes.sort(key=len)
+        rows = passes.pop()
+        passes += [rows[:1], rows[1:]]
+    return passes
+
+
 def train(args):
     rank = int(os.environ.get("RANK", 0))               # torchrun sets these three
     world = int(os.environ.get("WORLD_SIZE", 1))
@@ -96,6 +126,8 @@ def train(args):
     args.dtype = str(base.dtype).removeprefix("torch.")
     if world > 1 and not args.shard:
         dist.init_process_group(timeout=timedelta(minutes=15))          # gloo for CPU tensors, nccl for CUDA's
+    if world > 1:
+        patient = dist.new_group(backend="gloo", timeout=timedelta(hours=24))
 
     torch.manual_seed(args.seed)
     model = adapted_model(args, base)
@@ -104,12 +136,16 @@ def train(args):
         raise InputError("--batch must be a multiple of the number of processes")
     if args.dtype == "bfloat16":
         if device.type == "cuda":                       # exact for the bf16 factors of S; norm takes float64 instead
-            torch.backends.cuda.matmul.fp32_precision = "tf32"
+            torch.set_float32_matmul_precision("high")  # TF32
         elif args.chunk <= 256:                         # the backward pass of the fused attention is far slower
             base.set_attn_implementation("eager")
 
     if args.stage == "instruct":
+        torch.backends.cuda.enable_cudnn_sdp(False)     # it builds a plan for each new shape, and every batch has one
         data = InstructionData(args, tokenizer)
+        for task in metaicl.TASKS:
+            if task in data.tasks:
+                raise InputError(f"--data: {task} is one of MetaICL's test tasks (Table 4): leave its rows out")
         args.steps = args.steps or math.ceil((args.epochs or 2) * data.steps_per_epoch)
     else:
         data = PretrainingData(args, tokenizer)
@@ -117,8 +153,6 @@ def train(args):
     often = min(200, max(1, args.steps // 4))
     args.eval_every = args.eval_every or often
     args.save_every = args.save_every or often
-    if world > 1:                                       # a machine may have to pack text for hours
-        dist.barrier(dist.new_group(backend="gloo", timeout=timedelta(hours=24)))
 
     parameters = list(model.generator.parameters())
     layers = model.generator.layers
@@ -133,10 +167,21 @@ def train(args):
     step = 0
     if rank == 0:                                       # it alone may have the directory
         make_directory(args.out)
+        size = 3 * sum(p.nbytes for p in parameters)            # of a checkpoint: generator and AdamW's two moments
+        needed = (KEPT + 1 - len(saved)) * size
+        free = shutil.disk_usage(args.out).free
+        if free < needed:
+            raise InputError(f"--out: the run needs {needed / 1e9:.1f} GB for its checkpoints, and {args.out} has "
+                             f"{free / 1e9:.1f} GB free: make room there or name another directory")
         if saved:
             step = load_checkpoint(saved[-1], args, model, optimizer)
-    if world > 1:                                       # process 0's place in the data
-        place = torch.tensor(step, device=device)
+    if world > 1:                                       # one may have packed text for hours
+        checksums = [None] * world
+        dist.all_gather_object(checksums, data.checksum(), group=patient)
+        if len(set(checksums)) > 1:
+            raise InputError("--data: the processes have read different text, its checksums differ, so one machine's "
+                             "files are not the other's: copy them anew")
+        place = torch.tensor(step, device=device)               # process 0's place in the data
         dist.broadcast(place, 0)
         step = place.item()
     if step == 0 and args.init == "aligned" and args.checkpoint is None:
@@ -144,6 +189,7 @@ def train(args):
         length = min(128, (len(data.tokens) + 1) // 2)          # a short text has two sequences of these
         texts = itertools.islice(sequences(data.tokens, length, 0, args.seed), 96)
         aligned_start(model, torch.stack(list(texts)).split(16))
+        torch.cuda.empty_cache()
     if rank == 0:
         cut_log(f"{args.out}/log.jsonl", step)
         cut_log(f"{args.out}/validation.jsonl", step - 1)
@@ -155,10 +201,12 @@ def train(args):
             dist.broadcast(t, 0)
 
     stopping = []
-    for kind in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(kind, lambda number, frame: stopping.append(number))
+    for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"):
+        if hasattr(signal, name):                       # Windows has two of them
+            signal.signal(getattr(signal, name), lambda number, frame: stopping.append(number))
+    writer = ThreadPoolExecutor(1)                      # writes checkpoints while the training goes on
+    writing = None
     stop, skipped = False, 0
-    mine = torch.arange(args.batch)[rank::world]        # rows of the global batch
     batches = data.batches(step)
     bar = tqdm(total=args.steps, initial=step, unit="step", disable=rank != 0)
     while True:
@@ -176,7 +224,7 @@ def train(args):
         targets = batch.labels.masked_fill(weights[:, :, None] == 0, -100)      # no lm_head for them
         # summed over processes: loss of completion, whole loss, context tokens read, signals to stop
         sums = torch.zeros(4, device=device)
-        for rows in mine.split(args.micro_batch):
+        for rows in micro_batches(batch.mask, args.micro_batch, rank, world):
             segments = batch.segments[rows].to(device)                  # (b, N, L)
             mask = batch.mask[rows].to(device)
             labels = targets[rows].to(device)
@@ -226,17 +274,25 @@ def train(args):
             raise InputError(f"the loss or its gradient was not finite {MAX_SKIPPED} steps in a row: lower --lr or "
                              "raise --damping; checkpoints already written are good")
         if rank == 0 and (step % args.save_every == 0 or step == args.steps or stop):
-            save_checkpoint(args, step, model, optimizer)
-            saved = checkpoints(args.out)
-            for old in saved[:-KEPT]:
-                shutil.rmtree(old)
+            if writing:
+                writing.result()                        # the one before: raises what kept it from being written
+            tensors = copies(model.generator.tensors())
+            state = copies(moments(model, optimizer))
+            writing = writer.submit(save_checkpoint, args, step, model, tensors, state)
     bar.close()
+    if writing:
+        writing.result()
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()
     if rank == 0:
-        print(f"stopped at step {step} of {args.steps}. Next: evaluate.py, or train.py --stage instruct, both with "
-              f"--checkpoint {saved[-1]}")
+        command = "evaluate.py --task ask"
+        if step < args.steps:
+            command = "train.py with the same flags and --resume, or evaluate.py --task ask"
+        elif args.stage == "pretrain":
+            command = f"train.py --stage instruct --base {args.base} --data QUESTIONS.jsonl --out out/instruct"
+        print(f"stopped at step {step} of {args.steps}, with log.jsonl and validation.jsonl in {args.out}. Next: "
+              f"python {command} --checkpoint {checkpoints(args.out)[-1]}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -253,7 +309,8 @@ def validate(args, model, batch, rank, world):
     device = model.base.device
     losses = torch.zeros(math.ceil(n / world) * world, 3, device=device)    # equally many for each process: a sharded
     mine = torch.arange(rank, len(losses), world)                           # base needs it; those beyond n do not count
-    for places in tqdm(mine.split(args.micro_batch), desc="validation", leave=False, disable=rank != 0):
+    size = args.micro_batch or max(1, PASS_TOKENS // batch.mask[0].numel())
+    for places in tqdm(mine.split(size), desc="validation", leave=False, disable=rank != 0):
         rows = places % n
         controls = (rows + n // 2) % n                              # neighbours may be alike
         for column, contexts in ((2, controls), (0, rows)):
@@ -271,7 +328,7 @@ def validate(args, model, batch, rank, world):
 
 def report(args, step, losses):
     """Append the means of losses (n, 3) to validation.jsonl and print them, with gap = control - own, which is what
-    the memory is worth in nats a token, and its standard error over the items."""
+    the memory is worth in nats a token, and its standard error over the items. What is not a number is left out."""
     second = "reconstruction"
     if args.stage == "instruct":
         second = "answer"
@@ -281,8 +338,10 @@ def report(args, step, losses):
     for name, column in zip((second, "completion", second + "_shuffled"), losses.T):
         if not column.isnan().all():
             row[name] = column.nanmean().item()
-    row["gap"] = gap.mean().item()
-    row["gap_stderr"] = (gap.std() / len(gap) ** 0.5).item()
+    if len(gap) > 0:
+        row["gap"] = gap.mean().item()
+    if len(gap) > 1:
+        row["gap_stderr"] = (gap.std() / len(gap) ** 0.5).item()
     append(f"{args.out}/validation.jsonl", row)
     tqdm.write("   ".join(f"{name} {value:.4g}" for name, value in row.items()))
 
@@ -292,16 +351,22 @@ def report(args, step, losses):
 
 
 def append(path, row):
-    with open(path, "a") as file:
+    with bad_input(f"{path} cannot be written", OSError), open(path, "a") as file:
         file.write(json.dumps(row) + "\n")
 
 
 def cut_log(path, last):
-    """Drop the lines of steps after the last one, which a killed run wrote, and what it left of half a line."""
+    """Drop the lines of steps after the last one, which a killed run wrote, and what a machine that went down left:
+    half a line, a blank one, zeros."""
     if not os.path.exists(path):
         return
-    lines = Path(path).read_text().split("\n")[:-1]
-    good = [line + "\n" for line in lines if json.loads(line)["step"] <= last]
+    good = []
+    for line in Path(path).read_text(errors="replace").split("\n")[:-1]:
+        try:
+            if json.loads(line)["step"] <= last:
+                good.append(line + "\n")
+        except (ValueError, TypeError, KeyError):
+            continue
     Path(path + ".part").write_text("".join(good))
     os.replace(path + ".part", path)
 
@@ -326,30 +391,48 @@ def moments(model, optimizer):
     return found
 
 
-def save_checkpoint(args, step, model, optimizer):
-    """out/step-NNNNNN, written aside and renamed: a kill at any moment leaves the last complete."""
+def copies(tensors):
+    """{name: tensor} on the CPU, out of reach of the steps that follow."""
+    return {name: t.detach().to("cpu", copy=True) for name, t in tensors.items()}
+
+
+def save_checkpoint(args, step, model, tensors, state):
+    """out/step-NNNNNN of the generator's tensors and AdamW's state, written aside and renamed: a kill at any moment
+    leaves the last complete, and a full disk nothing half-written. Then the oldest go, but for KEPT."""
     part = f"{args.out}/checkpoint.part"
     shutil.rmtree(part, ignore_errors=True)
-    model.save_pretrained(part)
-    save_file(moments(model, optimizer), f"{part}/optimizer.safetensors")
-    Path(part, "trainer.json").write_text(json.dumps({"step": step, "args": vars(args)}, indent=1))
-    os.rename(part, f"{args.out}/step-{step:06d}")
+    try:
+        write_generator(part, model.base.name_or_path, model.config, tensors)
+        save_tensors(state, f"{part}/optimizer.safetensors")
+        Path(part, "trainer.json").write_text(json.dumps({"step": step, "args": vars(args)}, indent=1))
+        os.rename(part, f"{args.out}/step-{step:06d}")
+    except (OSError, InputError) as error:
+        shutil.rmtree(part, ignore_errors=True)
+        raise InputError(f"the checkpoint of step {step} cannot be written, those before it are good (make room, then "
+                         f"--resume): {error}") from None
+    for old in checkpoints(args.out)[:-KEPT]:
+        shutil.rmtree(old)
 
 
 def load_checkpoint(path, args, model, optimizer):
     """Restore generator and optimiser -> step. A run is resumed with the flags it was started with."""
-    facts = read_json(f"{path}/trainer.json")
+    try:
+        facts = read_json(f"{path}/trainer.json")
+        step, flags = facts["step"], facts["args"]
+        tensors, _ = read_safetensors(f"{path}/generator.safetensors")
+        state, _ = read_safetensors(f"{path}/optimizer.safetensors")
+    except (InputError, KeyError) as error:
+        raise InputError(f"--resume: the newest checkpoint, {path}, is damaged: delete it to go on from the one before "
+                         f"({error})") from None
     for name, value in vars(args).items():
-        earlier = facts["args"].get(name, value)            # an older version had other flags
+        earlier = flags.get(name, value)                    # an older version had other flags
         if name not in FREE and earlier != value:
             raise InputError(f"--resume: the run was trained with {flag(name)} {earlier}, not {value}; repeat its "
                              "flags or choose another --out")
-    tensors, _ = read_safetensors(f"{path}/generator.safetensors")
     model.generator.load_tensors(tensors, path)
-    state, _ = read_safetensors(f"{path}/optimizer.safetensors")
     for key, moment in moments(model, optimizer).items():
         moment.copy_(state[key])
-    return facts["step"]
+    return step
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -357,59 +440,79 @@ def load_checkpoint(path, args, model, optimizer):
 
 
 def arguments(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--stage", choices=["pretrain", "instruct", "finetune"], default="pretrain")
-    add("--base", default=DEFAULT_BASE, help="frozen base model: hub id, directory or .gguf file")
-    add("--checkpoint", help="start from this trained generator, which decides " + ", ".join(SHAPE))
-    add("--init", choices=["random", "aligned"],
-        help="without --checkpoint: the paper's random A2, B1, B2, the default for a base of width 2,048 or more; or "
-             "ones from the base's own statistics (extras/aligned.py), which learn from fewer tokens, the default for "
-             "a smaller base")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     usage="train.py [--stage STAGE] --data FILE ... --out DIRECTORY [options]",
+                                     epilog="A large base is one of width 2,048 or more, a small one any other.")
+    data = parser.add_argument_group("data")
+    model = parser.add_argument_group("model")
+    training = parser.add_argument_group("training")
+    output = parser.add_argument_group("output")
+    add = data.add_argument
     add("--data", nargs="+",
         help=".parquet, .jsonl(.gz), .txt(.gz) files, a hub data set id, or one packed .bin file; instruct: default "
              "the hub sets of Table 3")
     add("--documents", nargs="+",
         help="instruct: texts to reconstruct and to continue, half of the rows, beside the questions; finetune: texts "
-             "to learn first, by log-likelihood (CPT)")
+             "to learn first, by log-likelihood (CPT); default none")
     add("--validation", nargs="+",
-        help="files of the same kinds; default: a part of --data kept out of training: the last --eval-sequences "
-             "sequences, in instruct as many documents, in finetune a tenth of the contexts")
-    add("--out", required=True, help="directory for checkpoints, log.jsonl and validation.jsonl")
-    add("--resume", action="store_true", help="continue from the newest checkpoint in --out, where there is one")
-    integers = {
-        "--steps": "optimiser steps",
-        "--epochs": "passes over the data: instruct 2 (unless --steps), finetune at most 10",
-        "--chunk": "tokens of a chunk (L)",
-        "--chunks": "chunks of a sequence (C); the pass holds 2C segments",
-        "--batch": "sequences of a step over all processes",
-        "--micro-batch": "sequences of one forward and backward pass",
-        "--warmup": "steps of linear warm-up; then linear decay to 0",
-        "--eval-every": "steps; default 200, but at most a quarter of --steps",
-        "--save-every": "steps; default 200, but at most a quarter of --steps",
-        "--d-r": "width of the memory S",
-        "--rank": "rank of the adapter"}
-    for name, words in integers.items():                # None: fill_recipe chooses for the size of the base
-        add(name, type=int, help=words)
-    add("--lr", type=float, help="learning rate")
-    add("--objective", choices=["both", "reconstruction", "completion"],
-        help="pretrain: eq. 5 (default) or Table 2's ablations; one chunk has no completion")
-    add("--scale", type=float, help="of the adapter: s")
-    add("--targets", nargs="+", help="linear layers with adapters, o_proj or down_proj for example")
-    add("--norm", choices=NORMS, help="default svd")
-    add("--damping", type=float, help="lambda / sigma_1 in norm, bounds its gradient; default 0.01, the paper: 0")
+        help="files of the same kinds; default a part of --data that is kept out of training: --eval-sequences "
+             "sequences, in instruct documents, at most a tenth; in finetune a tenth of the contexts")
+    add = model.add_argument
+    add("--base", default=DEFAULT_BASE, help="frozen base model: hub id, directory or .gguf file; default %(default)s")
+    add("--checkpoint", help="start from this trained generator, which decides " + ", ".join(SHAPE) + "; default none")
+    add("--init", choices=["random", "aligned"],
+        help="without --checkpoint: the paper's random A2, B1, B2, default of a large base; or ones from the base's "
+             "own statistics (extras/aligned.py), which learn from fewer tokens, default of a small one")
+    add("--scale", type=float, help="of the adapter (s); default small base 1.0, large 0.0625 (llama 0.125)")
+    add("--targets", nargs="+", help="linear layers with adapters; default small base down_proj, large o_proj")
+    add("--norm", choices=NORMS, help="default svd, or that of --checkpoint")
+    add("--damping", type=float, help="lambda / sigma_1 in norm, bounds its gradient; the paper: 0; default 0.01, or "
+                                      "that of --checkpoint")
     add("--dtype", choices=["float32", "bfloat16"],
         help="of the base; generator and S stay fp32. Default bfloat16 where the hardware has it; finetune float32, "
              "where steps of 1e-5 do not round away")
-    add("--device", help="default: CUDA where there is one")
+    add("--device", help="default CUDA where there is one")
+    add = training.add_argument
+    add("--stage", choices=["pretrain", "instruct", "finetune"], default="pretrain", help="default %(default)s")
+    add("--objective", choices=["both", "reconstruction", "completion"],
+        help="pretrain: eq. 5, default both, or Table 2's ablations; one chunk has no completion")
+    add("--lr", type=float,
+        help="learning rate; default small base 0.006, instruct 0.002; large base 5e-05 (pretrain llama 0.0001); "
+             "finetune 1e-05")
+    add("--cpt-lr", type=float, help="finetune: learning rate of --documents; default llama 3e-05, else 1e-05")
     add("--checkpointing", nargs="?", type=int, const=10_000, default=0,
         help="recompute the activations of so many blocks (without a number: of all) in the backward pass; as few as "
-             "memory allows")
+             "memory allows; default %(default)s")
     add("--shard", action="store_true",
         help="under torchrun: share the base out among the processes, for one that is larger than a device; finetune "
-             "does so by itself")
-    add("--eval-sequences", type=int, default=50, help="validation items")
-    add("--seed", type=int, default=0)
+             "does so by itself; default no")
+    add = output.add_argument
+    add("--out", required=True, help="directory for checkpoints, log.jsonl and validation.jsonl")
+    add("--resume", action="store_true", help="go on from the newest checkpoint in --out, if any; default no")
+    integers = {
+        data: {
+            "--eval-sequences": "validation items; default 50",
+            "--chunk": "tokens of a chunk (L); default small base 16, instruct 128; large base 1024",
+            "--chunks": "chunks of a sequence (C), the pass holds 2C segments; default small base 1, large 8"},
+        model: {
+            "--d-r": "width of the memory S; default small base 192, large 1024",
+            "--rank": "of the adapter; default small base 64, large 128"},
+        training: {
+            "--steps": "optimiser steps; default small base 100; large 15259, instruct: what --epochs makes",
+            "--epochs": "passes over the data; default instruct of a large base 2, finetune at most 10",
+            "--batch": "sequences of a step over all processes; default small base 32, instruct 8; large base 8, "
+                       "instruct 32; finetune 64",
+            "--micro-batch": "sequences of one forward and backward pass; default small base 32, instruct 8; large "
+                             "base 1; instruct on CUDA: as many as make 16384 tokens with padding",
+            "--warmup": "steps of linear warm-up, then linear decay to 0; default small base 15, large 100",
+            "--seed": "default 0"},
+        output: {
+            "--eval-every": "steps; default 200, but at most a quarter of --steps",
+            "--save-every": "steps; default 200, but at most a quarter of --steps"}}
+    for group, flags in integers.items():
+        for name, words in flags.items():
+            group.add_argument(name, metavar="N", type=int, help=words)
+    parser.set_defaults(eval_sequences=50, seed=0)      # of the others fill_recipe chooses
     args = parser.parse_args(argv)
     check(args)
     return args
@@ -433,14 +536,19 @@ def check(args):
             raise InputError(f"{flag(name)} must be at least {value}")
     if args.shard and int(os.environ.get("WORLD_SIZE", 1)) == 1:
         raise InputError("--shard shares the base out among processes, and here is one: start several with torchrun")
-    if args.lr is not None and not args.lr > 0:
-        raise InputError("--lr must be positive")
+    for name in ("lr", "cpt_lr"):
+        if getattr(args, name) is not None and not getattr(args, name) > 0:
+            raise InputError(f"{flag(name)} must be positive")
     if args.stage == "instruct":
         args.data = args.data or TABLE_3
         if args.checkpoint is None:
             raise InputError("--stage instruct starts from a pretrained generator: name it with --checkpoint")
     if not args.data and not args.documents:
         raise InputError("--data is missing: name text files, a hub data set id, or a packed .bin file")
+    for sources in (args.data, args.documents, args.validation):
+        for source in sources or []:
+            if source.endswith((".parquet", ".jsonl", ".txt", ".gz", ".bin")) and not os.path.exists(source):
+                raise InputError(f"{source}: no such file")
     for name in ("init", *SHAPE):
         if args.checkpoint and getattr(args, name) is not None:
             raise InputError(f"{flag(name)} is decided by --checkpoint: leave it out")
@@ -467,9 +575,11 @@ def fill_recipe(args, base):
                      "chunk": 16, "chunks": 1, "batch": 32, "micro_batch": 32, "warmup": 15, "lr": 6e-3}
         args.beta2 = 0.98
         if instruct:
-            defaults |= {"chunk": 1024, "batch": 8, "micro_batch": 4, "lr": 1e-3}
-        else:
+            defaults |= {"chunk": 128, "batch": 8, "micro_batch": 8, "lr": 2e-3}
+        if args.epochs is None:
             defaults["steps"] = 100
+    if instruct and base.device.type == "cuda":
+        defaults["micro_batch"] = None                                      # by PASS_TOKENS
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)

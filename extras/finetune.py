@@ -1,8 +1,6 @@
 """The baselines of appendix C: full fine-tuning of the base on questions (SFT) and on the documents first (CPT), then
-evaluated closed-book. train.py --stage finetune hands over to it, evaluate.py for MetaICL's fine-tuned rows.
-
-Not as in the paper: one learning rate (--lr, 1e-5) for CPT and SFT, and the patience of three epochs that it has for
-MetaICL in document QA too.
+evaluated closed-book. train.py --stage finetune hands over to it, evaluate.py for MetaICL's fine-tuned rows. Where the
+paper has two learning rates, a base of model_type llama gets Llama2's, any other Mistral's.
 """
 
 import functools
@@ -19,11 +17,11 @@ from tqdm import tqdm
 
 from data import conversation, load_instructions
 from model import find_blocks, load_base
+from support.bases import save_base
 from support.files import InputError, make_directory
 from support.sharding import clip_gradients, gather, load_sharded, local, split_parameters
 from support.text import context_ids, document_marks
 
-PATIENCE = 3              # epochs in a row without a better validation loss, then it stops
 PASS_TOKENS = 2048        # padded tokens of one forward and backward pass
 PIECE = 1024              # tokens of a sample of CPT, at most
 ANSWER = 512              # tokens of a question and its answer, at most
@@ -61,11 +59,14 @@ def losses(base, examples, rank, world):
         yield F.cross_entropy(logits, labels[at], reduction="sum") / max(1, targets)
 
 
-def fit_base(base, train, validation, lr, batch_size, epochs, seed, rank=0, world=1):
+def fit_base(base, train, validation, lr, batch_size, epochs, patience, seed, rank=0, world=1):
     """Fine-tune ALL weights of base in place on examples (ids, labels), -100 is no target; the loss is the token mean
-    of a batch. With validation examples it stops PATIENCE epochs after the best one and leaves the best weights, which
-    may be those it began with. Of `world` processes, over which the base is sharded, each takes its share of every
-    batch. Returns the validation losses, before training and after each epoch."""
+    of a batch. With validation examples it stops after `patience` epochs in a row without a better validation loss and
+    leaves the best weights, which may be those it began with. Of `world` processes, over which the base is sharded,
+    each takes its share of a batch. Returns the validation losses, before training and after each epoch."""
+    precision = torch.get_float32_matmul_precision()
+    if base.device.type == "cuda":
+        torch.set_float32_matmul_precision("high")      # TF32
     base.requires_grad_(True)
     groups = [{"params": parameters} for parameters in split_parameters(base)]
     optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=0.01, fused=True)
@@ -81,7 +82,7 @@ def fit_base(base, train, validation, lr, batch_size, epochs, seed, rank=0, worl
             since = epoch - history.index(min(history))     # epochs since the best
             if since == 0:
                 best = {name: local(p).detach().cpu().clone() for name, p in base.named_parameters()}
-            if since == PATIENCE:
+            if since == patience:
                 break
         if epoch == epochs:
             break
@@ -95,6 +96,7 @@ def fit_base(base, train, validation, lr, batch_size, epochs, seed, rank=0, worl
                                  "float32; evaluate.py: leave fine-tuned out with --method)")
             optimizer.step()
             optimizer.zero_grad()
+    torch.set_float32_matmul_precision(precision)
     base.requires_grad_(False)
     for name, tensor in best.items():                   # none, where there is no validation
         local(base.get_parameter(name)).copy_(tensor)
@@ -102,23 +104,27 @@ def fit_base(base, train, validation, lr, batch_size, epochs, seed, rank=0, worl
 
 
 def fit_task(base, tokenizer, train, validation, seed):
-    """MetaICL's fine-tuned baseline (appendix C): fit the base to rows with question and golds. Each p.data becomes a
-    new fp32 tensor: the caller keeps the old ones and puts them back."""
+    """MetaICL's fine-tuned baseline (appendix C): fit the base to rows with question and golds, for at most 40 epochs,
+    until the validation loss has not fallen for three. Each p.data becomes a new fp32 tensor: the caller keeps the old
+    ones and puts them back."""
     limit = base.config.get_text_config().max_position_embeddings
     examples = []
     for row in train + validation:
         examples.append(conversation(tokenizer, [(row["question"], row["golds"][0])], limit))
     for p in base.parameters():                         # steps of 1e-5 would be lost in bfloat16
         p.data = p.data.to(torch.float32, copy=True)
+    lr = 5e-6
+    if base.config.model_type == "llama":
+        lr = 1e-5
     count = len(train)
-    fit_base(base, examples[:count], examples[count:], lr=1e-5, batch_size=16, epochs=40, seed=seed)
+    fit_base(base, examples[:count], examples[count:], lr, batch_size=16, epochs=40, patience=3, seed=seed)
 
 
 def finetune(args):
     """CPT: 8 epochs of log-likelihood over --documents, each a sample or, where it is longer than 1,024 tokens,
-    several; batch 16. Then SFT: questions and answers, closed-book, early stopping. Writes a transformers directory.
-    The device holds four copies of the weights: a 7B base takes 58 GB in bfloat16, 116 GB in float32. Under torchrun
-    the processes share them out, but for embedding and lm_head."""
+    several; batch 16. Then SFT: questions and answers, closed-book, until the validation loss rises. Writes a
+    transformers directory. The device holds four copies of the weights: a 7B base takes 58 GB in bfloat16, 116 GB in
+    float32. Under torchrun the processes share them out, but for embedding and lm_head."""
     rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
     if os.path.exists(args.out):
@@ -138,6 +144,10 @@ def finetune(args):
     if world > 1:
         load = load_sharded
     base, tokenizer = load(args.base, getattr(torch, args.dtype), args.device)
+    if args.cpt_lr is None:
+        args.cpt_lr = 1e-5
+        if base.config.model_type == "llama":
+            args.cpt_lr = 3e-5
     samples = samples_of(texts, tokenizer)
     train = questions_of(documents, tokenizer)
     validation = questions_of(held_out, tokenizer)
@@ -155,11 +165,11 @@ def finetune(args):
     if samples:
         if rank == 0:
             print(f"continual pretraining on {len(samples)} samples, 8 epochs")
-        fit_base(base, samples, [], args.lr, 16, 8, args.seed, rank, world)
+        fit_base(base, samples, [], args.cpt_lr, 16, 8, 0, args.seed, rank, world)
     if train:
         if rank == 0:
             print(f"supervised fine-tuning on {len(train)} questions, early stopping on {len(validation)}")
-        history = fit_base(base, train, validation, args.lr, args.batch, args.epochs, args.seed, rank, world)
+        history = fit_base(base, train, validation, args.lr, args.batch, args.epochs, 1, args.seed, rank, world)
         if rank == 0:
             print("validation nats an answer token, before and after each epoch:", history)
     weights = None                                      # the base's own
@@ -168,12 +178,12 @@ def finetune(args):
         dist.destroy_process_group()
     if rank > 0:
         return
-    base.save_pretrained(part, state_dict=weights)
-    tokenizer.save_pretrained(part)
+    save_base(base, tokenizer, part, weights)
     with open(f"{part}/finetune.json", "w") as file:
         json.dump({"args": vars(args), "validation_nats": history}, file, indent=1)
     os.rename(part, args.out)
-    print(f"fine-tuned base in {args.out}: evaluate.py --base {args.out} --method closed-book")
+    print(f"fine-tuned base in {args.out}. Next: python evaluate.py --task squad --method closed-book --base "
+          f"{args.out}")
 
 
 def samples_of(documents, tokenizer):

@@ -2,6 +2,7 @@
 file of 98 MB, so one is converted once, into a transformers directory in CACHE.
 """
 
+import glob
 import importlib.util
 import mmap
 import os
@@ -129,6 +130,14 @@ def model_at(name, path, device, dtype, **options):
         raise InputError(f"base {name!r} cannot be loaded from disk or the hub, check --base: {reason}") from None
 
 
+def save_base(model, tokenizer, directory, weights=None):
+    """Write a base as a transformers directory; weights: {name: tensor}, by default its own."""
+    model.save_pretrained(directory, state_dict=weights)
+    tokenizer.save_pretrained(directory)
+    for weights in glob.glob(f"{directory}/*.safetensors"):            # safetensors leaves them to their owner alone
+        shutil.copymode(f"{directory}/config.json", weights)
+
+
 # ---- a .gguf file, converted once
 
 
@@ -150,14 +159,16 @@ def convert(name, directory, file):
                 return target
             print(f"{file} is converted for quick starts, once: {target}", file=sys.stderr, flush=True)
             shutil.rmtree(part, ignore_errors=True)                    # of a process that was killed
-            tokenizer_at(name, directory, gguf_file=file).save_pretrained(part)
-            model_at(name, directory, torch.device("cpu"), torch.float32, gguf_file=file).save_pretrained(part)
+            tokenizer = tokenizer_at(name, directory, gguf_file=file)
+            model = model_at(name, directory, torch.device("cpu"), torch.float32, gguf_file=file)
+            save_base(model, tokenizer, part)
             if not os.path.isfile(os.path.join(part, "config.json")):
                 raise OSError("in a process group transformers saves a model on rank 0 alone")
             os.rename(part, target)                                    # so that what is there is whole
             return target
     except (OSError, NotImplementedError, SafetensorError) as error:   # no room, a read-only disk, one without locks
-        print(f"{file} is read anew at every start, since {CACHE} cannot be written ({error})", file=sys.stderr)
+        print(f"{file} is read anew at every start, since {CACHE} cannot be written ({error}): make room there or "
+              "name another directory in GENERATIVE_ADAPTER_CACHE", file=sys.stderr)
         shutil.rmtree(part, ignore_errors=True)
         return None
 

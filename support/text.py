@@ -9,6 +9,7 @@ import functools
 import re
 
 BREAK = "\ufdd0"          # never a character of a text (Unicode noncharacter)
+MARK = "\ufdd1"           # another: on either side of the last reply in a chat template
 # the date of every prompt, the one that Llama 3.2's template falls back to: today's would change prompts overnight
 DATE = "26 Jul 2024"
 FIXED_DATE = "{%- macro strftime_now(format) -%}" + DATE + "{%- endmacro -%}"
@@ -30,7 +31,7 @@ def break_up(tokenizer, text, special):
     """text with a BREAK after the first character of every control token, so that no piece between two BREAKs holds
     one; half surrogate pairs, which no tokenizer takes, are replaced."""
     control = control_tokens(tokenizer, str(tokenizer.chat_template), special)
-    text = text.encode("utf-8", "replace").decode().replace(BREAK, "")
+    text = text.encode("utf-8", "replace").decode().replace(BREAK, "").replace(MARK, "")
     return control.sub(rf"\g<0>{BREAK}", text)
 
 
@@ -58,14 +59,16 @@ def tokenize(tokenizer, texts):
 
 
 def apply_template(tokenizer, messages, **options):
-    """Token ids of messages in the base's chat template. Control tokens in their content are plain text."""
+    """Text of messages in the base's chat template, for token_ids. Control tokens in their content are plain text. A
+    reply that comes last stands between two MARKs."""
     broken = []
     for message in messages:
         broken.append({**message, "content": break_up(tokenizer, message["content"], special=True)})
+    if messages[-1]["role"] == "assistant":
+        broken[-1]["content"] = MARK + broken[-1]["content"] + MARK
     # enable_thinking: Qwen3's reply is then the answer, at once
-    text = tokenizer.apply_chat_template(broken, chat_template=FIXED_DATE + tokenizer.get_chat_template(),
+    return tokenizer.apply_chat_template(broken, chat_template=FIXED_DATE + tokenizer.get_chat_template(),
                                          tokenize=False, enable_thinking=False, date_string=DATE, **options)
-    return token_ids(tokenizer, [text])[0]
 
 
 def document_marks(tokenizer):
@@ -94,4 +97,5 @@ def user_turn(tokenizer, text):
     """One user turn and the opening of the reply in the base's chat template; without one, the bare text."""
     if tokenizer.chat_template is None:
         return context_ids(tokenizer, text)
-    return apply_template(tokenizer, [{"role": "user", "content": text}], add_generation_prompt=True)
+    prompt = apply_template(tokenizer, [{"role": "user", "content": text}], add_generation_prompt=True)
+    return token_ids(tokenizer, [prompt])[0]

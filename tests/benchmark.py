@@ -115,7 +115,7 @@ def step(args, device, kind, batch, C, L):
     labels = segments.clone()
     labels[:, 0] = -100
     if device.type == "cuda" and args.dtype == "bfloat16":
-        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        torch.set_float32_matmul_precision("high")
     model = make(args, device)
     base, layers = model.base, model.generator.layers
     model.checkpointing = len(model.blocks) if kind == "checkpointing" else 0

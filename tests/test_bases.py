@@ -92,6 +92,8 @@ def test_converted_once_and_bit_for_bit(cache, tiny, monkeypatch):
     assert model.name_or_path == tiny and tokenizer.eos_token == "<|im_end|>" and tokenizer.pad_token is not None
     check_same(tiny, reference)
     assert [options.get("gguf_file") for options in loads] == ["tiny.gguf", None, None]
+    (directory,) = converted(cache)
+    assert len({path.stat().st_mode for path in directory.iterdir()}) == 1      # the weights' too: as the umask says
     write_gguf(tiny, seed=1)                                                    # another base under the same name
     check_same(tiny, directly(tiny))
     assert len(converted(cache)) == 2

@@ -34,11 +34,11 @@ def write_rows(path, rows):
 
 
 def test_pack_every_kind_of_file(tmp_path, tokenizer, monkeypatch):
-    """Documents between <s> and </s>, PACKED of them at a time; rows of null text are left out. Packed once."""
-    texts = ["Eine Zeile.", "naïve — ≠ ascii\n\nsecond paragraph", "x" * 700, ""]
+    """Documents between <s> and </s>, PACKED of them at a time; rows without a text are left out. Packed once."""
+    texts = ["Eine Zeile.", "naïve — ≠ ascii\n\nsecond paragraph", "x" * 700, " y"]
     packed = [[257, *tokenizer(text, add_special_tokens=False)["input_ids"], 258] for text in texts]
     monkeypatch.setattr(data, "PACKED", 3)
-    jsonl = write_rows(tmp_path / "a.jsonl", [{"text": text, "source": "here"} for text in (*texts, None)])
+    jsonl = write_rows(tmp_path / "a.jsonl", [{"text": text, "source": "here"} for text in (*texts, None, " \n")])
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress((tmp_path / "a.jsonl").read_bytes()))
     pyarrow.parquet.write_table(pyarrow.table({"text": [*texts, None]}), tmp_path / "a.parquet")
     for path in (jsonl, jsonl + ".gz", str(tmp_path / "a.parquet")):
@@ -52,12 +52,12 @@ def test_pack_every_kind_of_file(tmp_path, tokenizer, monkeypatch):
     assert open_tokens([jsonl], tokenizer).tolist() == sum(packed, [])
 
 
-def test_bad_token_files(tmp_path, tokenizer):
+def test_bad_token_files(tmp_path, tokenizer, monkeypatch):
     """Of another tokenizer, cut short, or none; sources that are missing or damaged leave nothing behind."""
     damaged = gzip.compress(b'{"text": "a"}\n' * 2000)
     files = {"a.txt": b"Some words.", "x.bin": b"12345",
              "cut.jsonl.gz": damaged[:30] + b"????" + damaged[34:], "f.jsonl": b'{"text": "a"}\n{"txt": "b"}\n',
-             "bytes.jsonl": b'{"text": "a"}\n' * 89 + b'{"text": "\xff"}\n'}
+             "bytes.jsonl": b'{"text": "a"}\n' * 89 + b'{"text": "\xff"}\n', "blank.txt": b" \n"}
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
     for name in ("t.bin", "cut.bin"):
@@ -66,12 +66,21 @@ def test_bad_token_files(tmp_path, tokenizer):
         file.write(b"12")
     for name, words in (("cut.bin", "cut short"), ("x.bin", "x.bin is not a packed token file"),
                         ("no.parquet", "no.parquet: no such file"), ("cut.jsonl.gz", "cannot be read"),
-                        ("f.jsonl", "f.jsonl line 2: field 'text'"), ("bytes.jsonl", "bytes.jsonl line 90")):
+                        ("f.jsonl", "f.jsonl line 2: field 'text'"), ("bytes.jsonl", "bytes.jsonl line 90"),
+                        ("blank.txt", "there is no text")):
         with pytest.raises(InputError, match=words):
             open_tokens([str(tmp_path / name)], tokenizer)
     tokenizer.eos_token = "<unused>"
     with pytest.raises(InputError, match="another tokenizer"):
         open_tokens([str(tmp_path / "t.bin")], tokenizer)
+    assert {path.suffix for path in (tmp_path / "cache").iterdir()} == {".lock"}
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(data.os, "replace", full)
+    with pytest.raises(InputError, match="cache cannot be written.*GENERATIVE_ADAPTER_CACHE.*No space"):
+        open_tokens([str(tmp_path / "a.txt")], tokenizer)
     assert {path.suffix for path in (tmp_path / "cache").iterdir()} == {".lock"}
 
 
@@ -140,7 +149,7 @@ def test_conversation_labels(tokenizer):
     # a template that writes the last turn in its own way (Qwen3's thinking): one question, its labels in place
     last = CHATML.replace(
         "{{ m['content'] }}", "{% if loop.last and m['role'] == 'assistant' %}~{% endif %}{{ m['content'] }}")
-    check(last, two, "<s>user: Who?</s>\n<s>assistant: ~Ana.</s>\n", "~Ana.</s>")
+    check(last, two, "<s>user: Who?</s>\n<s>assistant: ~Ana.</s>\n", "Ana.</s>")
     # Qwen3's template asks for thinking unless it is told not to: the prompt then ends with the empty thought
     thinking = last.replace("<s>assistant: {%", "<s>assistant: {% if enable_thinking is false %}~{% endif %}{%")
     assert check(thinking, two[:1], None, "Ana.</s>") == "<s>user: Who?</s>\n<s>assistant: ~"
@@ -151,17 +160,44 @@ def test_conversation_labels(tokenizer):
     check(None, [("Who? ", "Ana"), two[1]], "<s>Who? Ana</s>", "Ana</s>")
 
 
+@pytest.mark.parametrize("opening, reply", [
+    ("### Answer: ", "### Answer: {}</s>\n"),                                           # the prompt ends with a space
+    ("<s>assistant<think>\n", "<s>assistant{}</s>"),                                    # DeepSeek R1
+    ("<s>assistant\n<think>\n\n</think>\n\n", "<s>assistant\n<think>\n\n</think>\n\n{}</s>\n"),             # Qwen3
+    ("<s>assistant\n<think>\n", "<s>assistant\n<think>\n\n</think>\n\n{}</s>\n"),       # Qwen3, the thinking one
+    ("<s>assistant", "<s>assistant<channel>final<message>{}</s>"),                      # Harmony: gpt-oss
+    ("[/INST]", "[/INST] {}</s>")])                                                     # Mistral, Llama 2
+def test_labels_in_templates_that_write_more_than_the_answer(tokenizer, opening, reply):
+    """Neither a thought nor a channel is a target. At test time the prompt is what stands before the answer here, or
+    the base writes what lies between."""
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<channel>", "<message>"]})
+    tokenizer.add_tokens([" Ana", "<think>", "</think>"])
+    before, after = reply.split("{}")
+    tokenizer.chat_template = ("{% for m in messages %}{% if m['role'] == 'user' %}<s>user {{ m['content'] }}</s>"
+                               f"{{% else %}}{before}{{{{ m['content'] }}}}{after}{{% endif %}}{{% endfor %}}"
+                               f"{{% if add_generation_prompt %}}{opening}{{% endif %}}").replace("\n", "{{ '\n' }}")
+    ids, labels = conversation(tokenizer, [("Who?", "Ana Lee ")], limit=100)
+    assert tokenizer.decode([t for t in labels if t != -100]).strip() == "Ana Lee</s>"
+    assert ids[:len(user_turn(tokenizer, "Who?"))] == user_turn(tokenizer, "Who?")
+    assert tokenizer.decode(ids).startswith("<s>user Who?</s>" + max(opening, before, key=len) + "Ana Lee</s>")
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    with pytest.raises(InputError, match="chat template of --base"):
+        conversation(tokenizer, [("Who?", "Ana")], limit=100)
+
+
 SCHEMAS = [
     {"story": "S", "questions": ["q1", "q2"], "answers": {"input_text": ["a1", "a2"]}},                       # CoQA
     {"passage": "S", "question": "q1", "answers_spans": {"spans": ["a1", "b"], "types": ["span", "span"]}},     # DROP
     {"document": {"summary": {"text": "S"}}, "question": {"text": "q1"}, "answers": [{"text": "a1"}, {"text": "b"}]},
     {"question": "q1", "context": {"contexts": ["S", "T"]}, "long_answer": "a1", "final_decision": "yes"},    # PubMedQA
     {"context": "S", "question": "q1", "answers": ["x", "a1"], "correct_answer_id": 1},                         # QuAIL
-    {"query": "q1", "passages": {"passage_text": ["S", "T"]}, "answers": ["a1"]},                             # MS MARCO
+    {"query": "q1", "passages": {"is_selected": [0, 1], "passage_text": ["T", "S"]}, "answers": ["a1"]},      # MS MARCO
     {"chapter": "S", "summary_text": "a1"},                                                                   # BookSum
     {"input": "S", "prompt": "q1", "answer": "a1"},                                                             # PwC
     {"context": "S", "question": "q1", "answers": {"text": ["a1"], "answer_start": [0]}},                       # SQuAD
     {"context": "S", "qas": [{"question": "q1", "answers": "a1"}, {"question": " ", "answers": "no question"}]},
+    {"context": "S", "qas": [{"question": "q1", "answer": "a1"}, {"question": "q2", "answers": []}]},
+    {"context": "S", "question": "q1", "answer": "a1"}, {"context": "S", "question": "q1", "response": ["a1", None]},
     {"context": "S", "question": "q1", "answers": ["a1", ""]}]
 
 
@@ -170,13 +206,29 @@ def test_instruction_schemas(tmp_path, row):
     """A row of each set of Table 3 and of other forms; two rows of one context are one document."""
     path = write_rows(tmp_path / "rows.jsonl", [row, row])
     (source, context, pairs), = load_instructions([path])[0]
-    assert source == path and context.startswith("S") and len(pairs) in (2, 4)
-    assert pairs[0][0] in ("q1", "Write a summary of the text.") and pairs[0][1][0] == "a1" and "" not in pairs[0][1]
+    assert source == path and context in ("S", "S\nT") and len(pairs) in (2, 4)
+    assert pairs[0][0] in ("q1", "Write a summary of the text.") and "" not in pairs[0][1]
+    assert pairs[0][1][0] == ("Yes. a1" if "final_decision" in row else "a1")
+
+
+@pytest.mark.parametrize("row, count, pairs", [
+    ({"context": "S", "question": 7, "answer": 12}, 0, [("7", ["12"])]),
+    ({"context": "S", "question": "q", "answers": [1.5, float("nan")]}, 0, [("q", ["1.5"])]),
+    ({"context": "S", "question": "q", "answers": {"text": []}}, 1, []), ({"text": None}, 1, None),
+    ({"query": "q", "passages": {"is_selected": [0], "passage_text": ["T"]}, "answers": ["a"]}, 1, None),
+    ({"context": "S", "question": "q", "answers": ["a", "not enough information"], "correct_answer_id": 1}, 0, [])])
+def test_rows_without_an_answer_are_left_out(tmp_path, capsys, row, count, pairs):
+    """And counted; a number is an answer."""
+    documents, _ = load_instructions([write_rows(tmp_path / "rows.jsonl", [row])])
+    assert [document[2] for document in documents] == ([] if pairs is None else [pairs])
+    assert (f"{count} rows or questions of" in capsys.readouterr().out) == (count > 0)
 
 
 @pytest.mark.parametrize("row, words", [
-    ({"line": "x"}, "known instruction set"), ({"context": "S", "qas": [{"question": "q"}]}, "missing or malformed"),
-    ({"task": "t", "input": "x"}, "'output'"), ({"task": "t", "input": 5, "output": "x"}, "malformed")])
+    ({"line": "x"}, "known instruction set"),
+    ({"context": "S", "qas": [{"question": "q"}]}, "without a field 'answers'"),
+    ({"task": "t", "input": "x"}, "'output'"), ({"task": "t", "input": {"a": 1}, "output": "x"}, "input is a dict"),
+    ({"context": "S", "question": "q", "answers": [{"a": 1}]}, "a number or a list of them.*: answer is a dict")])
 def test_malformed_instructions(tmp_path, row, words):
     with pytest.raises(InputError, match=f"rows.jsonl line 1.*{words}"):
         load_instructions([write_rows(tmp_path / "rows.jsonl", [row])])
@@ -198,7 +250,8 @@ def write_villages(path, count):
 def test_the_control_shares_no_document(tmp_path, tokenizer):
     """Contexts of up to 12 of 30 documents: that of the item half the set away holds others."""
     source = write_villages(tmp_path / "qa.jsonl", 60)
-    validation = InstructionData(instruction_flags([source], chunks=12), tokenizer).validation
+    flags = instruction_flags([source], chunks=12, validation=[source], eval_sequences=30)
+    validation = InstructionData(flags, tokenizer).validation
     texts = [tokenizer.decode(ids[mask.bool()]) for ids, mask in
              zip(validation.segments[:, :-1], validation.mask[:, :-1])]
     held = [set(re.findall(r"village\d+", text)) for text in texts]
@@ -210,7 +263,7 @@ def test_context_lengths_are_log_uniform(tmp_path, tokenizer):
     """From a sentence to all chunks: of the lengths drawn for demonstrations of 20 tokens, each doubling has its share.
     A document longer than the length drawn is not cut; one that with its BOS is longer than all chunks is left out."""
     args, tasks = instruction_flags([], chunks=16), {"t": ("", [("a", ["b"])] * 400)}
-    draws = [instruction_example(tokenizer, [], tasks, "t", args, number) for number in range(600)]
+    draws = [instruction_example(tokenizer, [], {}, tasks, "t", args, number) for number in range(600)]
     lengths = np.array([len(example.context) for example in draws])
     shares = [((lengths >= low) & (lengths < 2 * low)).mean() for low in (32, 64, 128, 256, 512)]
     assert all(abs(share - 1 / 6) < 0.06 for share in shares), shares
@@ -218,7 +271,8 @@ def test_context_lengths_are_log_uniform(tmp_path, tokenizer):
     flags = instruction_flags([write_rows(tmp_path / "qa.jsonl", rows)], chunk=32, chunks=2, eval_sequences=2)
     documents = InstructionData(flags, tokenizer).documents
     assert len(documents) == 5 - 2
-    whole = [instruction_example(tokenizer, documents, {}, 1, flags, number) for number in range(80)]
+    by_source = data.index_by_source(documents)
+    whole = [instruction_example(tokenizer, documents, by_source, {}, 1, flags, number) for number in range(80)]
     assert {len(example.context) for example in whole} == {64}
 
 
@@ -229,7 +283,8 @@ def test_distractors_are_of_one_source(tmp_path, tokenizer):
     documents, _ = load_instructions([write_rows(tmp_path / "qa.jsonl", rows)])
     places, counts = set(), set()
     for number in range(100):
-        example = instruction_example(tokenizer, documents, {}, 6, instruction_flags([], chunks=4), number)
+        by_source = data.index_by_source(documents)
+        example = instruction_example(tokenizer, documents, by_source, {}, 6, instruction_flags([], chunks=4), number)
         there = [int(text[4:6]) for text in tokenizer.decode(example.context[1:]).split("\n\n")]
         assert len(set(there)) == len(there) and all(k % 2 == 0 for k in there)
         assert int(tokenizer.decode(example.ids)[7:9]) in there
@@ -240,14 +295,14 @@ def test_distractors_are_of_one_source(tmp_path, tokenizer):
 
 def test_units_of_an_epoch(tmp_path, tokenizer, monkeypatch):
     """Every document once and a task once for each 20 of its examples; the second epoch comes to each again, in another
-    order."""
+    order. A tenth of the documents is held out, at least two."""
     tasks = [{"task": "up", "input": str(k), "output": "o", "definition": "Say o."} for k in range(30)]
     sources = [write_villages(tmp_path / "qa.jsonl", 9), write_rows(tmp_path / "t.jsonl", tasks)]
-    flags = instruction_flags(sources, eval_sequences=2)
+    flags = instruction_flags(sources, eval_sequences=30)
     instructions = InstructionData(flags, tokenizer)
     assert instructions.units == [0, 1, 2, 3, 4, 5, 6, "up", "up"] and instructions.steps_per_epoch == 4.5
     asked = []
-    monkeypatch.setattr(data, "instruction_example", lambda *args: asked.append(args[3]) or instruction_example(*args))
+    monkeypatch.setattr(data, "instruction_example", lambda *args: asked.append(args[4]) or instruction_example(*args))
     for _ in zip(range(9), instructions.batches(0)):
         pass
     first, second = asked[:9], asked[9:18]

@@ -96,7 +96,8 @@ def read_everything(source, tokenizer, path):
         documents, tasks = data.load_instructions([source])
         documents = data.usable(documents, tokenizer, args)
         for unit in [*range(len(documents)), *(task for task in tasks if len(tasks[task][1]) > 1)]:
-            example = data.instruction_example(tokenizer, documents, tasks, unit, args, 0)
+            by_source = data.index_by_source(documents)
+            example = data.instruction_example(tokenizer, documents, by_source, tasks, unit, args, 0)
             data.instruction_batch([example], tokenizer.pad_token_id, 32)
 
     return [run(path, action) for action in (

@@ -122,3 +122,10 @@ def test_shares(monkeypatch):
             shares = [list(finetune.losses(base, examples, rank, world)) for rank in range(world)]
         assert len({len(share) for share in shares}) == 1
         torch.testing.assert_close(sum(sum(share) for share in shares), want)
+    monkeypatch.setattr(train, "PASS_TOKENS", 300)
+    mask = torch.arange(60) < torch.randint(2, 60, (15, 4, 1), generator=random)                    # (B, N, L)
+    shares = [train.micro_batches(mask, None, rank, 3) for rank in range(3)]
+    assert len({len(share) for share in shares}) == 1
+    assert torch.equal(torch.cat(sum(shares, [])).sort().values, torch.arange(15))
+    for rows in sum(shares, []):
+        assert len(rows) == 1 or len(rows) * 4 * mask[rows].sum(-1).max() <= 300

@@ -23,7 +23,7 @@ from data import InstructionData, PretrainingData, doubled
 from extras import finetune
 from model import load_base
 from processes import finish, start, start_group
-from support.files import InputError
+from support.files import InputError, save_tensors
 from test_data import CHATML, instruction_flags, write_rows
 
 
@@ -66,16 +66,20 @@ def assert_same_weights(out, other, step):
 
 
 def test_a_signal_leaves_a_checkpoint(tmp_path, base_directory, text_file):
-    """It ends the run after the step under way, with exit code 0 and a checkpoint of that step."""
+    """It ends the run after the step under way, with exit code 0, a checkpoint of that step and a word on what is
+    next."""
     log = tmp_path / "run" / "log.jsonl"
-    run = start(command(base_directory, text_file, tmp_path / "run", "--steps", "100000"), tmp_path / "printed")
-    while run.is_alive() and not (log.exists() and log.read_text().count("\n") >= 3):
-        time.sleep(0.01)
-    os.kill(run.pid, signal.SIGTERM)
-    assert finish(run) == [0]
-    step = sum(1 for _ in open(log))
-    assert f"stopped at step {step} of 100000" in (tmp_path / "printed").read_text()
-    assert weights(tmp_path / "run", step)
+    for number, kind in enumerate((signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1), 1):
+        run = start(command(base_directory, text_file, tmp_path / "run", "--steps", "100000", "--resume"),
+                    tmp_path / "printed")
+        while run.is_alive() and not (log.exists() and log.read_text().count("\n") >= 3 * number):
+            time.sleep(0.01)
+        os.kill(run.pid, kind)
+        assert finish(run) == [0]
+        step = sum(1 for _ in open(log))
+        last = (tmp_path / "printed").read_text().splitlines()[-1]
+        assert f"stopped at step {step} of 100000" in last and f"--checkpoint {tmp_path}/run/step-{step:06d}" in last
+        assert weights(tmp_path / "run", step)
 
 
 def test_killed_twenty_times(tmp_path, base_directory, text_file):
@@ -110,6 +114,93 @@ def test_two_machines_without_a_shared_disk(tmp_path, base_directory, text_file)
     assert finish(*start_group(line + ["--resume"], tmp_path / "printed", disks, machines=True)) == [0, 0]
     assert "from step 3;" in (tmp_path / "printed-0").read_text()
     assert_same_weights(tmp_path, disks[0] / "run", 6)
+
+
+def test_two_machines_with_different_text(tmp_path, base_directory, text_file):
+    disks = [tmp_path / "machine-0", tmp_path / "machine-1"]
+    lines = open(text_file).readlines()
+    for disk, text in zip(disks, (lines, [lines[1], lines[0], *lines[2:]])):
+        disk.mkdir()
+        (disk / "text.jsonl").write_text("".join(text))
+    line = command(base_directory, "text.jsonl", "run", "--steps", "6")
+    assert finish(*start_group(line, tmp_path / "printed", disks, machines=True)) == [2, 2]
+    assert "the processes have read different text" in (tmp_path / "printed-0").read_text()
+    assert not os.listdir(disks[0] / "run")
+
+
+@pytest.mark.parametrize("name, size", [("optimizer.safetensors", 500), ("generator.safetensors", 500),
+                                        ("trainer.json", 5), ("trainer.json", None)])
+def test_a_damaged_checkpoint_is_named(tmp_path, base_directory, text_file, name, size):
+    """Deleted, the one before goes on; lines of a log that a machine going down leaves are no hindrance."""
+    main(base_directory, text_file, tmp_path / "run", "--steps", "4", "--save-every", "2")
+    newest = tmp_path / "run" / "step-000004"
+    if size is None:
+        (newest / name).unlink()
+    else:
+        os.truncate(newest / name, size)
+    with pytest.raises(InputError, match="step-000004, is damaged: delete it to go on from the one before"):
+        main(base_directory, text_file, tmp_path / "run", "--steps", "4", "--save-every", "2", "--resume")
+    shutil.rmtree(newest)
+    for log in ("log.jsonl", "validation.jsonl"):
+        with open(tmp_path / "run" / log, "ab") as file:
+            file.write(b"\n[3]\n\0\0\0\n\xff\n{\"step\"")
+    main(base_directory, text_file, tmp_path / "run", "--steps", "4", "--save-every", "2", "--resume")
+    assert [row["step"] for row in read_log(tmp_path / "run")] == [1, 2, 3, 4] and weights(tmp_path / "run", 4)
+
+
+def test_a_full_disk(tmp_path, base_directory, text_file, monkeypatch):
+    """Seen before a training begins; met in the middle, it leaves the checkpoints before and nothing half-written."""
+    with monkeypatch.context() as patch:
+        patch.setattr(train.shutil, "disk_usage", lambda path: Namespace(free=1e5))
+        with pytest.raises(InputError, match="--out: the run needs 0.0 GB for its checkpoints"):
+            main(base_directory, text_file, tmp_path / "run", "--steps", "4")
+    saves = []
+
+    def full(tensors, path):
+        saves.append(path)
+        if len(saves) == 2:
+            raise InputError(f"{path} cannot be written: No space left on device")
+        save_tensors(tensors, path)
+
+    monkeypatch.setattr(train, "save_tensors", full)
+    with pytest.raises(InputError, match="checkpoint of step 2 cannot be written, those before it are good.*No space"):
+        main(base_directory, text_file, tmp_path / "run", "--steps", "4", "--save-every", "1")
+    assert sorted(os.listdir(tmp_path / "run")) == ["log.jsonl", "step-000001", "validation.jsonl"]
+    modes = {path.stat().st_mode for path in (tmp_path / "run" / "step-000001").iterdir()}
+    assert modes == {(tmp_path / "run" / "log.jsonl").stat().st_mode}
+
+
+def test_validation_holds_no_nan(tmp_path, capsys):
+    """Of one item there is no standard error, of none with a target no gap."""
+    nan = float("nan")
+    for rows in ([[1.0, nan, 2.0]], [[nan, nan, nan]]):
+        train.report(Namespace(out=str(tmp_path), stage="instruct"), 3, torch.tensor(rows))
+    lines = [json.loads(line) for line in open(tmp_path / "validation.jsonl")]
+    assert lines == [{"step": 3, "answer": 1.0, "answer_shuffled": 2.0, "gap": 1.0}, {"step": 3}]
+
+
+def test_help_shows_every_default(monkeypatch, capsys):
+    """On two screens, and those of the recipes as fill_recipe has them."""
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit):
+        train.arguments(["--help"])
+    text = capsys.readouterr().out
+    assert len(text.splitlines()) <= 100
+    options = {}
+    for part in re.split(r"\n  (?=--)", text)[1:]:
+        options[part.split()[0]] = " ".join(part.split())
+    assert [name for name, words in options.items() if "default" not in words.lower()] == ["--out"]
+    for stage in ("pretrain", "instruct"):
+        for kind, width in (("llama", 64), ("llama", 4096), ("mistral", 4096)):
+            line = ["--stage", stage, "--data", "x", "--out", "y", *["--checkpoint", "z"] * (stage == "instruct")]
+            args = train.arguments(line)
+            config = Namespace(model_type=kind, get_text_config=lambda: Namespace(hidden_size=width))
+            train.fill_recipe(args, Namespace(config=config, device=torch.device("cpu")))
+            for name in ("chunk", "chunks", "batch", "micro_batch", "warmup", "d_r", "rank", "scale", "lr", "steps",
+                         "init", "norm", "damping", "objective", "eval_sequences", "seed", "targets"):
+                value = getattr(args, name)
+                value = value[0] if isinstance(value, list) else value
+                assert value is None or str(value) in options[train.flag(name)], (name, value)
 
 
 def test_processes_and_micro_batches_agree(tmp_path, base_directory, text_file):
@@ -188,7 +279,8 @@ def test_a_bad_gradient_is_skipped_and_ten_in_a_row_stop_the_run(tmp_path, base_
         main(base_directory, text_file, tmp_path / "all", "--steps", "30", "--micro-batch", "4")
 
 
-def test_a_run_is_not_overwritten(tmp_path, base_directory, text_file):
+@pytest.mark.filterwarnings("error")
+def test_a_run_is_not_overwritten(tmp_path, base_directory, text_file, monkeypatch):
     main(base_directory, text_file, tmp_path / "run", "--steps", "2")
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*")}
     for flags, words in ((("--steps", "2"), "already holds checkpoints"),
@@ -196,26 +288,28 @@ def test_a_run_is_not_overwritten(tmp_path, base_directory, text_file):
         with pytest.raises(InputError, match=words):
             main(base_directory, text_file, tmp_path / "run", *flags)
     assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*")}
-    assert finish(start(command(base_directory, "missing.jsonl", tmp_path / "x"), tmp_path / "printed")) == [2]
-    assert (tmp_path / "printed").read_text().splitlines()[-1] == "error: missing.jsonl: no such file"
+    assert finish(start(command("no-base", "missing.jsonl", tmp_path / "x"), tmp_path / "printed")) == [2]
+    assert (tmp_path / "printed").read_text() == "error: missing.jsonl: no such file\n"           # before the base
 
 
 INSTRUCT = "--stage instruct --chunks 2 --checkpoint GENERATOR --data QA"
 
 
 @pytest.mark.parametrize("flags, words", [
-    ("--out FILE", "cannot be a directory"), ("--chunks 200", "the training text has"),
+    ("--out FILE", "cannot be a directory"), ("--chunks 400", "the training text has"),
     ("--validation SHORT", "validation needs at least 2"), ("--targets z_proj", "z_proj"), ("--rank 17", "rank"),
     ("--lr nan", "--lr must be positive"), ("--chunks 1 --objective completion", "--objective completion needs"),
     ("--epochs 3", "--epochs does not belong to --stage pretrain"), (f"{INSTRUCT} --norm svd-exact", "has no gradient"),
     (f"{INSTRUCT} --d-r 17", "--d-r is decided by --checkpoint"), (f"{INSTRUCT} --chunk 4", "of at most 2 x 4 tokens"),
+    (f"{INSTRUCT} TASK", "quarel is one of MetaICL's test tasks"), ("--cpt-lr 1", "--cpt-lr does not belong to"),
     ("--stage finetune --data SHORT", "too few contexts with questions")])
 def test_refusals(tmp_path, base_directory, text_file, qa_file, monkeypatch, flags, words):
     """One sentence each, and nothing is written."""
     (tmp_path / "file").write_text("")
     (tmp_path / "short.txt").write_text("a line of text")
     make_model(base=load_base(base_directory, torch.float32, "cpu")[0]).save_pretrained(tmp_path / "generator")
-    names = {"FILE": "file", "SHORT": "short.txt", "QA": qa_file, "GENERATOR": "generator"}
+    write_rows(tmp_path / "task.jsonl", [{"task": "quarel", "input": "a", "output": "b"}])
+    names = {"FILE": "file", "SHORT": "short.txt", "QA": qa_file, "GENERATOR": "generator", "TASK": "task.jsonl"}
     for name, path in names.items():
         flags = re.sub(rf"\b{name}\b", str(tmp_path / path), flags)
     line = command(base_directory, text_file, tmp_path / "x")
@@ -244,8 +338,8 @@ def qa_file(tmp_path_factory):
 
 
 def test_instruction_loss_against_streaming(qa_file, text_file, tokenizer):
-    """Of eight rows, contexts of 1 to 6 chunks, the last three repeat a text. The loss of the padded pass is plain
-    cross-entropy after streaming each context by itself; answers and texts have a mean each."""
+    """Of eight rows, contexts of 1 to 6 chunks, two of the last four repeat a text, two continue one. The loss of the
+    padded pass is plain cross-entropy after streaming each context by itself; answers and texts have a mean each."""
     tokenizer.chat_template = CHATML
     flags = instruction_flags([qa_file], chunk=24, chunks=6, batch=8, eval_sequences=3, documents=[text_file])
     instructions = InstructionData(flags, tokenizer)
@@ -257,8 +351,8 @@ def test_instruction_loss_against_streaming(qa_file, text_file, tokenizer):
         for row in range(8):
             *chunks, ids = [ids[real.bool()].tolist() for ids, real in zip(segments[row], mask[row])]
             context = sum(chunks, [])
-            assert (context == ids) == (row >= 5)
-            assert row < 5 or labels[row, -1, :len(ids)].tolist() == ids
+            assert (context == ids) == (row in (4, 6))
+            assert row < 4 or labels[row, -1, :len(ids)].tolist() == ids
             size = -(-len(context) // -(-len(context) // 24))
             memory = None
             for at in range(0, len(context), size):
@@ -267,11 +361,39 @@ def test_instruction_loss_against_streaming(qa_file, text_file, tokenizer):
             want = F.cross_entropy(model(torch.tensor([ids]), memory=memory)[0, :-1], targets, reduction="sum")
             torch.testing.assert_close(nll[row].sum(), want, rtol=1e-4, atol=1e-4)
             assert count[row, :-1].sum() == 0 and count[row, -1] == (targets != -100).sum()
-            sums[row >= 5].append((want, count[row, -1]))
+            sums[row >= 4].append((want, count[row, -1]))
         loss = (nll * train.loss_weights(labels, len(visible) - 1, "reconstruction")).sum()
         want = sum(sum(loss for loss, _ in part) / sum(n for _, n in part) for part in sums.values())
         torch.testing.assert_close(loss, want, rtol=1e-4, atol=1e-4)
     assert torch.equal(next(instructions.batches(2)).segments, segments)        # the step alone decides
+
+
+def test_passes_by_tokens(qa_file, text_file, tokenizer, monkeypatch):
+    """Rows of like length in passes of at most PASS_TOKENS padded tokens, each row in one; losses and gradients are
+    those of a row a pass."""
+    tokenizer.chat_template = CHATML
+    monkeypatch.setattr(train, "PASS_TOKENS", 300)
+    flags = instruction_flags([qa_file], chunk=24, chunks=6, batch=16, documents=[text_file])
+    segments, mask, visible, labels = next(InstructionData(flags, tokenizer).batches(0))
+    weights = train.loss_weights(labels, len(visible) - 1, "reconstruction")
+    rows = torch.arange(16)
+    results = []
+    for size in (1, None):
+        model, loss = make_model(), 0
+        passes = train.micro_batches(mask, size, 0, 1)
+        for part in passes:
+            nll, _ = model.segment_losses(segments[part], mask[part], visible, labels[part])
+            (nll * weights[part]).sum().backward()
+            loss += (nll * weights[part]).sum().item()
+        results.append((loss, [p.grad for p in model.generator.parameters()]))
+    assert torch.equal(torch.cat(passes).sort().values, rows) and 3 < len(passes) < 12
+    for part in passes:
+        lengths = mask[part].sum(-1)
+        assert len(part) == 1 or len(part) * (lengths.amax(0) > 0).sum() * lengths.amax() <= 1.5 * 300
+    assert results[1][0] == pytest.approx(results[0][0], rel=1e-5)
+    for one, other in zip(results[0][1], results[1][1]):
+        torch.testing.assert_close(other, one, rtol=1e-3, atol=1e-4 * one.abs().max().item())
+    assert [len(part) for part in train.micro_batches(mask, 6, 0, 1)] == [6, 6, 4]
 
 
 def test_instruct_stage(tmp_path, base_directory, qa_file, text_file):
@@ -308,8 +430,8 @@ def test_fit_base_is_adamw_on_the_token_mean(monkeypatch):
     examples = [(row, [-100] * (len(row) // 2) + row[len(row) // 2:]) for row in rows]
     base, plain = make_base(), make_base()
 
-    def fit(validation, lr, batch_size, epochs):
-        return finetune.fit_base(base, examples, validation, lr, batch_size, epochs, seed=0)
+    def fit(validation, lr, batch_size, epochs, patience=3):
+        return finetune.fit_base(base, examples, validation, lr, batch_size, epochs, patience, seed=0)
 
     with monkeypatch.context() as patch:
         patch.setattr(finetune, "PASS_TOKENS", 16)
@@ -324,9 +446,28 @@ def test_fit_base_is_adamw_on_the_token_mean(monkeypatch):
         assert not p.requires_grad
     other = [(ids[::-1], labels) for ids, labels in examples]
     history = fit(other, 1e-2, batch_size=2, epochs=30)
-    assert len(history) == history.index(min(history)) + 1 + finetune.PATIENCE
+    assert len(history) == history.index(min(history)) + 1 + 3
     again = fit(other, 1e-9, batch_size=4, epochs=1)
     assert again[0] == pytest.approx(min(history), rel=1e-4)
+
+
+@pytest.mark.parametrize("kind, cpt, metaicl", [("llama", 3e-5, 1e-5), ("mistral", 1e-5, 5e-6)])
+def test_learning_rates_and_patience_are_the_papers(tmp_path, base_directory, qa_file, tokenizer, monkeypatch, kind,
+                                                    cpt, metaicl):
+    """Appendix C: continual pretraining, supervised fine-tuning, MetaICL."""
+    fits = []
+
+    def fit(base, train, validation, lr, batch_size, epochs, patience, *_, **__):
+        fits.append((lr, batch_size, epochs) + (patience,) * bool(validation))
+        return []
+
+    monkeypatch.setattr(finetune, "fit_base", fit)
+    monkeypatch.setattr(finetune, "load_base", lambda *_: (make_base(kind), tokenizer))
+    finetune.finetune(train.arguments(["--stage", "finetune", "--base", base_directory, "--data", qa_file,
+                                       "--documents", qa_file, "--out", str(tmp_path / "sft")]))
+    rows = [{"question": "q", "golds": ["a"]}]
+    finetune.fit_task(make_base(kind), tokenizer, rows, rows, 0)
+    assert fits == [(cpt, 16, 8), (1e-5, 64, 10, 1), (metaicl, 16, 40, 3)]
 
 
 def test_finetune_stage(tmp_path, base_directory, qa_file):
@@ -334,7 +475,8 @@ def test_finetune_stage(tmp_path, base_directory, qa_file):
     rows = [json.loads(line) for line in open(qa_file)]
     documents = write_rows(tmp_path / "docs.jsonl", [{"text": row["context"]} for row in rows[:12]])
     flags = ["--stage", "finetune", "--base", base_directory, "--data", qa_file, "--documents", documents,
-             "--validation", qa_file, "--device", "cpu", "--lr", "3e-3", "--batch", "8", "--epochs", "4"]
+             "--validation", qa_file, "--device", "cpu", "--lr", "3e-3", "--cpt-lr", "3e-3", "--batch", "8", "--epochs",
+             "4"]
     finetune.finetune(train.arguments([*flags, "--out", str(tmp_path / "sft"), "--checkpointing"]))
     before, tokenizer = load_base(base_directory, torch.float32, "cpu")
     after, _ = load_base(str(tmp_path / "sft"), torch.float32, "cpu")
