@@ -84,8 +84,8 @@ def learning_rate(args, step):
 
 def micro_batches(mask, size, rank, world):
     """This process's rows of a batch with this mask (B, N, L), cut into passes of so many; where size is None, into
-    passes of rows of like length, each of PASS_TOKENS tokens with padding, but for a row that is longer. All processes
-    have equally many passes, as a sharded base needs."""
+    passes of rows of like length, each of about PASS_TOKENS tokens with padding, but for a row that is longer by itself.
+    Every process has as many passes, which a sharded base needs."""
     if size is not None:
         return torch.arange(len(mask))[rank::world].split(size)
     lengths = mask.sum(-1)                                              # (B, N)
@@ -188,7 +188,7 @@ def train(args):
         from extras.aligned import aligned_start        # on every process: a sharded base needs them all
         length = min(128, (len(data.tokens) + 1) // 2)          # a short text has two sequences of these
         texts = itertools.islice(sequences(data.tokens, length, 0, args.seed), 96)
-        aligned_start(model, torch.stack(list(texts)).split(16))
+        aligned_start(model, torch.stack(list(texts)).split(16), quiet=rank > 0)
         torch.cuda.empty_cache()
     if rank == 0:
         cut_log(f"{args.out}/log.jsonl", step)
@@ -307,8 +307,9 @@ def validate(args, model, batch, rank, world):
     n = len(batch.segments)
     C = int(batch.visible.max())
     device = model.base.device
-    losses = torch.zeros(math.ceil(n / world) * world, 3, device=device)    # equally many for each process: a sharded
-    mine = torch.arange(rank, len(losses), world)                           # base needs it; those beyond n do not count
+    # as many items for each process, which a sharded base needs: those beyond n are others again and do not count
+    losses = torch.zeros(math.ceil(n / world) * world, 3, device=device)
+    mine = torch.arange(rank, len(losses), world)
     size = args.micro_batch or max(1, PASS_TOKENS // batch.mask[0].numel())
     for places in tqdm(mine.split(size), desc="validation", leave=False, disable=rank != 0):
         rows = places % n

@@ -25,7 +25,7 @@ from support.text import context_ids, document_marks
 PASS_TOKENS = 2048        # padded tokens of one forward and backward pass
 PIECE = 1024              # tokens of a sample of CPT, at most
 ANSWER = 512              # tokens of a question and its answer, at most
-NO_TARGETS = [([0, 0], [-100, -100])]
+NO_TARGETS = [([0, 0], [-100, -100])]                  # for a process that makes a pass because others do
 
 
 def parts(examples):

@@ -134,8 +134,8 @@ def save_base(model, tokenizer, directory, weights=None):
     """Write a base as a transformers directory; weights: {name: tensor}, by default its own."""
     model.save_pretrained(directory, state_dict=weights)
     tokenizer.save_pretrained(directory)
-    for weights in glob.glob(f"{directory}/*.safetensors"):            # safetensors leaves them to their owner alone
-        shutil.copymode(f"{directory}/config.json", weights)
+    for file in glob.glob(f"{directory}/*.safetensors"):               # safetensors leaves them to their owner alone
+        shutil.copymode(f"{directory}/config.json", file)
 
 
 # ---- a .gguf file, converted once
