@@ -84,8 +84,8 @@ def learning_rate(args, step):
 
 def micro_batches(mask, size, rank, world):
     """This process's rows of a batch with this mask (B, N, L), cut into passes of so many; where size is None, into
-    passes of rows of like length, each of about PASS_TOKENS tokens with padding, but for a row that is longer by itself.
-    Every process has as many passes, which a sharded base needs."""
+    passes of rows of like length, each of about PASS_TOKENS tokens with padding, but for a row that is longer by
+    itself. Every process has as many passes, which a sharded base needs."""
     if size is not None:
         return torch.arange(len(mask))[rank::world].split(size)
     lengths = mask.sum(-1)                                              # (B, N)
