@@ -1,6 +1,7 @@
 """Bases shared out over process groups: what is trained is what one process, or a group with whole bases, trains."""
 
 import json
+import re
 import signal
 
 import pytest
@@ -33,12 +34,12 @@ def test_pretraining(tmp_path, base_directory, text_file):
         return start_group(line, tmp_path / "printed", [ROOT] * 3, life=life)
 
     assert finish(*group("whole")) == [0] * 3, read(tmp_path)
-    first, *others = group("sharded", "--shard", life=7)        # after a checkpoint and another step
+    first, *others = group("sharded", "--shard", life=9)        # after a checkpoint and other steps
     assert finish(first) == [-signal.SIGKILL], read(tmp_path)
     for process in others:                              # as torchrun does
         process.kill()
     assert finish(*group("sharded", "--shard", "--resume")) == [0] * 3, read(tmp_path)
-    assert "from step 2;" in (tmp_path / "printed-0").read_text()
+    assert re.search("from step [24];", (tmp_path / "printed-0").read_text())
     whole, sharded = read_log(tmp_path / "whole"), read_log(tmp_path / "sharded")
     assert [(row["loss"], row["grad_norm"]) for row in whole] == [(row["loss"], row["grad_norm"]) for row in sharded]
     assert_same_weights(tmp_path / "whole", tmp_path / "sharded", 6)
