@@ -31,6 +31,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from filelock import FileLock, Timeout
 from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
 
@@ -167,6 +168,9 @@ def train(args):
     step = 0
     if rank == 0:                                       # it alone may have the directory
         make_directory(args.out)
+        lock = FileLock(f"{args.out}/.lock", timeout=0)         # until this process ends
+        with bad_input(f"--out: another process trains in {args.out}: wait for it or name another directory", Timeout):
+            lock.acquire()
         size = 3 * sum(p.nbytes for p in parameters)            # of a checkpoint: generator and AdamW's two moments
         needed = (KEPT + 1 - len(saved)) * size
         free = shutil.disk_usage(args.out).free

@@ -15,6 +15,7 @@ from argparse import Namespace
 import pytest
 import torch
 import torch.nn.functional as F
+from filelock import FileLock
 from safetensors.torch import load_file
 
 import train
@@ -125,7 +126,7 @@ def test_two_machines_with_different_text(tmp_path, base_directory, text_file):
     line = command(base_directory, "text.jsonl", "run", "--steps", "6")
     assert finish(*start_group(line, tmp_path / "printed", disks, machines=True)) == [2, 2]
     assert "the processes have read different text" in (tmp_path / "printed-0").read_text()
-    assert not os.listdir(disks[0] / "run")
+    assert os.listdir(disks[0] / "run") == [".lock"]
 
 
 @pytest.mark.parametrize("name, size", [("optimizer.safetensors", 500), ("generator.safetensors", 500),
@@ -149,7 +150,11 @@ def test_a_damaged_checkpoint_is_named(tmp_path, base_directory, text_file, name
 
 
 def test_a_full_disk(tmp_path, base_directory, text_file, monkeypatch):
-    """Seen before a training begins; met in the middle, it leaves the checkpoints before and nothing half-written."""
+    """Seen before a training begins, as another process in --out is; met in the middle, it leaves the checkpoints
+    before and nothing half-written."""
+    os.makedirs(tmp_path / "run")
+    with FileLock(tmp_path / "run" / ".lock"), pytest.raises(InputError, match="--out: another process trains in"):
+        main(base_directory, text_file, tmp_path / "run", "--steps", "4")
     with monkeypatch.context() as patch:
         patch.setattr(train.shutil, "disk_usage", lambda path: Namespace(free=1e5))
         with pytest.raises(InputError, match="--out: the run needs 0.0 GB for its checkpoints"):
@@ -165,7 +170,8 @@ def test_a_full_disk(tmp_path, base_directory, text_file, monkeypatch):
     monkeypatch.setattr(train, "save_tensors", full)
     with pytest.raises(InputError, match="checkpoint of step 2 cannot be written, those before it are good.*No space"):
         main(base_directory, text_file, tmp_path / "run", "--steps", "4", "--save-every", "1")
-    assert sorted(os.listdir(tmp_path / "run")) == ["log.jsonl", "step-000001", "validation.jsonl"]
+    left = set(os.listdir(tmp_path / "run"))
+    assert left == {".lock", "log.jsonl", "step-000001", "validation.jsonl"}
     modes = {path.stat().st_mode for path in (tmp_path / "run" / "step-000001").iterdir()}
     assert modes == {(tmp_path / "run" / "log.jsonl").stat().st_mode}
 
