@@ -59,8 +59,6 @@ def run_command(main):
             time.sleep(10)
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)                                        # as a shell says it
 
 
 def make_directory(path):
