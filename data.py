@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from generator import split_into_chunks
 from support.bases import DEFAULT_BASE, locate_base, tokenizer_at
-from support.files import (CACHE, InputError, bad_input, count_rows, make_directory, read_rows, run_command, stamps)
+from support.files import CACHE, InputError, bad_input, make_directory, read_rows, run_command, stamps
 from support.text import MARK, apply_template, context_ids, document_marks, token_ids, tokenize, user_turn
 
 # MetaICL, the ninth set of Table 3, is no hub data set of rows: name the files <task>/<task>_16384_100_train.jsonl of
@@ -509,26 +509,20 @@ def open_tokens(sources, tokenizer, path=None):
 
 def pack(sources, tokenizer, facts, path):
     """Tokenise every document of sources into one flat file, uint16 where the vocabulary fits, and a .json with the
-    facts beside it. Rows whose text is null or blank are left out and counted. Both are written aside and renamed;
-    PACKED documents are in memory at a time."""
+    facts beside it. Rows without a text are left out and counted. Both are written aside and renamed; PACKED documents
+    are in memory at a time."""
     before, after = facts["marks"]
     tokens = 0
     blank = 0
-    total = sum(count_rows(source) or 0 for source in sources)
     rows = itertools.chain.from_iterable(map(read_rows, sources))
+    rows = iter(tqdm(rows, desc="packing"))
     with tempfile.TemporaryDirectory(dir=os.path.dirname(path) or ".") as part:
-        with open(f"{part}/tokens", "wb") as file, tqdm(rows, desc="packing", total=total or None) as bar:
-            rows = iter(bar)
-            some = list(itertools.islice(rows, PACKED))
-            while some:
+        with open(f"{part}/tokens", "wb") as file:
+            for some in iter(lambda: list(itertools.islice(rows, PACKED)), []):
                 texts = []
-                for where, row in some:
-                    text = row.get("text", 0)           # 0: there is no such field
-                    if text is None:
-                        text = ""
-                    if not isinstance(text, str):
-                        raise InputError(f"{where}: field 'text' is missing or is not a text")
-                    if text.strip():
+                for _, row in some:
+                    text = row.get("text")
+                    if isinstance(text, str) and text.strip():
                         texts.append(text)
                     else:
                         blank += 1
@@ -536,9 +530,8 @@ def pack(sources, tokenizer, facts, path):
                     ids = before + ids + after
                     np.array(ids, dtype=facts["dtype"]).tofile(file)
                     tokens += len(ids)
-                some = list(itertools.islice(rows, PACKED))
         if tokens == 0:
-            raise InputError(f"{', '.join(sources)}: there is no text in any row")
+            raise InputError(f"{', '.join(sources)}: there is no text in any row's field 'text'")
         with open(f"{part}/facts", "w") as file:
             json.dump({**facts, "tokens": tokens, "sources": sources}, file)
         os.replace(f"{part}/facts", path + ".json")

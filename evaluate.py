@@ -449,7 +449,7 @@ def evaluate(model, tokenizer, method, setting, groups, args, memories, done, fa
             for key, record in zip(keys, new):
                 done[key] = {"key": key, "task": args.task, "method": method, **setting, **record}
             if args.predictions:
-                with open(args.predictions, "a", encoding="utf-8") as file:
+                with open(args.predictions, "a", encoding="utf-8", errors="backslashreplace") as file:
                     for key in keys:
                         print(json.dumps(done[key], ensure_ascii=False), file=file)
         records += [done[key] for key in keys]

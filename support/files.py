@@ -8,6 +8,7 @@ import contextlib
 import csv
 import functools
 import gzip
+import itertools
 import json
 import os
 import signal
@@ -135,10 +136,9 @@ def read_rows(source, split="train"):
     opened = gzip.open if source.endswith(".gz") else open
     try:
         if source.endswith((".txt", ".txt.gz")):
-            with opened(source, "rb") as file:
-                text = file.read().decode("utf-8-sig")       # without the mark that some editors write first
-            where = source
-            yield where, {"text": text.replace("\r\n", "\n")}
+            with opened(source, "rt", encoding="utf-8-sig") as file:        # without the mark that some editors write
+                where = source
+                yield where, {"text": file.read()}                          # line ends are \n
         elif source.endswith((".jsonl", ".jsonl.gz")):
             with opened(source, "rb") as file:
                 for number, line in enumerate(file, 1):
@@ -146,8 +146,6 @@ def read_rows(source, split="train"):
                         continue
                     where = f"{source} line {number}"
                     row = json.loads(line)
-                    if b"\\ud" in line.lower():               # perhaps an escaped surrogate without its other half
-                        row = json.loads(json.dumps(row, ensure_ascii=False).encode("utf-8", "replace"))
                     if not isinstance(row, dict):
                         raise InputError(f"{where} cannot be read: not a json object")
                     yield where, row
@@ -160,14 +158,14 @@ def read_rows(source, split="train"):
                         raise InputError(f"{where} has more fields than columns: put a text with commas in quotes")
                     yield where, row
         else:
-            import datasets                                  # slow to import
             if source.endswith(".parquet"):
-                rows = []
-                if count_rows(source) != 0:                  # on which datasets fails
-                    rows = datasets.load_dataset("parquet", data_files=source, split="train", streaming=True)
+                import pyarrow.parquet                       # slow to import
+                batches = pyarrow.parquet.ParquetFile(source).iter_batches(1000)
+                rows = itertools.chain.from_iterable(map(pyarrow.RecordBatch.to_pylist, batches))
             elif os.path.exists(source):
                 raise InputError(f"{source}: give a .parquet, .jsonl(.gz) or .txt(.gz) file, or a hub data set id")
             else:
+                import datasets                              # slow to import
                 datasets.config.HF_HUB_OFFLINE |= not hub_reachable()
                 name, _, configuration = source.partition(":")
                 rows = datasets.load_dataset(name, configuration or None, split=split, streaming=True)
@@ -189,16 +187,3 @@ def field(row, key, kind, where):
     if not isinstance(row, dict) or not isinstance(row.get(key), kind):
         raise InputError(f"{where}: field {key!r} is missing or is not a {kind.__name__}")
     return row[key]
-
-
-def count_rows(source):
-    """Rows that a local file will yield, for a progress bar; None where only reading would tell."""
-    import pyarrow.parquet                                   # slow to import
-    try:
-        if source.endswith(".parquet"):
-            return pyarrow.parquet.ParquetFile(source).metadata.num_rows
-        if source.endswith(".jsonl"):
-            with open(source, "rb") as file:
-                return sum(1 for _ in file)
-    except (OSError, pyarrow.ArrowException):                # read_rows will say what is wrong
-        return None

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 
 from support.costs import COSTS
 
@@ -48,10 +47,8 @@ def write_table(args, result):
         for line in table:
             print("|", " | ".join(map(str.ljust, line, widths)), "|")
     if args.output:
-        part = args.output + ".part"
-        with open(part, "w", encoding="utf-8") as file:
-            json.dump(result, file, indent=1, ensure_ascii=False)
-        os.replace(part, args.output)
+        with open(args.output, "w", encoding="utf-8") as file:
+            json.dump(result, file, indent=1)
     if args.plot:
         plot(args.plot, rows)
 
