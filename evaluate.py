@@ -39,7 +39,7 @@ from model import AdaptedLM, load_base
 from support.bases import DEFAULT_BASE
 from support.costs import COSTS, base_flops, clock, context_costs, kv_cache_floats, query_costs
 from support.files import InputError, hub_reachable, run_command, stamps
-from support.formats import checkpoint_base
+from support.formats import read_config
 from support.plots import write_table
 from support.text import context_ids, tokenize, user_turn
 from tasks import metaicl, msc, ppl, qa
@@ -495,7 +495,7 @@ def load_model(args):
     if args.base is None:
         args.base = DEFAULT_BASE
         if args.checkpoint not in ("none", DEFAULT_CHECKPOINT):
-            args.base = checkpoint_base(args.checkpoint) or DEFAULT_BASE
+            args.base = read_config(args.checkpoint)[1].get("base") or DEFAULT_BASE
     torch.backends.cuda.enable_cudnn_sdp(False)             # on CUDA cuDNN builds a plan for every new shape
     base, tokenizer = load_base(args.base, args.dtype and getattr(torch, args.dtype), args.device)
     # generate takes what a config of its own leaves open from the base's: Qwen2.5's has a repetition penalty

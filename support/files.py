@@ -16,8 +16,9 @@ import sys
 import time
 from pathlib import Path
 
+import huggingface_hub
 from huggingface_hub import constants
-from huggingface_hub.utils import get_session
+from huggingface_hub.utils import get_session, validate_repo_id
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -124,6 +125,14 @@ def hub_reachable():
     except Exception:                                        # no connection, or none allowed
         constants.HF_HUB_OFFLINE = True
     return not constants.HF_HUB_OFFLINE
+
+
+def hub_snapshot(name, patterns, **options):
+    """Directory to which the files of these patterns of a hub id (owner/name) are downloaded."""
+    with bad_input(f"{name}: no such directory, not a hub id (owner/name) or not to be had from the hub"):
+        validate_repo_id(name)                               # a path is refused before the hub is asked
+        return huggingface_hub.snapshot_download(name, allow_patterns=patterns, local_files_only=not hub_reachable(),
+                                                 **options)
 
 
 # ---- rows of data files and of the hub's data sets

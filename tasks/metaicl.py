@@ -14,10 +14,7 @@ import math
 import os
 import random
 
-import huggingface_hub
-from huggingface_hub.utils import validate_repo_id
-
-from support.files import InputError, bad_input, field, hub_reachable, read_rows
+from support.files import InputError, field, hub_snapshot, read_rows
 from tasks.contexts import other_contexts
 
 HUB_ID = "allenai/metaicl-data"
@@ -63,12 +60,8 @@ def load(source, args, notes):
     shots = max(args.shots or SHOTS)
     directory = source
     if not os.path.exists(source):
-        with bad_input(f"{source}: no such directory, and not to be had from the hub"):
-            validate_repo_id(source)                        # a path is refused before the hub is asked
-            directory = huggingface_hub.snapshot_download(
-                source, repo_type="dataset", local_files_only=not hub_reachable(),
-                allow_patterns=[f"data/{task}/{task}_16_*.jsonl" for task in TASKS])
-            directory = os.path.join(directory, "data")
+        patterns = [f"data/{task}/{task}_16_*.jsonl" for task in TASKS]
+        directory = os.path.join(hub_snapshot(source, patterns, repo_type="dataset"), "data")
     tasks = {}
     for task in TASKS:
         if not os.path.isdir(os.path.join(directory, task)):

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, CONFIG_MAPPING, MistralConfig, Mi
 from generator import InputError
 from model import AdaptedLM
 from support import formats
-from support.formats import checkpoint_base
+from support.formats import read_config
 
 GOLDEN = os.path.join(os.path.dirname(__file__), "golden")
 INDEX = json.load(open(os.path.join(GOLDEN, "index.json")))
@@ -28,7 +28,7 @@ def golden_model(case):
     base.load_state_dict(load_file(os.path.join(GOLDEN, f"base_{arch}.safetensors")))
     base.name_or_path = f"tiny-random-{arch}"
     directory = os.path.join(GOLDEN, f"ckpt_{arch}_o")
-    assert checkpoint_base(directory) == base.name_or_path
+    assert read_config(directory)[1]["base"] == base.name_or_path
     model = AdaptedLM.from_pretrained(base, directory)
     assert (model.config.norm, model.config.rank, model.config.scale, model.config.damping) == ("svd", 8, 0.5, 0.0)
     # the golden cases were run with these norms in place of the checkpoint's own
@@ -93,7 +93,7 @@ def test_doubled_sequence(case, plain):
 def test_checkpoint_of_the_hub(monkeypatch, capsys):
     """A hub id is downloaded, configs and safetensors alone; what was read from it is said."""
     asked = []
-    monkeypatch.setattr(formats.huggingface_hub, "snapshot_download",
+    monkeypatch.setattr("huggingface_hub.snapshot_download",
                         lambda name, **options: asked.append(options) or os.path.join(GOLDEN, "ckpt_llama_o"))
     values, tensors, base_name = formats.read_generator("owner/Generative-Adapter-v0.2")
     assert (values["scale"], len(tensors), base_name) == (0.5, 15, "tiny-random-llama")
@@ -101,7 +101,7 @@ def test_checkpoint_of_the_hub(monkeypatch, capsys):
     assert "'base': 'tiny-random-llama'" in capsys.readouterr().out
     for name in ("../up/there", "owner//name"):
         with pytest.raises(InputError, match="not a hub id"):
-            formats.locate_checkpoint(name)
+            formats.read_config(name)
 
 
 def test_published_checkpoint_dry_run(monkeypatch):
