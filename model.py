@@ -124,8 +124,6 @@ class AdaptedLM(nn.Module):
         it, and update keeps it out of S."""
         B, N, L = segments.shape
         visible = [int(v) for v in visible]
-        if len(visible) != N or min(visible) < 0 or max(visible) > N:
-            raise ValueError(f"visible needs one number from 0 to {N} for each of the {N} segments, got {visible}")
         if not self.plain:
             return fast.hidden_states(self, segments, mask, visible)
         C = max(visible)                                                        # segments from C on never enter S
@@ -153,14 +151,10 @@ class AdaptedLM(nn.Module):
         the first visible[j] segments (visible: N numbers). mask (B, N, L): 1 for real tokens, None for all real."""
         return self.base.get_output_embeddings()(self.hidden_states(segments, mask, visible))
 
-    def segment_losses(self, segments, mask, visible, labels=None):
+    def segment_losses(self, segments, mask, visible, labels):
         """Next-token cross-entropy of the same pass: (nats summed (B, N) fp32, target tokens (B, N) long). labels
-        (B, N, L): -100 is no target, None takes every real token. The first token of a segment is never a target:
-        nothing stands before it (the paper's P(x_1, .., x_m) counts it)."""
-        if labels is None and mask is None:
-            labels = segments
-        elif labels is None:
-            labels = segments.masked_fill(~mask.bool(), -100)
+        (B, N, L): -100 is no target. The first token of a segment is never a target: nothing stands before it (the
+        paper's P(x_1, .., x_m) counts it)."""
         hidden = self.hidden_states(segments, mask, visible)                    # (B, N, L, d_h)
         lm_head = self.base.get_output_embeddings()
         if not self.plain:

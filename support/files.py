@@ -71,26 +71,20 @@ def make_directory(path):
 
 def read_json(path):
     """The object in a json file."""
-    try:
+    with bad_input(f"{path} cannot be read as json", OSError, ValueError, RecursionError):
         with open(path, "rb") as file:
             value = json.load(file)
-        if not isinstance(value, dict):
-            raise ValueError("it holds no json object")
-        return value
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} cannot be read as json: {error}") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path} cannot be read: it holds no json object")
+    return value
 
 
 def read_safetensors(path):
     """({name: tensor}, metadata) of a safetensors file."""
-    try:
+    with bad_input(f"{path} cannot be read as safetensors"):         # damaged files end in many ways
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
             return tensors, file.metadata() or {}
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except Exception as error:                               # damaged files end in many ways
-        raise InputError(f"{path} cannot be read as safetensors: {error}") from None
 
 
 def save_tensors(tensors, path, metadata=None):

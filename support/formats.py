@@ -103,9 +103,9 @@ def write_peft(directory, base_name, config, lora, tokens):
     """A PEFT LoRA directory with its model card, from {module name: (lora_A (1, r, d_in), lora_B (1, d_out, r))} with s
     in lora_B, of a context of that many tokens. config: a GeneratorConfig. PEFT multiplies by lora_alpha / r:
     lora_alpha = s r where that is whole (vLLM types it so), else s stays in lora_B and lora_alpha = r. InputError where
-    the directory holds an adapter already."""
-    if os.path.exists(os.path.join(directory, "adapter_config.json")):
-        raise InputError(f"{directory} holds an adapter already: name another directory")
+    the directory holds files already."""
+    if os.path.isdir(directory) and os.listdir(directory):
+        raise InputError(f"{directory} holds files already: name another directory for the adapter")
     r = len(next(iter(lora.values()))[0][0])             # the config's rank, but d_r for frobenius
     alpha = r
     factor = 1.0
@@ -119,8 +119,7 @@ def write_peft(directory, base_name, config, lora, tokens):
         tensors[f"base_model.model.{name}.lora_A.weight"] = lora_A[0]
         tensors[f"base_model.model.{name}.lora_B.weight"] = lora_B[0] / factor
     peft = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_name, "r": r,
-            "lora_alpha": alpha, "target_modules": config.targets, "lora_dropout": 0.0, "bias": "none",
-            "fan_in_fan_out": False, "inference_mode": True}
+            "lora_alpha": alpha, "target_modules": config.targets}
     make_directory(directory)
     save_tensors(tensors, os.path.join(directory, "adapter_model.safetensors"), {"format": "pt"})
     Path(directory, "adapter_config.json").write_text(json.dumps(peft, indent=1))
