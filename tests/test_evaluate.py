@@ -166,7 +166,7 @@ def test_memory_gap_by_hand():
     assert row["best-of-3"] == pytest.approx(100 * (0.5 + 1 + 0) / 3) and row["chance"] == pytest.approx(100 / 3)
     assert row["pairs"] == 3 and "pairs" not in evaluate.memory_gap(own[:3], others)
     assert evaluate.memory_gap(own, []) == {}
-    closed_book = [{"number": n, "nats": v} for n, v in ((0, 2.0), (1, 3.0), (2, None), (3, 11.0))]   # gains 1, 0, 2
+    closed_book = [{"number": n, "nats": v} for n, v in ((0, 2.0), (1, 3.0), (3, 11.0))]   # gains 1, 0, 2
     row = evaluate.memory_gap(own, [], closed_book)
     assert row == {"gain": pytest.approx(1), "gain_stderr": pytest.approx((2 * (1 + 1)) ** 0.5 / 3)}   # sums -1 and 1
 
