@@ -190,10 +190,7 @@ class AdapterGenerator(nn.Module):
     def fingerprint(self):
         """Hash of config and weights: a memory belongs to the generator that wrote it. Computed again only after an
         operation has changed a weight (edits through .data go unseen)."""
-        versions = []                           # _version counts in-place changes; inference tensors have none
-        for parameter in self.parameters():
-            version = 0 if parameter.is_inference() else parameter._version
-            versions.append((parameter.data_ptr(), version))
+        versions = [(p.data_ptr(), p._version) for p in self.parameters()]      # _version counts in-place changes
         if self._fingerprint[0] != versions:
             digest = hashlib.sha256(json.dumps(asdict(self.config), sort_keys=True).encode())
             for name, parameter in self.tensors().items():

@@ -96,10 +96,6 @@ class AdaptedLM(nn.Module):
             return output
         x = inputs[0]
         lora_A, lora_B = self.lora_of_block[name]
-        copies = len(x) // len(lora_A)
-        if len(lora_A) > 1 and copies > 1:              # beams and returned sequences are copies of a row
-            lora_A = lora_A.repeat_interleave(copies, 0)
-            lora_B = lora_B.repeat_interleave(copies, 0)
         return output + x @ lora_A.mT @ lora_B.mT       # (B, L, d_in) -> (B, L, r) -> (B, L, d_out)
 
     def run(self, adapt_block, function, *args, **kwargs):
@@ -133,7 +129,7 @@ class AdaptedLM(nn.Module):
             h = rms_norm(H).view(B, N, L, -1)[:, :C]                            # (B, C, L, d_h)
             lora = {}
             for name in self.block_targets[l]:
-                layer = self.generator.by_name[name]
+                layer = self.generator[name]
                 S = layer.update(h, chunk_mask).cumsum(1)                       # eq. 3: S_1 .. S_C  (B, C, d_r, d_r)
                 S = F.pad(S, (0, 0, 0, 0, 1, 0))                                # S_0 = 0: the base  (B, C+1, d_r, d_r)
                 lora_A, lora_B = layer.adapter(S)                               # eq. 6-9
@@ -185,7 +181,7 @@ class AdaptedLM(nn.Module):
         def adapt_block(l, H):
             h = rms_norm(H)                                                     # (B, L, d_h)
             for name in self.block_targets[l]:
-                S = self.generator.by_name[name].update(h, mask)                           # (B, d_r, d_r)
+                S = self.generator[name].update(h, mask)                           # (B, d_r, d_r)
                 if memory is not None:
                     S = memory.states[name].to(H.device) + S                    # eq. 3
                 states[name] = S
@@ -226,9 +222,6 @@ class AdaptedLM(nn.Module):
         if memory.fingerprint not in (None, self.generator.fingerprint()):
             raise InputError("the memory was written by another generator (its fingerprint differs): read the context "
                              "again with this one")
-        shapes = {name: S.shape[1:] for name, S in memory.states.items()}
-        if shapes != dict.fromkeys(self.generator.by_name, (self.config.d_r, self.config.d_r)):
-            raise InputError("the memory does not fit this generator: its target modules or its d_r differ")
         lora = {}
         for name, layer in self.generator.by_name.items():
             S = memory.states[name].to(self.base.device)
@@ -267,9 +260,8 @@ class AdaptedLM(nn.Module):
         return model
 
     def export_peft(self, memory, directory):
-        """Write the adapter of one context (batch of 1) as a PEFT LoRA directory, which peft, vLLM and others load."""
-        if len(memory.tokens) != 1:
-            raise ValueError(f"export_peft writes the adapter of one context, this memory holds {len(memory.tokens)}")
+        """Write the adapter of one context (a batch of 1, else RuntimeError) as a PEFT LoRA directory, which peft, vLLM
+        and others load."""
         write_peft(directory, self.base.name_or_path, self.config, self.lora(memory), memory.tokens.item())
 
 

@@ -234,7 +234,7 @@ def hidden_states(model, segments, mask, visible):
         real = None if mask is None else mask[:, :C, :longest]                  # (B, C, longest)
         S = []
         for name in model.block_targets[block]:
-            updates = model.generator.by_name[name].update(h, real)
+            updates = model.generator[name].update(h, real)
             S_t = list(accumulate(updates.unbind(1)))           # eq. 3; the kernel of cumsum is slow on a CPU
             S.append(torch.stack(S_t, 1))                                       # (B, C, d_r, d_r)
         return S
@@ -248,7 +248,7 @@ def hidden_states(model, segments, mask, visible):
         for name, S_name in zip(model.block_targets[block], S):
             # never recomputed: the pairs are small, and norm is slow
             pair = []
-            for matrix in adapter(model.generator.by_name[name], S_name, longest * C):      # (B, C, ..)
+            for matrix in adapter(model.generator[name], S_name, longest * C):      # (B, C, ..)
                 columns = matrix.to(H.dtype).unbind(1)          # unbind and stack: the backward of an index is slow
                 rows = torch.stack([columns[read[j] - 1] for j in second], 1)
                 pair.append(rows.flatten(0, 1))                                 # (B second, ..)
