@@ -353,11 +353,9 @@ class PretrainingData:
         if n < 2:
             raise InputError(f"validation needs at least 2 sequences of {self.length} tokens: give more text or "
                              "shorter --chunks")
-        rows = []
-        for i in range(n):                                                       # fixed, and spread over the text
-            start = i * (len(held_out) - self.length) // (n - 1)
-            rows.append(held_out[start:start + self.length].astype(np.int64))
-        self.validation = doubled(torch.from_numpy(np.stack(rows)), args.chunks)
+        starts = np.arange(n) * (len(held_out) - self.length) // (n - 1)         # fixed, and spread over the text
+        rows = [held_out[start:start + self.length] for start in starts]
+        self.validation = doubled(torch.from_numpy(np.stack(rows).astype(np.int64)), args.chunks)
         self.about = f"{len(self.tokens) / 1e6:.2f} M tokens"
 
     def checksum(self):
@@ -494,14 +492,12 @@ def open_tokens(sources, tokenizer, path=None):
                     if not os.path.isfile(path):
                         pack(sources, tokenizer, facts, path)
 
-    try:
+    with bad_input(f"{path} is not a packed token file", OSError, ValueError, TypeError):
         with open(path + ".json") as file:
             packed = json.load(file)
         tokens = np.memmap(path, dtype=facts["dtype"], mode="r")
         facts["tokens"] = len(tokens)
         fits = packed | facts == packed                 # all facts are as in the file
-    except (OSError, ValueError, TypeError) as error:
-        raise InputError(f"{path} is not a packed token file: {error}") from None
     if not fits:
         raise InputError(f"{path}: the token file is cut short or was packed with another tokenizer; pack it again")
     return tokens

@@ -571,6 +571,14 @@ def main(argv=None):
 # the command line
 
 
+def positive(text):
+    """A number of at least 1, for argparse, which names the flag where it is not."""
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
+
+
 def arguments(argv=None):
     """The flags, checked before anything is loaded. Raises InputError naming the flag."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -578,10 +586,10 @@ def arguments(argv=None):
     add("--task", choices=["ask", *TASKS], required=True)
     add("--data", help="hub id, .parquet or .jsonl; streamingqa: .csv; metaicl: hub id or directory; default: the "
         "paper's on the hub, msc without a connection: the built-in sample")
-    add("--limit", type=int, help="conversations, documents or, metaicl, test items a task; default: all, ppl 100")
-    add("--context-lengths", type=int, nargs="+", help="tokens. squad, streamingqa: documents are joined to contexts "
+    add("--limit", type=positive, help="conversations, documents or, metaicl, test items a task; default: all, ppl 100")
+    add("--context-lengths", type=positive, nargs="+", help="tokens. squad, streamingqa: documents are joined to contexts "
         "of about so many, 1 makes each a context of its own; default 512 to 32768, doubling. ppl: 1024")
-    add("--shots", type=int, nargs="+", help="metaicl: demonstrations; default 1 2 4 8 16")
+    add("--shots", type=positive, nargs="+", help="metaicl: demonstrations; default 1 2 4 8 16")
     add("--demo-seeds", type=int, nargs="+", choices=metaicl.SEEDS,
         help="metaicl: their files; default 100 13 21 42 87")
     add("--base", help=f"hub id, directory or .gguf file; default: the checkpoint's, or {DEFAULT_BASE}")
@@ -589,9 +597,9 @@ def arguments(argv=None):
         "another base none")
     add("--device", help="default: cuda where there is one, else cpu")
     add("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 where the hardware has it")
-    add("--batch-size", type=int, default=4, help="questions at once; default 4")
+    add("--batch-size", type=positive, default=4, help="questions at once; default 4")
     add("--method", action="append", help="repeatable; default: all of the task but -instructed and fine-tuned")
-    add("--controls", type=int, default=4, help="other contexts under which the gold is scored; the answer is under "
+    add("--controls", type=positive, default=4, help="other contexts under which the gold is scored; the answer is under "
         "the first; default 4")
     add("--seed", type=int, default=0, help="of the control and of the demonstrations drawn; default 0")
     add("--output", help="file for the table and its circumstances as JSON; default: only print it")
@@ -614,9 +622,6 @@ def arguments(argv=None):
     for flag, tasks in tasks_of.items():
         if getattr(args, flag) and args.task not in tasks:
             raise InputError(f"--{flag.replace('_', '-')} belongs to --task {' or '.join(tasks)}")
-    counts = [args.batch_size, args.controls, args.limit, *(args.context_lengths or []), *(args.shots or [])]
-    if any(count is not None and count < 1 for count in counts):
-        raise InputError("--batch-size, --controls, --limit, --context-lengths and --shots must be at least 1")
     if args.task in ("ppl", "streamingqa") and not args.data:
         raise InputError(f"--task {args.task} has no data set on the hub, and the paper's cerebras/SlimPajama-627B "
                          "cannot be read from it any more: give --data")

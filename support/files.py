@@ -190,3 +190,11 @@ def field(row, key, kind, where):
     if not isinstance(row, dict) or not isinstance(row.get(key), kind):
         raise InputError(f"{where}: field {key!r} is missing or is not a {kind.__name__}")
     return row[key]
+
+
+def text_field(row, key, where):
+    """row[key], a text that is not blank."""
+    text = field(row, key, str, where)
+    if not text.strip():
+        raise InputError(f"{where}: field {key!r} is empty")
+    return text

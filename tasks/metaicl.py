@@ -14,7 +14,7 @@ import math
 import os
 import random
 
-from support.files import InputError, field, hub_snapshot, read_rows
+from support.files import InputError, hub_snapshot, read_rows, text_field
 from tasks.contexts import other_contexts
 
 HUB_ID = "allenai/metaicl-data"
@@ -86,9 +86,9 @@ def load(source, args, notes):
 def read_examples(path, task):
     rows = []
     for number, (where, row) in enumerate(read_rows(path)):
-        question = f"Input: {field(row, 'input', str, where)}\nOutput:"
+        question = f"Input: {text_field(row, 'input', where)}\nOutput:"
         rows.append({"number": number, "id": f"{task} {number}", "question": question,
-                     "golds": [field(row, "output", str, where)]})
+                     "golds": [text_field(row, "output", where)]})
     return rows
 
 

@@ -311,7 +311,7 @@ def test_msc_loader(tmp_path):
     with pytest.raises(InputError, match="c.jsonl line 2 cannot be read"):
         msc.load(str(path))
     write_rows(path, [conversation(["hi"], answer=" ")])
-    with pytest.raises(InputError, match="c.jsonl line 1: self_instruct needs a question"):
+    with pytest.raises(InputError, match="c.jsonl line 1: field 'A' is empty"):
         msc.load(str(path))
 
 
