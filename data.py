@@ -206,6 +206,8 @@ def conversation(tokenizer, pairs, limit):
     for token_id, token in tokenizer.added_tokens_decoder.items():
         if token.special:
             ends.add(token_id)
+    if tokenizer.chat_template is None:
+        pairs = pairs[:1]
     messages, ids, labels = [], [], []
     for number, (question, answer) in enumerate(pairs, 1):
         # a template that trims would find no white space beside the MARKs
@@ -240,8 +242,6 @@ def conversation(tokenizer, pairs, limit):
         labels += [-100] * (len(full) - len(labels))
         ids = full
         messages += turn
-        if tokenizer.chat_template is None:
-            break
     return ids[:limit], labels[:limit]
 
 

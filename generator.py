@@ -184,7 +184,6 @@ class AdapterGenerator(nn.Module):
             if tensors[name].shape != parameter.shape:
                 raise InputError(f"{source}: {name} has shape {tuple(tensors[name].shape)} where this base and config "
                                  f"need {tuple(parameter.shape)}")
-        for name, parameter in parameters.items():
             parameter.copy_(tensors[name])
 
     def fingerprint(self):

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from generator import AdapterGenerator, GeneratorConfig, Memory, rms_norm, split_into_chunks
 from support import fast
 from support.bases import DEFAULT_BASE, load_base  # noqa: F401   part of this module's interface
-from support.files import InputError
+from support.files import InputError, bad_input
 from support.formats import read_generator, write_generator, write_peft
 
 TARGETS = {"q_proj": "self_attn.q_proj", "k_proj": "self_attn.k_proj", "v_proj": "self_attn.v_proj",
@@ -52,16 +52,12 @@ class AdaptedLM(nn.Module):
         for l, block in enumerate(blocks):
             names = []
             for target in config.targets:
-                if target not in TARGETS:
-                    raise InputError(f"target module {target!r} is unknown: choose from {', '.join(TARGETS)}")
-                try:
-                    linear = block.get_submodule(TARGETS[target])
-                    shape = (linear.in_features, linear.out_features)
-                except AttributeError:
-                    raise InputError(f"{type(block).__name__} has no linear layer {TARGETS[target]}: choose other "
-                                     "targets or another base") from None
-                name = f"{prefix}.{l}.{TARGETS[target]}"
-                shapes[name] = shape
+                path = TARGETS.get(target, target)
+                with bad_input(f"{type(block).__name__} has no target module {target!r}: choose from "
+                               f"{', '.join(TARGETS)}, or another base", AttributeError):
+                    linear = block.get_submodule(path)
+                    name = f"{prefix}.{l}.{path}"
+                    shapes[name] = (linear.in_features, linear.out_features)
                 names.append(name)
             self.block_targets.append(names)
         text_config = base_model.config.get_text_config()
@@ -236,7 +232,8 @@ class AdaptedLM(nn.Module):
         if memory is None:
             return {}
         if len(memory.tokens) not in (1, len(input_ids)):
-            raise ValueError(f"a memory of batch {len(memory.tokens)} cannot adapt a batch of {len(input_ids)} rows")
+            raise InputError(f"a memory of {len(memory.tokens)} contexts side by side cannot adapt a batch of "
+                             f"{len(input_ids)} rows")
         lora = {}
         for name, (lora_A, lora_B) in self.lora(memory).items():
             lora[name] = (lora_A.to(self.base.dtype), lora_B.to(self.base.dtype))

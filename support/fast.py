@@ -9,6 +9,7 @@ instead; tests/test_fast.py holds each pair together.
     AdaptedLM.block_forward        block_forward  in training: recomputed where memory is short, fused RMSNorms
 """
 
+import math
 from functools import lru_cache, partial
 from itertools import accumulate
 
@@ -172,16 +173,13 @@ def solve_lyapunov(R, Y, top, low):
     return W
 
 
-def adapter(layer, S, tokens=None):
+def adapter(layer, S, tokens=math.inf):
     """layer.adapter(S) by svd_norm. rank(S) <= tokens, the number read, so r is cut to tokens where that is less, at no
     loss: for chunks of 16 or 32 tokens norm would else be most of a step on a CPU."""
     config = layer.config
     if config.norm != "svd":
         return layer.adapter(S)
-    rank = config.rank
-    if tokens is not None:
-        rank = min(rank, tokens)
-    Q, P = svd_norm(S, rank, config.damping)
+    Q, P = svd_norm(S, min(config.rank, tokens), config.damping)
     return P @ layer.B2, config.scale * (layer.A1 @ Q)                          # (..., r, d_in), (..., d_out, r): eq. 9
 
 

@@ -383,7 +383,7 @@ def test_qa_loaders(tmp_path, squad_file):
     (tmp_path / "bad.csv").write_text("text,question,answers\na,b\n")
     (tmp_path / "blank.csv").write_text("text,question,answers\na, ,c\n")
     datasets.Dataset.from_dict({"context": []}).to_parquet(tmp_path / "no.parquet")
-    for name, words in (("bad.csv", "row 2: field 'answers'"), ("blank.csv", "row 2: text or question is empty"),
+    for name, words in (("bad.csv", "row 2: field 'answers'"), ("blank.csv", "row 2: field 'question' is empty"),
                         ("none.csv", "none of its 2 questions has an answer"), ("no.parquet", "is empty")):
         with pytest.raises(InputError, match=words):
             qa.load(str(tmp_path / name), SimpleNamespace(task="streamingqa"), [])
