@@ -56,7 +56,7 @@ NOT_OF_STAGE = {
     "finetune": ["objective", "init", "checkpoint", "resume", "steps", "chunk", "chunks", "micro_batch", "warmup",
                  "norm", "damping", "eval_every", "save_every", *SHAPE]}
 # flags that a resumed run may change: they change no result, but for rounding
-FREE = ("out", "resume", "micro_batch", "device", "checkpointing", "eval_every", "save_every")
+FREE = ("out", "resume", "micro_batch", "device", "shard", "checkpointing", "eval_every", "save_every")
 
 
 def loss_weights(labels, C, objective):
@@ -82,19 +82,27 @@ def learning_rate(args, step):
     return args.lr * min(warmup, decay, 1.0)
 
 
-def micro_batches(rows, mask, size):
-    """Cut rows (n,) of a batch with this mask (B, N, L) into passes of so many rows; where size is None, into passes of
-    rows of like length, each of about PASS_TOKENS tokens with padding, but for a row that is longer by itself."""
+def micro_batches(mask, size, rank, world):
+    """This process's rows of a batch with this mask (B, N, L), cut into passes of so many; where size is None, into
+    passes of rows of like length, each of about PASS_TOKENS tokens with padding, but for a row that is longer by
+    itself. Every process has as many passes, which a sharded base needs."""
     if size is not None:
-        return rows.split(size)
+        return torch.arange(len(mask))[rank::world].split(size)
     lengths = mask.sum(-1)                                              # (B, N)
     tokens = (lengths > 0).sum(1) * lengths.amax(1)                     # (B,) of a pass of this row alone, padded
-    rest = rows[tokens[rows].argsort(descending=True, stable=True)]
-    passes = []
-    while len(rest) > 0:
-        size = max(1, PASS_TOKENS // tokens[rest[0]].item())
-        passes.append(rest[:size])
-        rest = rest[size:]
+    order = tokens.argsort(descending=True, stable=True)
+    most = 0
+    for rest in (order[::world], order[rank::world]):                   # the first process's, the longest, and ours
+        passes = []
+        while len(rest) > 0:
+            size = max(1, PASS_TOKENS // tokens[rest[0]].item())
+            passes.append(rest[:size])
+            rest = rest[size:]
+        most = max(most, len(passes))
+    while len(passes) < most:
+        passes.sort(key=len)
+        rows = passes.pop()
+        passes += [rows[:1], rows[1:]]
     return passes
 
 
@@ -110,11 +118,15 @@ def train(args):
         raise InputError("--out already holds checkpoints: add --resume to continue that run, or name another "
                          "directory")
 
-    base, tokenizer = load_base(args.base, args.dtype and getattr(torch, args.dtype), args.device)
+    load = load_base
+    if args.shard:
+        from support.sharding import load_sharded as load
+    base, tokenizer = load(args.base, args.dtype and getattr(torch, args.dtype), args.device)
     device = base.device
     args.dtype = str(base.dtype).removeprefix("torch.")
-    if world > 1:
+    if world > 1 and not args.shard:
         dist.init_process_group(timeout=timedelta(minutes=15))          # gloo for CPU tensors, nccl for CUDA's
+    if world > 1:
         patient = dist.new_group(backend="gloo", timeout=timedelta(hours=24))
 
     torch.manual_seed(args.seed)
@@ -163,28 +175,30 @@ def train(args):
                              f"{free / 1e9:.1f} GB free: make room there or name another directory")
         if saved:
             step = load_checkpoint(saved[-1], args, model, optimizer)
-        elif args.init == "aligned" and args.checkpoint is None:
-            from extras.aligned import aligned_start
-            length = min(128, (len(data.tokens) + 1) // 2)      # a short text has two sequences of these
-            texts = itertools.islice(sequences(data.tokens, length, 0, args.seed), 96)
-            aligned_start(model, torch.stack(list(texts)).split(16))
-            torch.cuda.empty_cache()
-        cut_log(f"{args.out}/log.jsonl", step)
-        cut_log(f"{args.out}/validation.jsonl", step - 1)
-        print(f"{args.base}, {args.dtype}, {device}; {data.about}; steps of {args.batch} x {args.chunks} x "
-              f"{args.chunk} tokens, from step {step}; processes: {world}", flush=True)
     if world > 1:                                       # one may have packed text for hours
         checksums = [None] * world
         dist.all_gather_object(checksums, data.checksum(), group=patient)
         if len(set(checksums)) > 1:
             raise InputError("--data: the processes have read different text, its checksums differ, so one machine's "
                              "files are not the other's: copy them anew")
-        # process 0's weights, moments and place in the data
-        place = torch.tensor(step, device=device)
-        state = model.generator.state_dict() | moments(model, optimizer)
-        for t in (place, *state.values()):
-            dist.broadcast(t, 0)
+        place = torch.tensor(step, device=device)               # process 0's place in the data
+        dist.broadcast(place, 0)
         step = place.item()
+    if step == 0 and args.init == "aligned" and args.checkpoint is None:
+        from extras.aligned import aligned_start        # on every process: a sharded base needs them all
+        length = min(128, (len(data.tokens) + 1) // 2)          # a short text has two sequences of these
+        texts = itertools.islice(sequences(data.tokens, length, 0, args.seed), 96)
+        aligned_start(model, torch.stack(list(texts)).split(16), quiet=rank > 0)
+        torch.cuda.empty_cache()
+    if rank == 0:
+        cut_log(f"{args.out}/log.jsonl", step)
+        cut_log(f"{args.out}/validation.jsonl", step - 1)
+        print(f"{args.base}, {args.dtype}, {device}; {data.about}; steps of {args.batch} x {args.chunks} x "
+              f"{args.chunk} tokens, from step {step}; processes: {world}", flush=True)
+    if world > 1:                                       # process 0's weights and moments
+        state = model.generator.state_dict() | moments(model, optimizer)
+        for t in state.values():
+            dist.broadcast(t, 0)
 
     stopping = []
     for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"):
@@ -193,7 +207,6 @@ def train(args):
     writer = ThreadPoolExecutor(1)                      # writes checkpoints while the training goes on
     writing = None
     stop, skipped = False, 0
-    mine = torch.arange(args.batch)[rank::world]        # rows of the global batch
     batches = data.batches(step)
     bar = tqdm(total=args.steps, initial=step, unit="step", disable=rank != 0)
     while True:
@@ -211,7 +224,7 @@ def train(args):
         targets = batch.labels.masked_fill(weights[:, :, None] == 0, -100)      # no lm_head for them
         # summed over processes: loss of completion, whole loss, context tokens read, signals to stop
         sums = torch.zeros(4, device=device)
-        for rows in micro_batches(mine, batch.mask, args.micro_batch):
+        for rows in micro_batches(batch.mask, args.micro_batch, rank, world):
             segments = batch.segments[rows].to(device)                  # (b, N, L)
             mask = batch.mask[rows].to(device)
             labels = targets[rows].to(device)
@@ -294,12 +307,12 @@ def validate(args, model, batch, rank, world):
     n = len(batch.segments)
     C = int(batch.visible.max())
     device = model.base.device
-    losses = torch.zeros(n, 3, device=device)
-    mine = torch.arange(n)[rank::world]
+    # as many items for each process, which a sharded base needs: those beyond n are others again and do not count
+    losses = torch.zeros(math.ceil(n / world) * world, 3, device=device)
+    mine = torch.arange(rank, len(losses), world)
     size = args.micro_batch or max(1, PASS_TOKENS // batch.mask[0].numel())
-    for rows in tqdm(mine.split(size), desc="validation", leave=False, disable=rank != 0):
-        if len(rows) == 0:                                          # of more processes than items
-            break
+    for places in tqdm(mine.split(size), desc="validation", leave=False, disable=rank != 0):
+        rows = places % n
         controls = (rows + n // 2) % n                              # neighbours may be alike
         for column, contexts in ((2, controls), (0, rows)):
             inputs = []
@@ -307,11 +320,11 @@ def validate(args, model, batch, rank, world):
                 inputs.append(torch.cat([t[contexts, :C], t[rows, C:]], dim=1).to(device))      # (b, N, L)
             segments, mask, labels = inputs
             nll, count = model.segment_losses(segments, mask, batch.visible, labels)            # (b, N)
-            losses[rows, column] = nll[:, C:].sum(1) / count[:, C:].sum(1)
-            losses[rows, 1] = nll[:, 1:C].sum(1) / count[:, 1:C].sum(1)         # the own context comes last, and stays
+            losses[places, column] = nll[:, C:].sum(1) / count[:, C:].sum(1)
+            losses[places, 1] = nll[:, 1:C].sum(1) / count[:, 1:C].sum(1)     # the own context comes last, and stays
     if world > 1:
         dist.all_reduce(losses)
-    return losses.cpu()
+    return losses[:n].cpu()
 
 
 def report(args, step, losses):
@@ -471,6 +484,9 @@ def arguments(argv=None):
     add("--checkpointing", nargs="?", type=int, const=10_000, default=0,
         help="recompute the activations of so many blocks (without a number: of all) in the backward pass; as few as "
              "memory allows; default %(default)s")
+    add("--shard", action="store_true",
+        help="under torchrun: share the base out among the processes, for one that is larger than a device; finetune "
+             "does so by itself; default no")
     add = output.add_argument
     add("--out", required=True, help="directory for checkpoints, log.jsonl and validation.jsonl")
     add("--resume", action="store_true", help="go on from the newest checkpoint in --out, if any; default no")
@@ -519,6 +535,8 @@ def check(args):
     for name, value in least.items():
         if getattr(args, name) is not None and getattr(args, name) < value:
             raise InputError(f"{flag(name)} must be at least {value}")
+    if args.shard and int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        raise InputError("--shard shares the base out among processes, and here is one: start several with torchrun")
     for name in ("lr", "cpt_lr"):
         if getattr(args, name) is not None and not getattr(args, name) > 0:
             raise InputError(f"{flag(name)} must be positive")
@@ -582,6 +600,8 @@ def adapted_model(args, base):
     if args.norm == "svd" and args.damping < LEAST_DAMPING:
         raise InputError("norm svd has no gradient at this damping: use --norm svd-exact, or a --damping of at least "
                          f"{LEAST_DAMPING}")
+    if args.norm == "svd-exact" and args.shard:         # one process that leaves a pass would leave the others waiting
+        raise InputError("norm svd-exact may fail on one process alone, which --shard does not bear: use --norm svd")
     if args.norm == "svd-exact" and (args.stage == "instruct" or args.chunk < args.d_r):
         raise InputError("norm svd-exact has no gradient where a context is shorter than d_r tokens: use --norm svd, "
                          "or in pretraining a longer --chunk")

@@ -31,7 +31,7 @@ MEMORY = 4e9             # bytes of second moments held at once; blocks beyond t
 
 
 @torch.no_grad()
-def aligned_start(model, batches):
+def aligned_start(model, batches, quiet=False):
     """Set A2, B1, B2 of every LayerGenerator of model (an AdaptedLM) in place. batches: a list of token ids (B, L) of
     plain text, some 12,000 tokens in all; the same text gives the same start. Second moments are summed in float64 over
     the batches, for as many blocks at a time as MEMORY allows."""
@@ -42,8 +42,8 @@ def aligned_start(model, batches):
     group = max(1, int(MEMORY / (8 * floats)))
     for first in range(0, len(model.blocks), group):
         blocks = range(len(model.blocks))[first:first + group]
-        C, mean = second_moments(model, blocks, batches)
-        for l in tqdm(blocks, desc="aligned start", leave=False):
+        C, mean = second_moments(model, blocks, batches, quiet)
+        for l in tqdm(blocks, desc="aligned start", leave=False, disable=quiet):
             values, _ = canonical(C, mean, l, "e")                              # (d_h, k)
             for name in model.block_targets[l]:
                 keys, queries = canonical(C, mean, l, name)                     # (d_h, k), (d_in, k)
@@ -53,7 +53,7 @@ def aligned_start(model, batches):
                 set_rows(layer.B2, queries, C[name, name], QUERY_SCALE)
 
 
-def second_moments(model, blocks, batches):
+def second_moments(model, blocks, batches, quiet=False):
     """C[x, y] (d_x, d_y), the sum of x y^T over the tokens of batches, and mean[x] (d_x,), that of x, float64: the
     number of tokens drops out of what follows. x and y: "e", the number of one of these blocks for its h, the name of a
     target for its z."""
@@ -71,7 +71,7 @@ def second_moments(model, blocks, batches):
         hooks.append(module.register_forward_pre_hook(keep))
 
     C, mean = defaultdict(float), defaultdict(float)
-    for ids in tqdm(batches, desc="aligned start, statistics", leave=False):
+    for ids in tqdm(batches, desc="aligned start, statistics", leave=False, disable=quiet):
         ids = ids.to(model.base.device)
         model.base.get_decoder()(input_ids=ids, use_cache=False)
         rows = {"e": model.base.get_input_embeddings()(ids[:, 2:])}             # positions i+1

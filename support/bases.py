@@ -31,7 +31,7 @@ def load_base(name=DEFAULT_BASE, dtype=None, device=None):
     try:
         device = torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {device} is not to be had here: {error}") from None
+        raise InputError(f"--device {device} is not to be had here (a base must fit on one device): {error}") from None
     if dtype is None:
         dtype = default_dtype(device)
     elif dtype == torch.bfloat16 and default_dtype(device) == torch.float32:
@@ -122,17 +122,20 @@ def model_at(name, path, device, dtype, **options):
     try:
         return AutoModelForCausalLM.from_pretrained(path, trust_remote_code=False, dtype=dtype,
                                                     attn_implementation="sdpa", **options)
+    except torch.OutOfMemoryError:
+        raise InputError(f"base {name!r} does not fit on {device}, and takes 2 bytes a parameter in bfloat16: choose a "
+                         "smaller one, or, to train on several devices, torchrun and train.py --shard") from None
     except Exception as error:
         reason = str(error).strip().split("\n")[0]
         raise InputError(f"base {name!r} cannot be loaded from disk or the hub, check --base: {reason}") from None
 
 
-def save_base(model, tokenizer, directory):
-    """Write a base as a transformers directory."""
-    model.save_pretrained(directory)
+def save_base(model, tokenizer, directory, weights=None):
+    """Write a base as a transformers directory; weights: {name: tensor}, by default its own."""
+    model.save_pretrained(directory, state_dict=weights)
     tokenizer.save_pretrained(directory)
-    for weights in glob.glob(f"{directory}/*.safetensors"):            # safetensors leaves them to their owner alone
-        shutil.copymode(f"{directory}/config.json", weights)
+    for file in glob.glob(f"{directory}/*.safetensors"):               # safetensors leaves them to their owner alone
+        shutil.copymode(f"{directory}/config.json", file)
 
 
 # ---- a .gguf file, converted once

@@ -4,6 +4,8 @@
     python tests/benchmark.py --shape mistral                              # Mistral-7B's, made on the device: 80 GB
     python tests/benchmark.py --shape tiny --stream                        # only a million tokens into one memory
     python tests/benchmark.py --shape mistral --count                      # a step counted without a GPU, in minutes
+    python tests/benchmark.py --shape llama-70b --count --shards 8 --chunks 2       # train.py --shard on 8 devices
+    python tests/benchmark.py --shape mistral --count --shards 8 --finetune         # train.py --stage finetune
 
 Every measurement runs in a process of its own, for its peak memory; times are the best of --repeats after one warm-up.
 On a CPU absolute times say little: compare the ratios of one run on an idle machine.
@@ -37,6 +39,9 @@ SHAPES = {
                             tie_word_embeddings=True), {"d_r": 256, "rank": 64}, 8, 128, 1024),
     "mistral": (MistralConfig(vocab_size=32000, max_position_embeddings=32768),
                 {"d_r": 1024, "rank": 128, "scale": 1 / 16}, 8, 1024, 1024),
+    "llama-70b": (LlamaConfig(hidden_size=8192, num_hidden_layers=80, num_attention_heads=64, num_key_value_heads=8,
+                              intermediate_size=28672, vocab_size=128256, max_position_embeddings=131072),
+                  {"d_r": 1024, "rank": 128, "scale": 1 / 8}, 8, 1024, 1024),
     "tiny": (LlamaConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
                          intermediate_size=128, vocab_size=512), {"d_r": 32, "rank": 8}, 4, 32, 64)}
 
@@ -153,12 +158,19 @@ def main():
     add("--count", action="store_true", help="only count a training step as a GPU would run it (tests/count.py)")
     add("--targets", nargs="+", help="linear layers with adapters; default o_proj")
     add("--chunk", type=int, help="--count: tokens of a chunk; default the shape's")
+    add("--chunks", type=int, help="--count: chunks of a sequence; default the shape's")
+    add("--shards", type=int, default=1, help="--count: devices that share the base out")
+    add("--finetune", action="store_true", help="--count: the base fine-tuned in fp32, passes of 2,048 tokens")
     add("--checkpointing", type=int, default=12, help="--count: blocks recomputed, besides none and all")
     args = parser.parse_args()
     _, _, C, L, _ = SHAPES[args.shape]
+    if args.count and args.finetune:
+        args.dtype = "float32"
+        return count.report_fine_tuning(make(args, torch.device("meta")).base, 2048, args.shards)
     if args.count:
         args.dtype = "bfloat16"
-        return count.report(make(args, torch.device("meta")), args.batch, C, args.chunk or L, args.checkpointing)
+        model = make(args, torch.device("meta"))
+        return count.report(model, args.batch, args.chunks or C, args.chunk or L, args.checkpointing, args.shards)
     args.dtype = args.dtype or str(default_dtype(torch.device(args.device))).removeprefix("torch.")
     jobs = {"contextualising": (contextualising, [])}
     for kind in ("base", "step", "checkpointing"):

@@ -4,12 +4,14 @@
 import contextlib
 import weakref
 from collections import defaultdict
+from functools import partial
 from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import flop_registry
 
 from data import doubled
@@ -137,12 +139,46 @@ def on_meta(targets):
         torch.backends.mkldnn.matmul.fp32_precision = tf32
 
 
-def report(model, batch, C, L, checkpointing):
+def own_base(counter, base, shards, copies):
+    """Count `copies` of the weights (with gradients and moments 4) as live: whole, or of the blocks one of `shards`
+    shares and a few whole: one computed, one on its way, one being laid out, and, trained, the gradients of two."""
+    blocks = list(base.get_decoder().layers.parameters())
+    counter.known |= {p.untyped_storage()._cdata for p in base.parameters()}
+    size = base.dtype.itemsize
+    sharded = size * sum(p.numel() for p in blocks)
+    counter.live += copies * (size * sum(p.numel() for p in base.parameters()) - sharded)
+    counter.live += copies * sharded // shards
+    if shards > 1:
+        counter.live += (3 if copies == 1 else 5) * sharded // len(base.get_decoder().layers)
+
+
+def report_fine_tuning(base, tokens, shards):
+    """Print the peak of fine-tuning the whole base, by AdamW and passes of so many tokens (extras/finetune.py), with no
+    block recomputed and with all."""
+    base.requires_grad_(True)
+    ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
+    for n in (0, len(base.get_decoder().layers)):
+        for block in base.get_decoder().layers[:n]:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        for p in base.parameters():
+            p.grad = torch.zeros_like(p)
+        with on_meta(tokens) as one_pass:
+            one_pass.known |= {p.grad.untyped_storage()._cdata for p in base.parameters()}
+            own_base(one_pass, base, shards, copies=4)
+            hidden = base.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+            logits = base.get_output_embeddings()(hidden)[0].float()                                # (L, V)
+            F.cross_entropy(logits, ids[0]).backward()
+        print(f"counted, not measured: fine-tuning {type(base).__name__}, {str(base.dtype)[6:]}, on {shards} devices, "
+              f"{n} blocks recomputed: peak {one_pass.peak / 1e9:.3g} GB each")
+
+
+def report(model, batch, C, L, checkpointing, shards):
     """Print what a pass over `batch` sequences of C chunks of L tokens counts: forward alone; forward and backward with
     no block recomputed, with the first `checkpointing` and with all; and tokens/s of steps of eight such passes and
-    what comes once a step, clipping and AdamW (train.py), on one H100 or on eight."""
-    print(f"counted, not measured: {type(model.base).__name__}, {str(model.base.dtype)[6:]}, a pass of {batch} x {C} x "
-          f"{L} tokens; seconds at {SHARES[1]:.0%} of the products' peak")
+    what comes once a step, clipping and AdamW (train.py), on one H100 or on eight. Of a base in several shards
+    (--shard) the memory alone counts: what the gathering takes is left out."""
+    print(f"counted, not measured: {type(model.base).__name__}, {str(model.base.dtype)[6:]}, in {shards} shards, a "
+          f"pass of {batch} x {C} x {L} tokens; seconds at {SHARES[1]:.0%} of the products' peak")
     segments, _, visible, _ = doubled(torch.zeros(batch, C * L, dtype=torch.long, device="meta"), C)   # (B, 2C, L)
     labels = segments.clone()
     labels[:, 0] = -100                                                 # segment 0, without an adapter, has no weight
@@ -165,7 +201,8 @@ def report(model, batch, C, L, checkpointing):
     for n in sorted({0, min(checkpointing, len(model.blocks)), len(model.blocks)}):
         model.checkpointing = n
         with on_meta(targets) as one_pass:
-            one_pass.own([*model.base.parameters(), *parameters, *gradients, *moments, *squares])
+            own_base(one_pass, model.base, shards, copies=1)
+            one_pass.own([*parameters, *gradients, *moments, *squares])
             model.segment_losses(segments, None, visible, labels)[0].sum().backward()
         print(f"\n{n} blocks recomputed: peak {one_pass.peak / 1e9:.3g} GB, {one_pass.total(1) / 1e12:.4g} TFLOP and "
               f"{one_pass.total(2) / 1e9:.4g} GB moved a pass; once a step {once.total(4):.4f} s")

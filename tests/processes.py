@@ -14,6 +14,7 @@ import torch
 import torch._dynamo  # noqa: F401   the first step of an optimiser would import it
 
 import data
+import extras.finetune  # noqa: F401   FSDP2 is slow to import
 import support.bases
 import train
 from conftest import ROOT, make_base, make_tokenizer
@@ -78,12 +79,13 @@ def finish(*processes):
     return [process.exitcode for process in processes]
 
 
-def start_group(line, printed, directories, machines=False, kept=2):
-    """A process in each of these directories, as torchrun would start them: on one machine, or each on its own."""
+def start_group(line, printed, directories, machines=False, life=0, kept=2):
+    """A process in each of these directories, as torchrun would start them: on one machine, or each on its own. life:
+    of the first one."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
     group = {"WORLD_SIZE": str(len(directories)), "MASTER_ADDR": "localhost", "MASTER_PORT": port}
     return [start(line, f"{printed}-{rank}", directory, os.path.join(directory, "cache") if machines else None,
-                  kept=kept, RANK=str(rank), LOCAL_RANK=str(0 if machines else rank), **group)
+                  life=life * (rank == 0), kept=kept, RANK=str(rank), LOCAL_RANK=str(0 if machines else rank), **group)
             for rank, directory in enumerate(directories)]

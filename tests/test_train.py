@@ -376,11 +376,11 @@ def test_passes_by_tokens(qa_file, text_file, tokenizer, monkeypatch):
     flags = instruction_flags([qa_file], chunk=24, chunks=6, batch=16, documents=[text_file])
     segments, mask, visible, labels = next(InstructionData(flags, tokenizer).batches(0))
     weights = train.loss_weights(labels, len(visible) - 1, "reconstruction")
-    rows = torch.arange(1, 16)
+    rows = torch.arange(16)
     results = []
     for size in (1, None):
         model, loss = make_model(), 0
-        passes = train.micro_batches(rows, mask, size)
+        passes = train.micro_batches(mask, size, 0, 1)
         for part in passes:
             nll, _ = model.segment_losses(segments[part], mask[part], visible, labels[part])
             (nll * weights[part]).sum().backward()
@@ -393,7 +393,7 @@ def test_passes_by_tokens(qa_file, text_file, tokenizer, monkeypatch):
     assert results[1][0] == pytest.approx(results[0][0], rel=1e-5)
     for one, other in zip(results[0][1], results[1][1]):
         torch.testing.assert_close(other, one, rtol=1e-3, atol=1e-4 * one.abs().max().item())
-    assert [len(part) for part in train.micro_batches(rows, mask, 4)] == [4, 4, 4, 3]
+    assert [len(part) for part in train.micro_batches(mask, 6, 0, 1)] == [6, 6, 4]
 
 
 def test_instruct_stage(tmp_path, base_directory, qa_file, text_file):
@@ -457,7 +457,7 @@ def test_learning_rates_and_patience_are_the_papers(tmp_path, base_directory, qa
     """Appendix C: continual pretraining, supervised fine-tuning, MetaICL."""
     fits = []
 
-    def fit(base, train, validation, lr, batch_size, epochs, patience, seed):
+    def fit(base, train, validation, lr, batch_size, epochs, patience, *_, **__):
         fits.append((lr, batch_size, epochs) + (patience,) * bool(validation))
         return []
 
