@@ -486,7 +486,7 @@ def load_model(args):
             args.checkpoint = DEFAULT_CHECKPOINT
     if args.base is None:
         args.base = DEFAULT_BASE
-        if args.checkpoint not in ("none", DEFAULT_CHECKPOINT):
+        if args.checkpoint != "none":
             args.base = read_config(args.checkpoint)[1].get("base") or DEFAULT_BASE
     torch.backends.cuda.enable_cudnn_sdp(False)             # on CUDA cuDNN builds a plan for every new shape
     base, tokenizer = load_base(args.base, args.dtype and getattr(torch, args.dtype), args.device)

@@ -171,8 +171,8 @@ def train(args):
         needed = (KEPT + 1 - len(saved)) * size
         free = shutil.disk_usage(args.out).free
         if free < needed:
-            raise InputError(f"--out: the run needs {needed / 1e9:.1f} GB for its checkpoints, and {args.out} has "
-                             f"{free / 1e9:.1f} GB free: make room there or name another directory")
+            raise InputError(f"--out: the run needs {needed / 1e9:.1f} GB for its checkpoints, and {free / 1e9:.1f} "
+                             "are free there: make room or name another directory")
         if saved:
             step = load_checkpoint(saved[-1], args, model, optimizer)
     if world > 1:                                       # one may have packed text for hours
@@ -385,10 +385,9 @@ def checkpoints(out):
 def moments(model, optimizer):
     """{"<moment>/<parameter>": tensor} of AdamW's state, as a checkpoint file names them."""
     found = {}
-    for name, layer in model.generator.by_name.items():
-        for key, p in layer.named_parameters():
-            for moment, t in optimizer.state[p].items():
-                found[f"{moment}/{name}.{key}"] = t
+    for name, p in model.generator.tensors().items():
+        for moment, t in optimizer.state[p].items():
+            found[f"{moment}/{name}"] = t
     return found
 
 

@@ -139,8 +139,8 @@ def read_rows(source, split="train"):
     opened = gzip.open if source.endswith(".gz") else open
     try:
         if source.endswith((".txt", ".txt.gz")):
+            where = source
             with opened(source, "rt", encoding="utf-8-sig") as file:        # without the mark that some editors write
-                where = source
                 yield where, {"text": file.read()}                          # line ends are \n
         elif source.endswith((".jsonl", ".jsonl.gz")):
             with opened(source, "rb") as file:
@@ -177,7 +177,7 @@ def read_rows(source, split="train"):
                 yield where, row
     except InputError:
         raise
-    except Exception as error:                               # missing and damaged files and lost connections end in many ways
+    except Exception as error:                               # missing or damaged files, lost connections
         raise InputError(f"{where or source} cannot be read, or what follows it: {error}") from None
     if where is None:
         raise InputError(f"{source} is empty: it needs at least one row")

@@ -84,7 +84,8 @@ def plot(path, rows):
             if not points[0].get(x):                        # no context reaches it
                 axes.axhline(values[0], color=f"C{n}", linestyle="--", label=method)
                 continue
+            places = [row[x] for row in points]
             errors = [row.get(key + "_stderr") or 0 for row in points]
-            axes.errorbar([row[x] for row in points], values, errors, color=f"C{n}", marker="o", capsize=3, label=method)
+            axes.errorbar(places, values, errors, color=f"C{n}", marker="o", capsize=3, label=method)
         axes.legend(fontsize=7)
     figure.savefig(path, dpi=110)

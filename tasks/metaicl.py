@@ -97,9 +97,7 @@ def settings(tasks, model, tokenizer, args, notes):
     each number of them. A group is a demonstration seed; the context of fine-tuned is (train rows, dev rows)."""
     names = list(tasks)
     seeds = args.demo_seeds or SEEDS
-    missing = [task for task in TASKS if task not in tasks]
-    notes.append(f"{len(names)} of MetaICL's 26 test tasks averaged; not in {args.data}: "
-                 f"{', '.join(missing) or 'none'}")
+    notes.append(f"{len(names)} of MetaICL's 26 test tasks averaged")
     others = other_contexts([{name} for name in names], names, args, notes)
 
     def questions(name, seed):
