@@ -163,7 +163,7 @@ def load_instructions(sources):
                     definition = "\n".join(texts_of(row.get("definition"), "definition"))
                     text = "\n".join(texts_of(row["input"], "input"))
                     outputs = texts_of(row["output"], "output")
-                    _, examples = tasks.setdefault("".join(texts_of(row["task"], "task")), (definition, []))
+                    _, examples = tasks.setdefault(str(row["task"]), (definition, []))
                     if outputs:
                         examples.append((text, outputs))
                     else:

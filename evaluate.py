@@ -39,7 +39,7 @@ from model import AdaptedLM, load_base
 from support.bases import DEFAULT_BASE
 from support.costs import COSTS, base_flops, clock, context_costs, kv_cache_floats, query_costs
 from support.files import InputError, hub_reachable, run_command, stamps
-from support.formats import read_config
+from support.formats import checkpoint_base
 from support.plots import write_table
 from support.text import context_ids, tokenize, user_turn
 from tasks import metaicl, msc, ppl, qa
@@ -91,7 +91,7 @@ def rouge_l_recall(prediction, gold):
     counts; 0 if a side is empty."""
     predicted = normalize_text(prediction).split()
     wanted = normalize_text(gold).split()
-    if not predicted or not wanted:
+    if not wanted:
         return 0.0
     above = [()] * (len(wanted) + 1)           # above[j]: of the predicted words so far and wanted[:j]
     for word in predicted:
@@ -486,8 +486,8 @@ def load_model(args):
             args.checkpoint = DEFAULT_CHECKPOINT
     if args.base is None:
         args.base = DEFAULT_BASE
-        if args.checkpoint != "none":
-            args.base = read_config(args.checkpoint)[1].get("base") or DEFAULT_BASE
+        if args.checkpoint not in ("none", DEFAULT_CHECKPOINT):
+            args.base = checkpoint_base(args.checkpoint) or DEFAULT_BASE
     torch.backends.cuda.enable_cudnn_sdp(False)             # on CUDA cuDNN builds a plan for every new shape
     base, tokenizer = load_base(args.base, args.dtype and getattr(torch, args.dtype), args.device)
     # generate takes what a config of its own leaves open from the base's: Qwen2.5's has a repetition penalty

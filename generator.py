@@ -28,7 +28,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from support.fast import svd_norm  # noqa: F401   norm without an SVD, from a sketch: exact where rank(S) <= r
-from support.files import InputError, bad_input, read_safetensors, save_tensors
+from support.files import InputError, read_safetensors, save_tensors
 
 NORMS = ("svd", "svd-exact", "frobenius")
 RMS_EPS = 1e-6           # of the generator's own RMSNorm, not the base model's
@@ -58,10 +58,12 @@ class GeneratorConfig:
     def from_dict(cls, values):
         """A config from a json object; keys it does not know are ignored, those left out have their defaults."""
         known = {}
-        with bad_input("generator config: a value is not of its type", TypeError, ValueError, OverflowError):
-            for each in fields(cls):
-                if each.name in values:
+        for each in fields(cls):
+            if each.name in values:
+                try:
                     known[each.name] = each.type(values[each.name])
+                except (TypeError, ValueError, OverflowError) as error:
+                    raise InputError(f"generator config: {each.name} is of the wrong type: {error}") from None
         return cls(**known)
 
 
@@ -192,9 +194,10 @@ class AdapterGenerator(nn.Module):
         versions = [(p.data_ptr(), p._version) for p in self.parameters()]      # _version counts in-place changes
         if self._fingerprint[0] != versions:
             digest = hashlib.sha256(json.dumps(asdict(self.config), sort_keys=True).encode())
-            for name, parameter in self.tensors().items():
-                digest.update(name.encode())
-                digest.update(parameter.detach().float().cpu().numpy().tobytes())
+            for name, layer in self.by_name.items():
+                for key, parameter in layer.named_parameters():
+                    digest.update(f"{name}.{key}".encode())
+                    digest.update(parameter.detach().float().cpu().numpy().tobytes())
             self._fingerprint = (versions, digest.hexdigest()[:16])
         return self._fingerprint[1]
 

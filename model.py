@@ -26,7 +26,7 @@ from tqdm import tqdm
 from generator import AdapterGenerator, GeneratorConfig, Memory, rms_norm, split_into_chunks
 from support import fast
 from support.bases import DEFAULT_BASE, load_base  # noqa: F401   part of this module's interface
-from support.files import InputError, bad_input
+from support.files import InputError
 from support.formats import read_generator, write_generator, write_peft
 
 TARGETS = {"q_proj": "self_attn.q_proj", "k_proj": "self_attn.k_proj", "v_proj": "self_attn.v_proj",
@@ -53,11 +53,13 @@ class AdaptedLM(nn.Module):
             names = []
             for target in config.targets:
                 path = TARGETS.get(target, target)
-                with bad_input(f"{type(block).__name__} has no target module {target!r}: choose from "
-                               f"{', '.join(TARGETS)}, or another base", AttributeError):
+                name = f"{prefix}.{l}.{path}"
+                try:
                     linear = block.get_submodule(path)
-                    name = f"{prefix}.{l}.{path}"
                     shapes[name] = (linear.in_features, linear.out_features)
+                except AttributeError:
+                    raise InputError(f"{type(block).__name__} has no target module {target!r}: choose from "
+                                     f"{', '.join(TARGETS)}, or another base") from None
                 names.append(name)
             self.block_targets.append(names)
         text_config = base_model.config.get_text_config()
@@ -125,7 +127,7 @@ class AdaptedLM(nn.Module):
             h = rms_norm(H).view(B, N, L, -1)[:, :C]                            # (B, C, L, d_h)
             lora = {}
             for name in self.block_targets[l]:
-                layer = self.generator[name]
+                layer = self.generator.by_name[name]
                 S = layer.update(h, chunk_mask).cumsum(1)                       # eq. 3: S_1 .. S_C  (B, C, d_r, d_r)
                 S = F.pad(S, (0, 0, 0, 0, 1, 0))                                # S_0 = 0: the base  (B, C+1, d_r, d_r)
                 lora_A, lora_B = layer.adapter(S)                               # eq. 6-9
@@ -177,7 +179,7 @@ class AdaptedLM(nn.Module):
         def adapt_block(l, H):
             h = rms_norm(H)                                                     # (B, L, d_h)
             for name in self.block_targets[l]:
-                S = self.generator[name].update(h, mask)                           # (B, d_r, d_r)
+                S = self.generator.by_name[name].update(h, mask)                           # (B, d_r, d_r)
                 if memory is not None:
                     S = memory.states[name].to(H.device) + S                    # eq. 3
                 states[name] = S

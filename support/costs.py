@@ -39,7 +39,8 @@ def query_costs(base, tokens, past):
     q tokens as q (q context) d, quadratic in q."""
     weights, lm_head, queries, _ = shape(base)
     released = tokens * (weights + lm_head) + queries * tokens * (tokens * past)
-    return {"inference_tflops": base_flops(base, tokens, past) / 1e12, "released_tflops": released / 1e12}
+    flops = base_flops(base, tokens, past)
+    return {"inference_tflops": flops / 1e12, "released_tflops": released / 1e12}
 
 
 def kv_cache_floats(base, tokens):

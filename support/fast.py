@@ -143,7 +143,9 @@ class PolarFactor(torch.autograd.Function):
     def backward(ctx, grad_Q, grad_P):                                  # dN P^T (..., d_r, r), Q^T dN (..., r, d_r)
         Q, M, R, Z, top = ctx.saved_tensors                     # top: of the spectrum of R
         wide = ctx.wide
-        Q, grad_Q, X = Q.to(wide), grad_Q.to(wide), grad_P.to(wide)
+        Q = Q.to(wide)
+        grad_Q = grad_Q.to(wide)
+        X = grad_P.to(wide)
         exact = M.double()
         Y = Z @ (X.double() @ exact.mT) @ Z                                     # (..., r, r)
         W = solve_lyapunov(R, (Y + Y.mT).to(wide) / 2, top, ctx.low)
@@ -194,8 +196,7 @@ def hidden_states(model, segments, mask, visible):
     B, N, L = segments.shape
     lengths = [L] * N                                           # of each segment, its longest row
     if mask is not None:
-        positions = torch.arange(1, L + 1, device=mask.device)
-        lengths = (mask.bool() * positions).amax((0, 2)).tolist()
+        lengths = mask.bool().sum(-1).amax(0).tolist()          # padding is on the right
     C = max(visible)                                            # segments that enter S, without a tail of padding
     while C > 0 and lengths[C - 1] == 0:
         C -= 1
@@ -232,7 +233,7 @@ def hidden_states(model, segments, mask, visible):
         real = None if mask is None else mask[:, :C, :longest]                  # (B, C, longest)
         S = []
         for name in model.block_targets[block]:
-            updates = model.generator[name].update(h, real)
+            updates = model.generator.by_name[name].update(h, real)
             S_t = list(accumulate(updates.unbind(1)))           # eq. 3; the kernel of cumsum is slow on a CPU
             S.append(torch.stack(S_t, 1))                                       # (B, C, d_r, d_r)
         return S
@@ -246,7 +247,7 @@ def hidden_states(model, segments, mask, visible):
         for name, S_name in zip(model.block_targets[block], S):
             # never recomputed: the pairs are small, and norm is slow
             pair = []
-            for matrix in adapter(model.generator[name], S_name, longest * C):      # (B, C, ..)
+            for matrix in adapter(model.generator.by_name[name], S_name, longest * C):      # (B, C, ..)
                 columns = matrix.to(H.dtype).unbind(1)          # unbind and stack: the backward of an index is slow
                 rows = torch.stack([columns[read[j] - 1] for j in second], 1)
                 pair.append(rows.flatten(0, 1))                                 # (B second, ..)

@@ -71,20 +71,24 @@ def make_directory(path):
 
 def read_json(path):
     """The object in a json file."""
-    with bad_input(f"{path} cannot be read as json", OSError, ValueError, RecursionError):
+    try:
         with open(path, "rb") as file:
             value = json.load(file)
-    if not isinstance(value, dict):
-        raise InputError(f"{path} cannot be read: it holds no json object")
-    return value
+        if not isinstance(value, dict):
+            raise ValueError("it holds no json object")
+        return value
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} cannot be read as json: {error}") from None
 
 
 def read_safetensors(path):
     """({name: tensor}, metadata) of a safetensors file."""
-    with bad_input(f"{path} cannot be read as safetensors"):         # damaged files end in many ways
+    try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
             return tensors, file.metadata() or {}
+    except Exception as error:                               # damaged files end in many ways
+        raise InputError(f"{path} cannot be read as safetensors: {error}") from None
 
 
 def save_tensors(tensors, path, metadata=None):
@@ -183,16 +187,10 @@ def read_rows(source, split="train"):
         raise InputError(f"{source} is empty: it needs at least one row")
 
 
-def field(row, key, kind, where):
-    """row[key], which must be of that type."""
+def field(row, key, kind, where, blank=True):
+    """row[key], which must be of that type; without `blank` a text with a word in it."""
     if not isinstance(row, dict) or not isinstance(row.get(key), kind):
         raise InputError(f"{where}: field {key!r} is missing or is not a {kind.__name__}")
-    return row[key]
-
-
-def text_field(row, key, where):
-    """row[key], a text that is not blank."""
-    text = field(row, key, str, where)
-    if not text.strip():
+    if not blank and not row[key].strip():
         raise InputError(f"{where}: field {key!r} is empty")
-    return text
+    return row[key]

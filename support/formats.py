@@ -24,16 +24,18 @@ context alone. The base answers from it with no context in the prompt; so can an
 FASTLORA_NAMES = {"A1": "B2", "A2": "B1", "A3": "A2", "B": "A1", "hidden_state_norm": "g"}         # theirs: ours
 
 
-def read_config(name):
-    """(directory, values of a GeneratorConfig with the "base" it was trained for, whether it is in the authors' format)
-    of a checkpoint, a directory or a hub id (owner/name), of which json and safetensors are downloaded."""
-    directory = os.fspath(name)
-    if not os.path.isdir(directory):
-        directory = hub_snapshot(directory, ["adapter_config.json", "generator_config.json", "*.safetensors"])
+def locate_checkpoint(name):
+    """Directory to which a checkpoint of the hub (owner/name) is downloaded, json and safetensors only."""
+    return hub_snapshot(os.fspath(name), ["adapter_config.json", "generator_config.json", "*.safetensors"])
+
+
+def checkpoint_base(name):
+    """Name of the base a checkpoint was trained for, as load_base takes it; None where it is not recorded."""
+    directory = name if os.path.isdir(name) else locate_checkpoint(name)
     theirs = os.path.join(directory, "adapter_config.json")
     if os.path.isfile(theirs):
-        return directory, read_fastlora_config(theirs), True
-    return directory, read_json(os.path.join(directory, "generator_config.json")), False
+        return read_json(theirs).get("base_model_name_or_path")
+    return read_json(os.path.join(directory, "generator_config.json")).get("base")
 
 
 def write_generator(directory, base_name, config, tensors):
@@ -47,11 +49,14 @@ def write_generator(directory, base_name, config, tensors):
 def read_generator(name):
     """(values of a GeneratorConfig, {name: tensor} as AdapterGenerator.tensors names them, name of the base) of a
     checkpoint in either format, a directory or a hub id."""
-    directory, values, theirs = read_config(name)
-    if theirs:
+    directory = name if os.path.isdir(name) else locate_checkpoint(name)
+    theirs = os.path.join(directory, "adapter_config.json")
+    if os.path.isfile(theirs):
+        values = read_fastlora_config(theirs)
         tensors, values["targets"] = read_fastlora(directory)
         print(f"checkpoint {name} is in the authors' format, so that scale is their alpha / r: {values}")
     else:
+        values = read_json(os.path.join(directory, "generator_config.json"))
         tensors, _ = read_safetensors(os.path.join(directory, "generator.safetensors"))
     for name, tensor in tensors.items():                               # before the config's sizes are allocated
         wrong = name.endswith(".A2") and tensor.shape[:1] != (values.get("d_r"),)

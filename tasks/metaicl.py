@@ -14,7 +14,7 @@ import math
 import os
 import random
 
-from support.files import InputError, hub_snapshot, read_rows, text_field
+from support.files import InputError, field, hub_snapshot, read_rows
 from tasks.contexts import other_contexts
 
 HUB_ID = "allenai/metaicl-data"
@@ -86,9 +86,9 @@ def load(source, args, notes):
 def read_examples(path, task):
     rows = []
     for number, (where, row) in enumerate(read_rows(path)):
-        question = f"Input: {text_field(row, 'input', where)}\nOutput:"
+        question = f"Input: {field(row, 'input', str, where, blank=False)}\nOutput:"
         rows.append({"number": number, "id": f"{task} {number}", "question": question,
-                     "golds": [text_field(row, "output", where)]})
+                     "golds": [field(row, "output", str, where, blank=False)]})
     return rows
 
 

@@ -17,7 +17,7 @@ is a setting of its own; closed-book, which reads nothing, is asked once.
 import os
 import re
 
-from support.files import InputError, field, read_rows, text_field
+from support.files import InputError, field, read_rows
 from tasks.contexts import other_contexts
 from tasks.qa import CLOSED_BOOK_PROMPT, IN_CONTEXT_PROMPT
 
@@ -69,8 +69,8 @@ def load(source=SAMPLE, args=None, notes=None):
             "id": str(name),
             "span": row.get("span"),
             "sessions": ["\n".join(session) for session in sessions],
-            "question": text_field(asked, "B", where),
-            "answer": text_field(asked, "A", where),
+            "question": field(asked, "B", str, where, blank=False),
+            "answer": field(asked, "A", str, where, blank=False),
         })
     return rows
 

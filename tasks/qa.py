@@ -14,7 +14,7 @@ import re
 
 import numpy as np
 
-from support.files import InputError, bad_input, field, read_rows, text_field
+from support.files import InputError, bad_input, field, read_rows
 from support.text import tokenize
 from tasks.contexts import other_contexts
 
@@ -66,8 +66,8 @@ def load(source, args, notes):
                 with bad_input(f"{where}: answers is not the list that it looks like"):
                     golds = [ast.literal_eval(quoted) for quoted in QUOTED.findall(answers)]
         golds = [gold for gold in golds if isinstance(gold, str) and gold.strip()]
-        text = text_field(row, key, where)
-        asked = text_field(row, "question", where)
+        text = field(row, key, str, where, blank=False)
+        asked = field(row, "question", str, where, blank=False)
         if not golds:
             unanswerable += 1
             continue

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, CONFIG_MAPPING, MistralConfig, Mi
 from generator import InputError
 from model import AdaptedLM
 from support import formats
-from support.formats import read_config
+from support.formats import checkpoint_base
 
 GOLDEN = os.path.join(os.path.dirname(__file__), "golden")
 INDEX = json.load(open(os.path.join(GOLDEN, "index.json")))
@@ -28,7 +28,7 @@ def golden_model(case):
     base.load_state_dict(load_file(os.path.join(GOLDEN, f"base_{arch}.safetensors")))
     base.name_or_path = f"tiny-random-{arch}"
     directory = os.path.join(GOLDEN, f"ckpt_{arch}_o")
-    assert read_config(directory)[1]["base"] == base.name_or_path
+    assert checkpoint_base(directory) == base.name_or_path
     model = AdaptedLM.from_pretrained(base, directory)
     assert (model.config.norm, model.config.rank, model.config.scale, model.config.damping) == ("svd", 8, 0.5, 0.0)
     # the golden cases were run with these norms in place of the checkpoint's own
@@ -101,7 +101,7 @@ def test_checkpoint_of_the_hub(monkeypatch, capsys):
     assert "'base': 'tiny-random-llama'" in capsys.readouterr().out
     for name in ("../up/there", "owner//name"):
         with pytest.raises(InputError, match="not a hub id"):
-            formats.read_config(name)
+            formats.locate_checkpoint(name)
 
 
 def test_published_checkpoint_dry_run(monkeypatch):

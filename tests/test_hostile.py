@@ -24,7 +24,7 @@ from extras.ask import read_text
 from generator import Memory
 from model import AdaptedLM, load_base
 from support.files import InputError, read_safetensors
-from support.formats import read_config
+from support.formats import checkpoint_base
 from support.text import context_ids, user_turn
 from tasks import msc
 from test_data import SCHEMAS
@@ -234,7 +234,7 @@ def test_fuzz_checkpoints(tmp_path):
         values = json.load(open(os.path.join(source, config)))
         content = json.dumps(distort(draw, values, 0.03 if case % 5 else 0)).encode()
         (directory / config).write_bytes(corrupt(draw, content) if draw.random() < 0.3 else content)
-        good += run(str(directory), lambda: (read_config(str(directory)),
+        good += run(str(directory), lambda: (checkpoint_base(str(directory)),
                                              AdaptedLM.from_pretrained(make_base(**small), str(directory))))
     assert 20 < good < 250
 
