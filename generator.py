@@ -162,9 +162,6 @@ class AdapterGenerator(nn.Module):
         self.layers = nn.ModuleList(self.by_name.values())                      # ModuleDict keys may not hold dots
         self._fingerprint = (None, None)
 
-    def __getitem__(self, name):
-        return self.by_name[name]
-
     def tensors(self):
         """{"<module name>.<A1|A2|B1|B2|g>": parameter}, the names a checkpoint file uses."""
         tensors = {}

@@ -83,7 +83,7 @@ def test_doubled_sequence(case, plain):
             for name in golden:
                 if name.startswith(prefix):
                     layer, part = name[len(prefix):].split(".o_proj.fastlora_")
-                    grad = getattr(model.generator[f"model.layers.{layer}.self_attn.o_proj"], OURS[part]).grad
+                    grad = getattr(model.generator.by_name[f"model.layers.{layer}.self_attn.o_proj"], OURS[part]).grad
                     grad = grad.T if part == "A2" else grad
                     assert (grad - golden[name]).norm() < 1e-3 * golden[name].norm(), name
                     compared += 1

@@ -80,7 +80,7 @@ def test_equals_the_formula_in_a_plain_loop():
     hidden = model.base.model(chunk, output_hidden_states=True).hidden_states
     adapted = make_base()
     for l in range(3):
-        g = model.generator[O_PROJ.format(l)]
+        g = model.generator.by_name[O_PROJ.format(l)]
         A1, A2, B1, B2 = (p.double() for p in (g.A1, g.A2, g.B1, g.B2))
         S = torch.zeros(24, 24, dtype=torch.float64)
         for h in hidden[l][0].double():
