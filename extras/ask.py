@@ -65,6 +65,8 @@ def remember(args, texts):
         memory = Memory.load(args.memory)
         digests = read_safetensors(args.memory)[1].get("texts", "").split()
     model, tokenizer = evaluate.load_model(args)
+    if memory is not None:
+        model.lora(memory)                      # refused here, before anything is read, if another generator wrote it
     began = time.time()
     given = 0
     read = 0

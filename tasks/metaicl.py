@@ -98,7 +98,7 @@ def settings(tasks, model, tokenizer, args, notes):
     names = list(tasks)
     seeds = args.demo_seeds or SEEDS
     notes.append(f"{len(names)} of MetaICL's 26 test tasks averaged")
-    others = other_contexts([{name} for name in names], names, args, notes)
+    others = other_contexts([{name} for name in names], args, notes)
 
     def questions(name, seed):
         return [{**row, "cluster": seed} for row in tasks[name]["test"][:args.limit]]

@@ -84,8 +84,7 @@ def settings(rows, model, tokenizer, args, notes):
     groups = {span: [] for span in spans}
     for span, span_rows in spans.items():
         parts = [set(row["sessions"]) for row in span_rows]
-        names = [row["id"] for row in span_rows]
-        others = other_contexts(parts, names, args, notes, first=args.limit)
+        others = other_contexts(parts, args, notes, first=args.limit)
         clusters = overlapping(parts)
         texts = ["\n\n".join(row["sessions"]) for row in span_rows]
         for i, row in enumerate(span_rows[:args.limit]):

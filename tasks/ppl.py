@@ -48,8 +48,7 @@ def settings(rows, model, tokenizer, args, notes):
     if len(documents) < 2:
         raise InputError(f"{args.data}: ppl needs 2 documents of {2 * longest} tokens, found {len(documents)}; the "
                          "control is another one")
-    names = range(len(documents))
-    others = other_contexts([{i} for i in names], names, args, [])
+    others = other_contexts([{i} for i in range(len(documents))], args, [])
     for L in lengths:
         groups = []
         for i, ids in enumerate(documents):

@@ -94,7 +94,7 @@ def settings(documents, model, tokenizer, args, notes):
         count = min(math.ceil(total / length), len(documents))
         parts = np.array_split(range(len(documents)), count)            # as many documents each
         contexts = ["\n\n".join(texts[i] for i in part) for part in parts]
-        others = other_contexts([{g} for g in range(count)], contexts, args, [])      # the note is below
+        others = other_contexts([{g} for g in range(count)], args, [])      # the note is below
         if count == 1:
             notes.append(f"{total} tokens or more hold all documents ({len(documents)}) in one context, which has no "
                          "control: --context-lengths 1 makes each document a context of its own")

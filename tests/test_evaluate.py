@@ -217,7 +217,7 @@ def test_the_released_count_gives_table_1():
 def test_controls_share_nothing_and_are_as_many_for_all():
     def drawn(keys, controls, first=None):
         args = SimpleNamespace(seed=0, controls=controls, method=["adapter-shuffled"])
-        return other_contexts(keys, ["ana"] * 9, args, [], first)
+        return other_contexts(keys, args, [], first)
 
     keys = [{"a", "b"}, {"b", "c"}, {"d"}, {"a"}, {"e"}, {"d", "e", "a"}]
     others = drawn(keys, 4)
@@ -334,7 +334,7 @@ def test_msc_answers_nats_and_gap(tmp_path, base_directory, generator_directory,
     items = found(msc.load(), span="conversation")[:4]
     memories = [streamed(model, tokenizer, "\n\n".join(item["sessions"])) for item in items]
     args = SimpleNamespace(seed=0, controls=2, method=[])
-    others = other_contexts([{i} for i in range(24)], ["?"] * 24, args, [], 4)
+    others = other_contexts([{i} for i in range(24)], args, [], 4)
     own, other = [], []
     for item, memory, some in zip(items, memories, others):
         def nats(memory):
