@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from generator import split_into_chunks
 from support.bases import DEFAULT_BASE, locate_base, tokenizer_at
-from support.files import (CACHE, InputError, bad_input, count_rows, make_directory, read_rows, run_command, stamps)
+from support.files import CACHE, InputError, bad_input, make_directory, read_rows, run_command, stamps
 from support.text import MARK, apply_template, context_ids, document_marks, token_ids, tokenize, user_turn
 
 # MetaICL, the ninth set of Table 3, is no hub data set of rows: name the files <task>/<task>_16384_100_train.jsonl of
@@ -163,7 +163,7 @@ def load_instructions(sources):
                     definition = "\n".join(texts_of(row.get("definition"), "definition"))
                     text = "\n".join(texts_of(row["input"], "input"))
                     outputs = texts_of(row["output"], "output")
-                    _, examples = tasks.setdefault("".join(texts_of(row["task"], "task")), (definition, []))
+                    _, examples = tasks.setdefault(str(row["task"]), (definition, []))
                     if outputs:
                         examples.append((text, outputs))
                     else:
@@ -206,6 +206,8 @@ def conversation(tokenizer, pairs, limit):
     for token_id, token in tokenizer.added_tokens_decoder.items():
         if token.special:
             ends.add(token_id)
+    if tokenizer.chat_template is None:
+        pairs = pairs[:1]
     messages, ids, labels = [], [], []
     for number, (question, answer) in enumerate(pairs, 1):
         # a template that trims would find no white space beside the MARKs
@@ -240,8 +242,6 @@ def conversation(tokenizer, pairs, limit):
         labels += [-100] * (len(full) - len(labels))
         ids = full
         messages += turn
-        if tokenizer.chat_template is None:
-            break
     return ids[:limit], labels[:limit]
 
 
@@ -353,11 +353,9 @@ class PretrainingData:
         if n < 2:
             raise InputError(f"validation needs at least 2 sequences of {self.length} tokens: give more text or "
                              "shorter --chunks")
-        rows = []
-        for i in range(n):                                                       # fixed, and spread over the text
-            start = i * (len(held_out) - self.length) // (n - 1)
-            rows.append(held_out[start:start + self.length].astype(np.int64))
-        self.validation = doubled(torch.from_numpy(np.stack(rows)), args.chunks)
+        starts = np.arange(n) * (len(held_out) - self.length) // (n - 1)         # fixed, and spread over the text
+        rows = [held_out[start:start + self.length] for start in starts]
+        self.validation = doubled(torch.from_numpy(np.stack(rows).astype(np.int64)), args.chunks)
         self.about = f"{len(self.tokens) / 1e6:.2f} M tokens"
 
     def checksum(self):
@@ -494,14 +492,12 @@ def open_tokens(sources, tokenizer, path=None):
                     if not os.path.isfile(path):
                         pack(sources, tokenizer, facts, path)
 
-    try:
+    with bad_input(f"{path} is not a packed token file", OSError, ValueError, TypeError):
         with open(path + ".json") as file:
             packed = json.load(file)
         tokens = np.memmap(path, dtype=facts["dtype"], mode="r")
         facts["tokens"] = len(tokens)
         fits = packed | facts == packed                 # all facts are as in the file
-    except (OSError, ValueError, TypeError) as error:
-        raise InputError(f"{path} is not a packed token file: {error}") from None
     if not fits:
         raise InputError(f"{path}: the token file is cut short or was packed with another tokenizer; pack it again")
     return tokens
@@ -509,26 +505,20 @@ def open_tokens(sources, tokenizer, path=None):
 
 def pack(sources, tokenizer, facts, path):
     """Tokenise every document of sources into one flat file, uint16 where the vocabulary fits, and a .json with the
-    facts beside it. Rows whose text is null or blank are left out and counted. Both are written aside and renamed;
-    PACKED documents are in memory at a time."""
+    facts beside it. Rows without a text are left out and counted. Both are written aside and renamed; PACKED documents
+    are in memory at a time."""
     before, after = facts["marks"]
     tokens = 0
     blank = 0
-    total = sum(count_rows(source) or 0 for source in sources)
     rows = itertools.chain.from_iterable(map(read_rows, sources))
+    rows = iter(tqdm(rows, desc="packing"))
     with tempfile.TemporaryDirectory(dir=os.path.dirname(path) or ".") as part:
-        with open(f"{part}/tokens", "wb") as file, tqdm(rows, desc="packing", total=total or None) as bar:
-            rows = iter(bar)
-            some = list(itertools.islice(rows, PACKED))
-            while some:
+        with open(f"{part}/tokens", "wb") as file:
+            for some in iter(lambda: list(itertools.islice(rows, PACKED)), []):
                 texts = []
-                for where, row in some:
-                    text = row.get("text", 0)           # 0: there is no such field
-                    if text is None:
-                        text = ""
-                    if not isinstance(text, str):
-                        raise InputError(f"{where}: field 'text' is missing or is not a text")
-                    if text.strip():
+                for _, row in some:
+                    text = row.get("text")
+                    if isinstance(text, str) and text.strip():
                         texts.append(text)
                     else:
                         blank += 1
@@ -536,9 +526,8 @@ def pack(sources, tokenizer, facts, path):
                     ids = before + ids + after
                     np.array(ids, dtype=facts["dtype"]).tofile(file)
                     tokens += len(ids)
-                some = list(itertools.islice(rows, PACKED))
         if tokens == 0:
-            raise InputError(f"{', '.join(sources)}: there is no text in any row")
+            raise InputError(f"{', '.join(sources)}: there is no text in any row's field 'text'")
         with open(f"{part}/facts", "w") as file:
             json.dump({**facts, "tokens": tokens, "sources": sources}, file)
         os.replace(f"{part}/facts", path + ".json")

@@ -91,7 +91,7 @@ def rouge_l_recall(prediction, gold):
     counts; 0 if a side is empty."""
     predicted = normalize_text(prediction).split()
     wanted = normalize_text(gold).split()
-    if not predicted or not wanted:
+    if not wanted:
         return 0.0
     above = [()] * (len(wanted) + 1)           # above[j]: of the predicted words so far and wanted[:j]
     for word in predicted:
@@ -163,14 +163,10 @@ def memory_gap(own, controls, closed_book=()):
     row = {}
     gains, gaps, firsts = [], [], []                        # (value, cluster)
     for record in own:
-        nats = record["nats"]
-        if nats is None:
-            continue
-        cluster = record["cluster"]
-        nats_without = without.get(record["number"])
-        if nats_without is not None:
-            gains.append((nats_without - nats, cluster))
-        other = others.get((cluster, record["number"]))
+        nats, cluster, number = record["nats"], record["cluster"], record["number"]
+        if number in without:
+            gains.append((without[number] - nats, cluster))
+        other = others.get((cluster, number))
         if other:
             K = 1 + len(other)
             gaps.append((statistics.fmean(other) - nats, cluster))
@@ -189,7 +185,7 @@ def mean_scores(records, gap):
     """A row of the table: n questions, nats, memory_gap, metrics from 0 to 100, perplexities, costs. A question asked
     under several demonstration seeds counts once."""
     row = {"n": len({record["number"] for record in records})}
-    add_mean(row, "nats", [(record["nats"], record["number"]) for record in records if record.get("nats") is not None])
+    add_mean(row, "nats", [(record["nats"], record["number"]) for record in records if "nats" in record])
     row |= gap
     for key in METRICS:
         if key in records[0]:
@@ -236,7 +232,7 @@ def greedy_answers(model, tokenizer, prompts, new_tokens, memory=None, prefix=()
 @torch.no_grad()
 def gold_nats(model, tokenizer, prompts, golds, memory=None, prefix=(), cache=None):
     """Teacher-forced nats a token of each gold after its prompt, the end token left out: a list, from one forward pass.
-    A gold without a token has none: None. memory, prefix, cache: as in greedy_answers."""
+    memory, prefix, cache: as in greedy_answers."""
     golds = tokenize(tokenizer, [gold.strip() for gold in golds])
     rows = [prompt[len(prefix):] + gold for prompt, gold in zip(prompts, golds)]
     batch = tokenizer.pad({"input_ids": rows}, padding_side="right", return_tensors="pt")
@@ -249,8 +245,7 @@ def gold_nats(model, tokenizer, prompts, golds, memory=None, prefix=(), cache=No
     for b, gold in enumerate(golds):
         end = len(rows[b])
         start = end - len(gold)
-        loss = F.cross_entropy(logits[b, start - 1:end - 1].float(), ids[b, start:end])
-        nats.append(loss.item() if gold else None)
+        nats.append(F.cross_entropy(logits[b, start - 1:end - 1].float(), ids[b, start:end]).item())
     return nats
 
 
@@ -275,12 +270,9 @@ def answer(model, tokenizer, task, questions, prompts, costs, memories=(None,), 
         each = [row[b] for row in nats]
         past = costs[b].get("past", 0)                      # of a context, reused; an adapter counts as merged
         tokens = len(prompts[b]) - past + new_tokens[b]
-        record = {**question, "gold": golds[b], "prediction": texts[b], "nats": None, "control_nats": each,
-                  **scores(texts[b], question["golds"], task.METRICS),
-                  **query_costs(model.base, tokens, past), **costs[b]}
-        if None not in each:
-            record["nats"] = statistics.fmean(each)
-        records.append(record)
+        records.append({**question, "gold": golds[b], "prediction": texts[b], "nats": statistics.fmean(each),
+                        "control_nats": each, **scores(texts[b], question["golds"], task.METRICS),
+                        **query_costs(model.base, tokens, past), **costs[b]})
     return records
 
 
@@ -449,7 +441,7 @@ def evaluate(model, tokenizer, method, setting, groups, args, memories, done, fa
             for key, record in zip(keys, new):
                 done[key] = {"key": key, "task": args.task, "method": method, **setting, **record}
             if args.predictions:
-                with open(args.predictions, "a", encoding="utf-8") as file:
+                with open(args.predictions, "a", encoding="utf-8", errors="backslashreplace") as file:
                     for key in keys:
                         print(json.dumps(done[key], ensure_ascii=False), file=file)
         records += [done[key] for key in keys]
@@ -579,57 +571,57 @@ def main(argv=None):
 # the command line
 
 
+def positive(text):
+    """A number of at least 1, for argparse, which names the flag where it is not."""
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
+
+
 def arguments(argv=None):
     """The flags, checked before anything is loaded. Raises InputError naming the flag."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument_group("data").add_argument
+    add = parser.add_argument
     add("--task", choices=["ask", *TASKS], required=True)
     add("--data", help="hub id, .parquet or .jsonl; streamingqa: .csv; metaicl: hub id or directory; default: the "
         "paper's on the hub, msc without a connection: the built-in sample")
-    add("--limit", type=int, help="conversations, documents or, metaicl, test items a task; default: all, ppl 100")
-    add("--context-lengths", type=int, nargs="+", metavar="N", help="tokens. squad, streamingqa: documents are joined "
-        "to contexts of about so many, 1 makes each a context of its own; default 512 to 32768, doubling. ppl: 1024")
-    add("--shots", type=int, nargs="+", metavar="K", help="metaicl: demonstrations; default 1 2 4 8 16")
-    add("--demo-seeds", type=int, nargs="+", choices=metaicl.SEEDS, metavar="SEED",
+    add("--limit", type=positive, help="conversations, documents or, metaicl, test items a task; default: all, ppl 100")
+    add("--context-lengths", type=positive, nargs="+", help="tokens. squad, streamingqa: documents are joined to "
+        "contexts of about so many, 1 makes each a context of its own; default 512 to 32768, doubling. ppl: 1024")
+    add("--shots", type=positive, nargs="+", help="metaicl: demonstrations; default 1 2 4 8 16")
+    add("--demo-seeds", type=int, nargs="+", choices=metaicl.SEEDS,
         help="metaicl: their files; default 100 13 21 42 87")
-    add = parser.add_argument_group("model").add_argument
     add("--base", help=f"hub id, directory or .gguf file; default: the checkpoint's, or {DEFAULT_BASE}")
-    add("--checkpoint", metavar="GENERATOR", help="directory or hub id, or none, an untrained one; default: the "
-        "shipped one, on another base none")
+    add("--checkpoint", help="generator: directory or hub id, or none, an untrained one; default: the shipped one, on "
+        "another base none")
     add("--device", help="the base must fit on it; default: cuda where there is one, else cpu")
     add("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 where the hardware has it")
-    add("--batch-size", type=int, default=4, help="questions at once; default 4")
-    add = parser.add_argument_group("methods").add_argument
+    add("--batch-size", type=positive, default=4, help="questions at once; default 4")
     add("--method", action="append", help="repeatable; default: all of the task but -instructed and fine-tuned")
-    add("--controls", type=int, default=4, metavar="K", help="other contexts under which the gold is scored; the "
-        "answer is under the first; default 4")
+    add("--controls", type=positive, default=4, help="other contexts under which the gold is scored; the answer is "
+        "under the first; default 4")
     add("--seed", type=int, default=0, help="of the control and of the demonstrations drawn; default 0")
-    add = parser.add_argument_group("output").add_argument
-    add("--output", metavar="FILE", help="write the table and its circumstances as JSON; default: only print it")
-    add("--predictions", metavar="FILE", help="append every prediction to this JSONL, from which a run that was "
-        "stopped continues; default: none")
-    add("--plot", metavar="FILE", help="draw the table: .png, .svg or .pdf; default: none")
-    add = parser.add_argument_group("ask, your own text and questions").add_argument
-    add("--context", action="append", metavar="FILE", help="text to read, - for standard input; repeatable")
+    add("--output", help="file for the table and its circumstances as JSON; default: only print it")
+    add("--predictions", help="file to which every prediction is appended as JSONL, from which a run that was stopped "
+        "continues; default: none")
+    add("--plot", help="file for a figure of the table: .png, .svg or .pdf; default: none")
+    add = parser.add_argument_group("--task ask, your own text and questions").add_argument
+    add("--context", action="append", help="file of text to read, - for standard input; repeatable")
     add("--question", action="append", help="repeatable; default: typed in, until an empty line")
-    add("--memory", metavar="FILE", help="what was read, a .safetensors file: loaded if it exists, read on into, "
-        "saved; default: nothing is kept")
-    add("--export", metavar="DIRECTORY", help="write the adapter of the context as a PEFT LoRA; default: not")
+    add("--memory", help="file of what was read, .safetensors: loaded if it exists, read on into, saved; default: "
+        "nothing is kept")
+    add("--export", help="directory to write the adapter of the context to, as a PEFT LoRA; default: not")
     add("--compare", action="store_true", help="the closed-book and the in-context answer beside it; default: not")
     args = parser.parse_args(argv)
 
     tasks_of = {"context_lengths": ["squad", "streamingqa", "ppl"]}
     tasks_of |= dict.fromkeys(["shots", "demo_seeds"], ["metaicl"])
     tasks_of |= dict.fromkeys(["context", "question", "memory", "export", "compare"], ["ask"])
+    tasks_of |= dict.fromkeys(["data", "method", "limit", "output", "predictions", "plot"], TASKS)
     for flag, tasks in tasks_of.items():
         if getattr(args, flag) and args.task not in tasks:
             raise InputError(f"--{flag.replace('_', '-')} belongs to --task {' or '.join(tasks)}")
-    for flag in ("data", "method", "limit", "output", "predictions", "plot"):
-        if getattr(args, flag) and args.task == "ask":
-            raise InputError(f"--{flag} belongs to the other tasks: --task ask answers your own questions")
-    counts = [args.batch_size, args.controls, args.limit, *(args.context_lengths or []), *(args.shots or [])]
-    if any(count is not None and count < 1 for count in counts):
-        raise InputError("--batch-size, --controls, --limit, --context-lengths and --shots must be at least 1")
     if args.task in ("ppl", "streamingqa") and not args.data:
         raise InputError(f"--task {args.task} has no data set on the hub, and the paper's cerebras/SlimPajama-627B "
                          "cannot be read from it any more: give --data")
@@ -639,7 +631,7 @@ def arguments(argv=None):
         for method in args.method:
             if method not in task.PROMPTS:
                 raise InputError(f"--method {method} is unknown: choose from {', '.join(task.PROMPTS)}")
-    files = [args.data, *(args.context or [])]
+    files = {os.path.realpath(path) for path in [args.data or "", *(args.context or [])]}
     for flag in ("output", "predictions", "plot", "memory"):
         path = getattr(args, flag)
         if not path:
@@ -647,18 +639,13 @@ def arguments(argv=None):
         if os.path.isdir(path) or not os.access(os.path.dirname(path) or ".", os.W_OK):
             raise InputError(f"--{flag} {path} cannot be written: name a file in a directory that exists and can be "
                              "written")
-        files.append(path)
-    files = [os.path.realpath(path) for path in files if path]
-    if len(set(files)) < len(files):
-        raise InputError("--data, --context, --memory, --output, --predictions and --plot must be different files")
+        if os.path.realpath(path) in files:
+            raise InputError(f"--{flag} {path} is the file of another flag: name another")
+        files.add(os.path.realpath(path))
     if args.plot and not args.plot.endswith((".png", ".svg", ".pdf")):
         raise InputError("--plot must be a .png, .svg or .pdf")
     if not all(question.strip() for question in args.question or []):
         raise InputError("--question is empty: ask something, or leave it out to type questions in")
-    if args.export and os.path.exists(args.export):
-        raise InputError(f"--export {args.export} exists already: name another")
-    if args.context and "-" in args.context and not args.question:
-        raise InputError("--context - reads standard input, so questions cannot be typed in: give them with --question")
     return args
 
 

@@ -21,7 +21,6 @@ Symbols, in the order a reader of the paper meets them (§2.2, §2.4):
 import hashlib
 import json
 import math
-import os
 from dataclasses import asdict, dataclass, field, fields
 
 import torch
@@ -48,29 +47,24 @@ class GeneratorConfig:
     chunk: int = 1024          # tokens of the longest chunk, the same as in training; the paper: 1,024
 
     def __post_init__(self):
-        if isinstance(self.targets, str):
-            self.targets = [self.targets]
-        for value in (self.d_r, self.rank, self.chunk):
-            if type(value) is not int:                                          # True would be an instance of int
-                raise InputError(f"generator config: d_r, rank and chunk must be integers: {self}")
-        for value in (self.scale, self.damping):
-            if type(value) not in (int, float) or not math.isfinite(value):
-                raise InputError(f"generator config: scale and damping must be finite numbers: {self}")
         if self.norm not in NORMS:
             raise InputError(f"norm {self.norm!r} is unknown: choose one of {', '.join(NORMS)}")
         if not 1 <= self.rank <= self.d_r:
             raise InputError(f"rank must lie between 1 and d_r = {self.d_r}, not {self.rank}")
-        if self.chunk < 1:
-            raise InputError(f"chunk must be at least 1 token, it is {self.chunk}")
-        if self.damping < 0:
-            raise InputError(f"damping must not be negative, it is {self.damping}")
-        if not isinstance(self.targets, list) or not self.targets or {type(name) for name in self.targets} != {str}:
-            raise InputError("targets must name at least one module, for example o_proj")
+        if self.chunk < 1 or not self.damping >= 0:
+            raise InputError(f"chunk must be at least 1 token and damping not negative: {self}")
 
     @classmethod
     def from_dict(cls, values):
         """A config from a json object; keys it does not know are ignored, those left out have their defaults."""
-        return cls(**{each.name: values[each.name] for each in fields(cls) if each.name in values})
+        known = {}
+        for each in fields(cls):
+            if each.name in values:
+                try:
+                    known[each.name] = each.type(values[each.name])
+                except (TypeError, ValueError, OverflowError) as error:
+                    raise InputError(f"generator config: {each.name} is of the wrong type: {error}") from None
+        return cls(**known)
 
 
 class LayerGenerator(nn.Module):
@@ -168,9 +162,6 @@ class AdapterGenerator(nn.Module):
         self.layers = nn.ModuleList(self.by_name.values())                      # ModuleDict keys may not hold dots
         self._fingerprint = (None, None)
 
-    def __getitem__(self, name):
-        return self.by_name[name]
-
     def tensors(self):
         """{"<module name>.<A1|A2|B1|B2|g>": parameter}, the names a checkpoint file uses."""
         tensors = {}
@@ -192,16 +183,12 @@ class AdapterGenerator(nn.Module):
             if tensors[name].shape != parameter.shape:
                 raise InputError(f"{source}: {name} has shape {tuple(tensors[name].shape)} where this base and config "
                                  f"need {tuple(parameter.shape)}")
-        for name, parameter in parameters.items():
             parameter.copy_(tensors[name])
 
     def fingerprint(self):
         """Hash of config and weights: a memory belongs to the generator that wrote it. Computed again only after an
         operation has changed a weight (edits through .data go unseen)."""
-        versions = []                           # _version counts in-place changes; inference tensors have none
-        for parameter in self.parameters():
-            version = 0 if parameter.is_inference() else parameter._version
-            versions.append((parameter.data_ptr(), version))
+        versions = [(p.data_ptr(), p._version) for p in self.parameters()]      # _version counts in-place changes
         if self._fingerprint[0] != versions:
             digest = hashlib.sha256(json.dumps(asdict(self.config), sort_keys=True).encode())
             for name, layer in self.by_name.items():
@@ -225,11 +212,8 @@ class Memory:
 
     def __add__(self, other):
         """The memory of contexts read apart, neither under the adapter of the other: S is a sum over tokens (eq. 3).
-        Row b is added to row b, a batch of 1 to every row."""
+        Row b is added to row b, a batch of 1 to every row; RuntimeError for other batches."""
         Memory.check_one_generator([self, other])
-        sizes = {len(self.tokens), len(other.tokens)}
-        if len(sizes | {1}) > 2:
-            raise InputError(f"memories of batches {sizes} cannot be added: they must be equal, or one of them 1")
         states = {}
         for name, S in self.states.items():
             states[name] = S + other.states[name].to(S.device)                  # (B, d_r, d_r)
@@ -247,8 +231,6 @@ class Memory:
 
     @staticmethod
     def check_one_generator(memories):
-        if not memories:
-            raise InputError("there is no memory to put together: give at least one")
         layouts = set()
         for memory in memories:
             shapes = [(name, *S.shape[1:]) for name, S in memory.states.items()]
@@ -260,8 +242,6 @@ class Memory:
     def save(self, path, **facts):
         """Write to one safetensors file, facts (texts) among its metadata. InputError where that cannot be, and nothing
         is left behind."""
-        if os.path.isdir(path) or not os.path.isdir(os.path.dirname(path) or "."):
-            raise InputError(f"{path} cannot be written: name a file in a directory that exists")
         tensors = {"tokens": self.tokens}
         for name, S in self.states.items():
             tensors[f"S.{name}"] = S.float()

@@ -52,16 +52,14 @@ class AdaptedLM(nn.Module):
         for l, block in enumerate(blocks):
             names = []
             for target in config.targets:
-                if target not in TARGETS:
-                    raise InputError(f"target module {target!r} is unknown: choose from {', '.join(TARGETS)}")
+                path = TARGETS.get(target, target)
+                name = f"{prefix}.{l}.{path}"
                 try:
-                    linear = block.get_submodule(TARGETS[target])
-                    shape = (linear.in_features, linear.out_features)
+                    linear = block.get_submodule(path)
+                    shapes[name] = (linear.in_features, linear.out_features)
                 except AttributeError:
-                    raise InputError(f"{type(block).__name__} has no linear layer {TARGETS[target]}: choose other "
-                                     "targets or another base") from None
-                name = f"{prefix}.{l}.{TARGETS[target]}"
-                shapes[name] = shape
+                    raise InputError(f"{type(block).__name__} has no target module {target!r}: choose from "
+                                     f"{', '.join(TARGETS)}, or another base") from None
                 names.append(name)
             self.block_targets.append(names)
         text_config = base_model.config.get_text_config()
@@ -96,10 +94,6 @@ class AdaptedLM(nn.Module):
             return output
         x = inputs[0]
         lora_A, lora_B = self.lora_of_block[name]
-        copies = len(x) // len(lora_A)
-        if len(lora_A) > 1 and copies > 1:              # beams and returned sequences are copies of a row
-            lora_A = lora_A.repeat_interleave(copies, 0)
-            lora_B = lora_B.repeat_interleave(copies, 0)
         return output + x @ lora_A.mT @ lora_B.mT       # (B, L, d_in) -> (B, L, r) -> (B, L, d_out)
 
     def run(self, adapt_block, function, *args, **kwargs):
@@ -124,8 +118,6 @@ class AdaptedLM(nn.Module):
         it, and update keeps it out of S."""
         B, N, L = segments.shape
         visible = [int(v) for v in visible]
-        if len(visible) != N or min(visible) < 0 or max(visible) > N:
-            raise ValueError(f"visible needs one number from 0 to {N} for each of the {N} segments, got {visible}")
         if not self.plain:
             return fast.hidden_states(self, segments, mask, visible)
         C = max(visible)                                                        # segments from C on never enter S
@@ -153,14 +145,10 @@ class AdaptedLM(nn.Module):
         the first visible[j] segments (visible: N numbers). mask (B, N, L): 1 for real tokens, None for all real."""
         return self.base.get_output_embeddings()(self.hidden_states(segments, mask, visible))
 
-    def segment_losses(self, segments, mask, visible, labels=None):
+    def segment_losses(self, segments, mask, visible, labels):
         """Next-token cross-entropy of the same pass: (nats summed (B, N) fp32, target tokens (B, N) long). labels
-        (B, N, L): -100 is no target, None takes every real token. The first token of a segment is never a target:
-        nothing stands before it (the paper's P(x_1, .., x_m) counts it)."""
-        if labels is None and mask is None:
-            labels = segments
-        elif labels is None:
-            labels = segments.masked_fill(~mask.bool(), -100)
+        (B, N, L): -100 is no target. The first token of a segment is never a target: nothing stands before it (the
+        paper's P(x_1, .., x_m) counts it)."""
         hidden = self.hidden_states(segments, mask, visible)                    # (B, N, L, d_h)
         lm_head = self.base.get_output_embeddings()
         if not self.plain:
@@ -232,9 +220,6 @@ class AdaptedLM(nn.Module):
         if memory.fingerprint not in (None, self.generator.fingerprint()):
             raise InputError("the memory was written by another generator (its fingerprint differs): read the context "
                              "again with this one")
-        shapes = {name: S.shape[1:] for name, S in memory.states.items()}
-        if shapes != dict.fromkeys(self.generator.by_name, (self.config.d_r, self.config.d_r)):
-            raise InputError("the memory does not fit this generator: its target modules or its d_r differ")
         lora = {}
         for name, layer in self.generator.by_name.items():
             S = memory.states[name].to(self.base.device)
@@ -249,7 +234,8 @@ class AdaptedLM(nn.Module):
         if memory is None:
             return {}
         if len(memory.tokens) not in (1, len(input_ids)):
-            raise ValueError(f"a memory of batch {len(memory.tokens)} cannot adapt a batch of {len(input_ids)} rows")
+            raise InputError(f"a memory of {len(memory.tokens)} contexts side by side cannot adapt a batch of "
+                             f"{len(input_ids)} rows")
         lora = {}
         for name, (lora_A, lora_B) in self.lora(memory).items():
             lora[name] = (lora_A.to(self.base.dtype), lora_B.to(self.base.dtype))
@@ -273,9 +259,8 @@ class AdaptedLM(nn.Module):
         return model
 
     def export_peft(self, memory, directory):
-        """Write the adapter of one context (batch of 1) as a PEFT LoRA directory, which peft, vLLM and others load."""
-        if len(memory.tokens) != 1:
-            raise ValueError(f"export_peft writes the adapter of one context, this memory holds {len(memory.tokens)}")
+        """Write the adapter of one context (a batch of 1, else RuntimeError) as a PEFT LoRA directory, which peft, vLLM
+        and others load."""
         write_peft(directory, self.base.name_or_path, self.config, self.lora(memory), memory.tokens.item())
 
 

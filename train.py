@@ -175,8 +175,8 @@ def train(args):
         needed = (KEPT + 1 - len(saved)) * size
         free = shutil.disk_usage(args.out).free
         if free < needed:
-            raise InputError(f"--out: the run needs {needed / 1e9:.1f} GB for its checkpoints, and {args.out} has "
-                             f"{free / 1e9:.1f} GB free: make room there or name another directory")
+            raise InputError(f"--out: the run needs {needed / 1e9:.1f} GB for its checkpoints, and {free / 1e9:.1f} "
+                             "are free there: make room or name another directory")
         if saved:
             step = load_checkpoint(saved[-1], args, model, optimizer)
     if world > 1:                                       # one may have packed text for hours
@@ -389,10 +389,9 @@ def checkpoints(out):
 def moments(model, optimizer):
     """{"<moment>/<parameter>": tensor} of AdamW's state, as a checkpoint file names them."""
     found = {}
-    for name, layer in model.generator.by_name.items():
-        for key, p in layer.named_parameters():
-            for moment, t in optimizer.state[p].items():
-                found[f"{moment}/{name}.{key}"] = t
+    for name, p in model.generator.tensors().items():
+        for moment, t in optimizer.state[p].items():
+            found[f"{moment}/{name}"] = t
     return found
 
 
@@ -448,11 +447,7 @@ def arguments(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      usage="train.py [--stage STAGE] --data FILE ... --out DIRECTORY [options]",
                                      epilog="A large base is one of width 2,048 or more, a small one any other.")
-    data = parser.add_argument_group("data")
-    model = parser.add_argument_group("model")
-    training = parser.add_argument_group("training")
-    output = parser.add_argument_group("output")
-    add = data.add_argument
+    add = parser.add_argument
     add("--data", nargs="+",
         help=".parquet, .jsonl(.gz), .txt(.gz) files, a hub data set id, or one packed .bin file; instruct: default "
              "the hub sets of Table 3")
@@ -462,7 +457,6 @@ def arguments(argv=None):
     add("--validation", nargs="+",
         help="files of the same kinds; default a part of --data that is kept out of training: --eval-sequences "
              "sequences, in instruct documents, at most a tenth; in finetune a tenth of the contexts")
-    add = model.add_argument
     add("--base", default=DEFAULT_BASE, help="frozen base model: hub id, directory or .gguf file; default %(default)s")
     add("--checkpoint", help="start from this trained generator, which decides " + ", ".join(SHAPE) + "; default none")
     add("--init", choices=["random", "aligned"],
@@ -477,7 +471,6 @@ def arguments(argv=None):
         help="of the base; generator and S stay fp32. Default bfloat16 where the hardware has it; finetune float32, "
              "where steps of 1e-5 do not round away")
     add("--device", help="default CUDA where there is one")
-    add = training.add_argument
     add("--stage", choices=["pretrain", "instruct", "finetune"], default="pretrain", help="default %(default)s")
     add("--objective", choices=["both", "reconstruction", "completion"],
         help="pretrain: eq. 5, default both, or Table 2's ablations; one chunk has no completion")
@@ -491,32 +484,26 @@ def arguments(argv=None):
     add("--shard", action="store_true",
         help="under torchrun: share the base out among the processes, for one that is larger than a device; finetune "
              "does so by itself; default no")
-    add = output.add_argument
     add("--out", required=True, help="directory for checkpoints, log.jsonl and validation.jsonl")
     add("--resume", action="store_true", help="go on from the newest checkpoint in --out, if any; default no")
     integers = {
-        data: {
-            "--eval-sequences": "validation items; default 50",
-            "--chunk": "tokens of a chunk (L); default small base 16, instruct 128; large base 1024",
-            "--chunks": "chunks of a sequence (C), the pass holds 2C segments; default small base 1, large 8"},
-        model: {
-            "--d-r": "width of the memory S; default small base 192, large 1024",
-            "--rank": "of the adapter; default small base 64, large 128"},
-        training: {
-            "--steps": "optimiser steps; default small base 100; large 15259, instruct: what --epochs makes",
-            "--epochs": "passes over the data; default instruct of a large base 2, finetune at most 10",
-            "--batch": "sequences of a step over all processes; default small base 32, instruct 8; large base 8, "
-                       "instruct 32; finetune 64",
-            "--micro-batch": "sequences of one forward and backward pass; default small base 32, instruct 8; large "
-                             "base 1; instruct on CUDA: as many as make 16384 tokens with padding",
-            "--warmup": "steps of linear warm-up, then linear decay to 0; default small base 15, large 100",
-            "--seed": "default 0"},
-        output: {
-            "--eval-every": "steps; default 200, but at most a quarter of --steps",
-            "--save-every": "steps; default 200, but at most a quarter of --steps"}}
-    for group, flags in integers.items():
-        for name, words in flags.items():
-            group.add_argument(name, metavar="N", type=int, help=words)
+        "--eval-sequences": "validation items; default 50",
+        "--chunk": "tokens of a chunk (L); default small base 16, instruct 128; large base 1024",
+        "--chunks": "chunks of a sequence (C), the pass holds 2C segments; default small base 1, large 8",
+        "--d-r": "width of the memory S; default small base 192, large 1024",
+        "--rank": "of the adapter; default small base 64, large 128",
+        "--steps": "optimiser steps; default small base 100; large 15259, instruct: what --epochs makes",
+        "--epochs": "passes over the data; default instruct of a large base 2, finetune at most 10",
+        "--batch": "sequences of a step over all processes; default small base 32, instruct 8; large base 8, instruct "
+                   "32; finetune 64",
+        "--micro-batch": "sequences of one forward and backward pass; default small base 32, instruct 8; large base 1; "
+                         "instruct on CUDA: as many as make 16384 tokens with padding",
+        "--warmup": "steps of linear warm-up, then linear decay to 0; default small base 15, large 100",
+        "--seed": "default 0",
+        "--eval-every": "steps; default 200, but at most a quarter of --steps",
+        "--save-every": "steps; default 200, but at most a quarter of --steps"}
+    for name, words in integers.items():
+        add(name, metavar="N", type=int, help=words)
     parser.set_defaults(eval_sequences=50, seed=0)      # of the others fill_recipe chooses
     args = parser.parse_args(argv)
     check(args)
@@ -541,9 +528,6 @@ def check(args):
             raise InputError(f"{flag(name)} must be at least {value}")
     if args.shard and int(os.environ.get("WORLD_SIZE", 1)) == 1:
         raise InputError("--shard shares the base out among processes, and here is one: start several with torchrun")
-    for name in ("lr", "cpt_lr"):
-        if getattr(args, name) is not None and not getattr(args, name) > 0:
-            raise InputError(f"{flag(name)} must be positive")
     if args.stage == "instruct":
         args.data = args.data or TABLE_3
         if args.checkpoint is None:

@@ -67,8 +67,6 @@ def remember(args, texts):
     model, tokenizer = evaluate.load_model(args)
     if memory is not None:
         model.lora(memory)                      # refused here, before anything is read, if another generator wrote it
-        if len(memory.tokens) != 1:
-            raise InputError(f"--memory {args.memory} holds {len(memory.tokens)} contexts side by side: ask takes one")
     began = time.time()
     given = 0
     read = 0

@@ -39,7 +39,8 @@ def query_costs(base, tokens, past):
     q tokens as q (q context) d, quadratic in q."""
     weights, lm_head, queries, _ = shape(base)
     released = tokens * (weights + lm_head) + queries * tokens * (tokens * past)
-    return {"inference_tflops": base_flops(base, tokens, past) / 1e12, "released_tflops": released / 1e12}
+    flops = base_flops(base, tokens, past)
+    return {"inference_tflops": flops / 1e12, "released_tflops": released / 1e12}
 
 
 def kv_cache_floats(base, tokens):
@@ -55,12 +56,11 @@ def context_costs(model, tokens):
     (r, r), those of a damping of 1e-2."""
     config = model.config
     chunks = math.ceil(tokens / min(config.chunk, model.window))
-    longest = math.ceil(tokens / chunks)
     d_r = config.d_r
     r = config.rank
     if config.norm == "frobenius":
         r = d_r
-    flops = 0
+    flops = chunks * base_flops(model.base, tokens / chunks, head=False)
     floats = 0
     for layer in model.generator.layers:
         pair = layer.B2.numel() + layer.A1.numel()                      # d_r (d_in + d_out)
@@ -71,8 +71,6 @@ def context_costs(model, tokens):
         flops += chunks * 2 * r * pair
         if config.norm == "svd":
             flops += chunks * (8 * d_r**2 * r + 16 * d_r * r**2 + 72 * r**3)
-    for start in range(0, tokens, longest):
-        flops += base_flops(model.base, min(longest, tokens - start), head=False)
     return {"contextualisation_tflops": flops / 1e12, "storage_mfloats": floats / 1e6}
 
 

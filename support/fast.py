@@ -9,6 +9,7 @@ instead; tests/test_fast.py holds each pair together.
     AdaptedLM.block_forward        block_forward  in training: recomputed where memory is short, fused RMSNorms
 """
 
+import math
 from functools import lru_cache, partial
 from itertools import accumulate
 
@@ -142,7 +143,9 @@ class PolarFactor(torch.autograd.Function):
     def backward(ctx, grad_Q, grad_P):                                  # dN P^T (..., d_r, r), Q^T dN (..., r, d_r)
         Q, M, R, Z, top = ctx.saved_tensors                     # top: of the spectrum of R
         wide = ctx.wide
-        Q, grad_Q, X = Q.to(wide), grad_Q.to(wide), grad_P.to(wide)
+        Q = Q.to(wide)
+        grad_Q = grad_Q.to(wide)
+        X = grad_P.to(wide)
         exact = M.double()
         Y = Z @ (X.double() @ exact.mT) @ Z                                     # (..., r, r)
         W = solve_lyapunov(R, (Y + Y.mT).to(wide) / 2, top, ctx.low)
@@ -172,16 +175,13 @@ def solve_lyapunov(R, Y, top, low):
     return W
 
 
-def adapter(layer, S, tokens=None):
+def adapter(layer, S, tokens=math.inf):
     """layer.adapter(S) by svd_norm. rank(S) <= tokens, the number read, so r is cut to tokens where that is less, at no
     loss: for chunks of 16 or 32 tokens norm would else be most of a step on a CPU."""
     config = layer.config
     if config.norm != "svd":
         return layer.adapter(S)
-    rank = config.rank
-    if tokens is not None:
-        rank = min(rank, tokens)
-    Q, P = svd_norm(S, rank, config.damping)
+    Q, P = svd_norm(S, min(config.rank, tokens), config.damping)
     return P @ layer.B2, config.scale * (layer.A1 @ Q)                          # (..., r, d_in), (..., d_out, r): eq. 9
 
 
@@ -196,21 +196,19 @@ def hidden_states(model, segments, mask, visible):
     B, N, L = segments.shape
     lengths = [L] * N                                           # of each segment, its longest row
     if mask is not None:
-        positions = torch.arange(1, L + 1, device=mask.device)
-        lengths = (mask.bool() * positions).amax((0, 2)).tolist()
+        lengths = mask.bool().sum(-1).amax(0).tolist()          # padding is on the right
+    C = max(visible)                                            # segments that enter S, without a tail of padding
+    while C > 0 and lengths[C - 1] == 0:
+        C -= 1
+    longest = max(lengths[:C], default=0)                       # of these
+    read = [min(v, C) for v in visible]                         # segments that an adapter has read
     first = []                                                  # segments without an adapter
     second = []                                                 # segments with one
-    chunks = []                                                 # segments that enter S
-    seen = {}                                                   # {segment: number of chunks that its adapter has read}
     for j in range(N):
-        seen[j] = sum(length > 0 for length in lengths[:visible[j]])
-        if lengths[j] > 0 and seen[j] == 0:
-            first.append(j)
-        elif lengths[j] > 0:
+        if lengths[j] > 0 and read[j] > 0:
             second.append(j)
-        if lengths[j] > 0 and j < max(visible):                                 # later segments never enter S
-            chunks.append(j)
-    longest = max([lengths[j] for j in chunks], default=0)
+        elif lengths[j] > 0 or j < C:
+            first.append(j)
     d_h = model.base.config.get_text_config().hidden_size
     hidden = torch.zeros(B, N, L, d_h, dtype=model.base.dtype, device=segments.device)
     h_first = {}                                                # {block: {chunk: h}} of the first pass
@@ -219,7 +217,7 @@ def hidden_states(model, segments, mask, visible):
         """{chunk: h (B, longest, d_h)} from H (B among, L', d_h), the input of a block in a pass over the segments
         `among`, the longest of which has L' tokens."""
         H = H.view(B, len(among), -1, d_h)                                      # (B, among, L', d_h)
-        some = [j for j in among if j in chunks]                                # they come first
+        some = [j for j in among if j < C]                                      # they come first
         h = model.generator.rms_norm(H[:, :len(some)])
         h = F.pad(h, (0, 0, 0, longest - h.shape[2]))                           # (B, some, longest, d_h)
         return dict(zip(some, h.unbind(1)))
@@ -231,8 +229,8 @@ def hidden_states(model, segments, mask, visible):
     def states(block, H):
         """S_1 .. S_C (B, C, d_r, d_r) of each target of the block."""
         h = {**h_first.get(block, {}), **split(H, second)}
-        h = torch.stack([h[j] for j in chunks], 1)                              # (B, C, longest, d_h)
-        real = None if mask is None else mask[:, chunks, :longest]              # (B, C, longest)
+        h = torch.stack([h[j] for j in range(C)], 1)                            # (B, C, longest, d_h)
+        real = None if mask is None else mask[:, :C, :longest]                  # (B, C, longest)
         S = []
         for name in model.block_targets[block]:
             updates = model.generator.by_name[name].update(h, real)
@@ -248,17 +246,16 @@ def hidden_states(model, segments, mask, visible):
         lora = {}
         for name, S_name in zip(model.block_targets[block], S):
             # never recomputed: the pairs are small, and norm is slow
-            tokens = longest * len(chunks)
             pair = []
-            for matrix in adapter(model.generator.by_name[name], S_name, tokens):           # (B, C, ..)
+            for matrix in adapter(model.generator.by_name[name], S_name, longest * C):      # (B, C, ..)
                 columns = matrix.to(H.dtype).unbind(1)          # unbind and stack: the backward of an index is slow
-                rows = torch.stack([columns[seen[j] - 1] for j in second], 1)
+                rows = torch.stack([columns[read[j] - 1] for j in second], 1)
                 pair.append(rows.flatten(0, 1))                                 # (B second, ..)
             lora[name] = pair
         return lora
 
     def forward_pass(among, function):
-        length = max(lengths[j] for j in among)
+        length = max(1, *(lengths[j] for j in among))
         ids = segments[:, among, :length].flatten(0, 1)                         # (B among, L')
         out = model.run(function, model.base.get_decoder(), input_ids=ids, use_cache=False).last_hidden_state
         hidden[:, among, :length] = out.view(B, len(among), length, d_h)

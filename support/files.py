@@ -8,6 +8,7 @@ import contextlib
 import csv
 import functools
 import gzip
+import itertools
 import json
 import os
 import signal
@@ -15,8 +16,9 @@ import sys
 import time
 from pathlib import Path
 
+import huggingface_hub
 from huggingface_hub import constants
-from huggingface_hub.utils import get_session
+from huggingface_hub.utils import get_session, validate_repo_id
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -59,8 +61,6 @@ def run_command(main):
             time.sleep(10)
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)                                        # as a shell says it
 
 
 def make_directory(path):
@@ -87,8 +87,6 @@ def read_safetensors(path):
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
             return tensors, file.metadata() or {}
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
     except Exception as error:                               # damaged files end in many ways
         raise InputError(f"{path} cannot be read as safetensors: {error}") from None
 
@@ -127,6 +125,14 @@ def hub_reachable():
     return not constants.HF_HUB_OFFLINE
 
 
+def hub_snapshot(name, patterns, **options):
+    """Directory to which the files of these patterns of a hub id (owner/name) are downloaded."""
+    with bad_input(f"{name}: no such directory, not a hub id (owner/name) or not to be had from the hub"):
+        validate_repo_id(name)                               # a path is refused before the hub is asked
+        return huggingface_hub.snapshot_download(name, allow_patterns=patterns, local_files_only=not hub_reachable(),
+                                                 **options)
+
+
 # ---- rows of data files and of the hub's data sets
 
 
@@ -137,10 +143,9 @@ def read_rows(source, split="train"):
     opened = gzip.open if source.endswith(".gz") else open
     try:
         if source.endswith((".txt", ".txt.gz")):
-            with opened(source, "rb") as file:
-                text = file.read().decode("utf-8-sig")       # without the mark that some editors write first
             where = source
-            yield where, {"text": text.replace("\r\n", "\n")}
+            with opened(source, "rt", encoding="utf-8-sig") as file:        # without the mark that some editors write
+                yield where, {"text": file.read()}                          # line ends are \n
         elif source.endswith((".jsonl", ".jsonl.gz")):
             with opened(source, "rb") as file:
                 for number, line in enumerate(file, 1):
@@ -148,8 +153,6 @@ def read_rows(source, split="train"):
                         continue
                     where = f"{source} line {number}"
                     row = json.loads(line)
-                    if b"\\ud" in line.lower():               # perhaps an escaped surrogate without its other half
-                        row = json.loads(json.dumps(row, ensure_ascii=False).encode("utf-8", "replace"))
                     if not isinstance(row, dict):
                         raise InputError(f"{where} cannot be read: not a json object")
                     yield where, row
@@ -162,14 +165,14 @@ def read_rows(source, split="train"):
                         raise InputError(f"{where} has more fields than columns: put a text with commas in quotes")
                     yield where, row
         else:
-            import datasets                                  # slow to import
             if source.endswith(".parquet"):
-                rows = []
-                if count_rows(source) != 0:                  # on which datasets fails
-                    rows = datasets.load_dataset("parquet", data_files=source, split="train", streaming=True)
+                import pyarrow.parquet                       # slow to import
+                batches = pyarrow.parquet.ParquetFile(source).iter_batches(1000)
+                rows = itertools.chain.from_iterable(map(pyarrow.RecordBatch.to_pylist, batches))
             elif os.path.exists(source):
                 raise InputError(f"{source}: give a .parquet, .jsonl(.gz) or .txt(.gz) file, or a hub data set id")
             else:
+                import datasets                              # slow to import
                 datasets.config.HF_HUB_OFFLINE |= not hub_reachable()
                 name, _, configuration = source.partition(":")
                 rows = datasets.load_dataset(name, configuration or None, split=split, streaming=True)
@@ -178,29 +181,16 @@ def read_rows(source, split="train"):
                 yield where, row
     except InputError:
         raise
-    except FileNotFoundError:
-        raise InputError(f"{source}: no such file") from None
-    except Exception as error:                               # damaged files and lost connections end in many ways
+    except Exception as error:                               # missing or damaged files, lost connections
         raise InputError(f"{where or source} cannot be read, or what follows it: {error}") from None
     if where is None:
         raise InputError(f"{source} is empty: it needs at least one row")
 
 
-def field(row, key, kind, where):
-    """row[key], which must be of that type."""
+def field(row, key, kind, where, blank=True):
+    """row[key], which must be of that type; without `blank` a text with a word in it."""
     if not isinstance(row, dict) or not isinstance(row.get(key), kind):
         raise InputError(f"{where}: field {key!r} is missing or is not a {kind.__name__}")
+    if not blank and not row[key].strip():
+        raise InputError(f"{where}: field {key!r} is empty")
     return row[key]
-
-
-def count_rows(source):
-    """Rows that a local file will yield, for a progress bar; None where only reading would tell."""
-    import pyarrow.parquet                                   # slow to import
-    try:
-        if source.endswith(".parquet"):
-            return pyarrow.parquet.ParquetFile(source).metadata.num_rows
-        if source.endswith(".jsonl"):
-            with open(source, "rb") as file:
-                return sum(1 for _ in file)
-    except (OSError, pyarrow.ArrowException):                # read_rows will say what is wrong
-        return None

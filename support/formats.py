@@ -6,11 +6,8 @@ import re
 from dataclasses import asdict
 from pathlib import Path
 
-import huggingface_hub
-from huggingface_hub.utils import validate_repo_id
-
 from support.bases import DEFAULT_BASE, DEFAULT_BASE_HUB_ID
-from support.files import (InputError, bad_input, hub_reachable, make_directory, read_json, read_safetensors,
+from support.files import (InputError, bad_input, hub_snapshot, make_directory, read_json, read_safetensors,
                            save_tensors)
 
 PEFT_CARD = """---
@@ -28,16 +25,13 @@ FASTLORA_NAMES = {"A1": "B2", "A2": "B1", "A3": "A2", "B": "A1", "hidden_state_n
 
 
 def locate_checkpoint(name):
-    """Directory to which the checkpoint of a hub id (owner/name) is downloaded, json and safetensors only."""
-    patterns = ["adapter_config.json", "generator_config.json", "*.safetensors"]
-    with bad_input(f"checkpoint {name}: no such directory, not a hub id (owner/name) or not to be had from the hub"):
-        validate_repo_id(name)                               # a path is refused before the hub is asked
-        return huggingface_hub.snapshot_download(name, allow_patterns=patterns, local_files_only=not hub_reachable())
+    """Directory to which a checkpoint of the hub (owner/name) is downloaded, json and safetensors only."""
+    return hub_snapshot(os.fspath(name), ["adapter_config.json", "generator_config.json", "*.safetensors"])
 
 
 def checkpoint_base(name):
     """Name of the base a checkpoint was trained for, as load_base takes it; None where it is not recorded."""
-    directory = name if os.path.isdir(name) else locate_checkpoint(os.fspath(name))
+    directory = name if os.path.isdir(name) else locate_checkpoint(name)
     theirs = os.path.join(directory, "adapter_config.json")
     if os.path.isfile(theirs):
         return read_json(theirs).get("base_model_name_or_path")
@@ -55,9 +49,11 @@ def write_generator(directory, base_name, config, tensors):
 def read_generator(name):
     """(values of a GeneratorConfig, {name: tensor} as AdapterGenerator.tensors names them, name of the base) of a
     checkpoint in either format, a directory or a hub id."""
-    directory = name if os.path.isdir(name) else locate_checkpoint(os.fspath(name))
-    if os.path.isfile(os.path.join(directory, "adapter_config.json")):
-        values, tensors = read_fastlora(directory)
+    directory = name if os.path.isdir(name) else locate_checkpoint(name)
+    theirs = os.path.join(directory, "adapter_config.json")
+    if os.path.isfile(theirs):
+        values = read_fastlora_config(theirs)
+        tensors, values["targets"] = read_fastlora(directory)
         print(f"checkpoint {name} is in the authors' format, so that scale is their alpha / r: {values}")
     else:
         values = read_json(os.path.join(directory, "generator_config.json"))
@@ -70,10 +66,8 @@ def read_generator(name):
     return values, tensors, values.get("base")
 
 
-def read_fastlora(directory):
-    """(values of a GeneratorConfig, tensors) from a checkpoint of the authors' code (peft_type FASTLORA).
-    Theirs is transposed: A1 -> our B2, A2 -> B1^T, A3 -> A2, B -> A1. Their S is our S^T; norm commutes with that."""
-    path = os.path.join(directory, "adapter_config.json")
+def read_fastlora_config(path):
+    """Values of a GeneratorConfig, but for its targets, from the config of the authors' code (peft_type FASTLORA)."""
     config = read_json(path)
     with bad_input(f"{path}: missing or malformed field", KeyError, TypeError, ZeroDivisionError):
         known = {"peft_type": ["FASTLORA"],
@@ -83,12 +77,17 @@ def read_fastlora(directory):
             if config[key] not in values:
                 raise InputError(f"{path}: {key} is {config[key]!r}, where only {values[-1]} can be read")
         norm = config["fastlora_norm"]
-        values = {"base": config.get("base_model_name_or_path"),
-                  "d_r": config["fastlora_r"],
-                  "rank": min(config["fastlora_max_rank"], config["fastlora_r"]),
-                  "scale": config["fastlora_alpha"] / config["fastlora_r"],
-                  "norm": "frobenius" if norm == "forbenius" else norm,
-                  "damping": 0.0}
+        return {"base": config.get("base_model_name_or_path"),
+                "d_r": config["fastlora_r"],
+                "rank": min(config["fastlora_max_rank"], config["fastlora_r"]),
+                "scale": config["fastlora_alpha"] / config["fastlora_r"],
+                "norm": "frobenius" if norm == "forbenius" else norm,
+                "damping": 0.0}
+
+
+def read_fastlora(directory):
+    """(tensors, targets) of a checkpoint of the authors' code. Theirs is transposed: A1 -> our B2, A2 -> B1^T, A3 ->
+    A2, B -> A1. Their S is our S^T; norm commutes with that."""
     theirs, _ = read_safetensors(os.path.join(directory, "adapter_model.safetensors"))
     pattern = r"base_model\.model\.(.+)\.base_layer\.(.+)\.fastlora_(A1|A2|A3|B|hidden_state_norm)\.weight"
     tensors = {}
@@ -102,17 +101,16 @@ def read_fastlora(directory):
             tensor = tensor.T
         tensors[f"{block}.{linear}.{FASTLORA_NAMES[part]}"] = tensor
         targets.add(linear.split(".")[-1])
-    values["targets"] = sorted(targets)
-    return values, tensors
+    return tensors, sorted(targets)
 
 
 def write_peft(directory, base_name, config, lora, tokens):
     """A PEFT LoRA directory with its model card, from {module name: (lora_A (1, r, d_in), lora_B (1, d_out, r))} with s
     in lora_B, of a context of that many tokens. config: a GeneratorConfig. PEFT multiplies by lora_alpha / r:
     lora_alpha = s r where that is whole (vLLM types it so), else s stays in lora_B and lora_alpha = r. InputError where
-    the directory holds an adapter already."""
-    if os.path.exists(os.path.join(directory, "adapter_config.json")):
-        raise InputError(f"{directory} holds an adapter already: name another directory")
+    the directory holds files already."""
+    if os.path.isdir(directory) and os.listdir(directory):
+        raise InputError(f"{directory} holds files already: name another directory for the adapter")
     r = len(next(iter(lora.values()))[0][0])             # the config's rank, but d_r for frobenius
     alpha = r
     factor = 1.0
@@ -126,8 +124,7 @@ def write_peft(directory, base_name, config, lora, tokens):
         tensors[f"base_model.model.{name}.lora_A.weight"] = lora_A[0]
         tensors[f"base_model.model.{name}.lora_B.weight"] = lora_B[0] / factor
     peft = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_name, "r": r,
-            "lora_alpha": alpha, "target_modules": config.targets, "lora_dropout": 0.0, "bias": "none",
-            "fan_in_fan_out": False, "inference_mode": True}
+            "lora_alpha": alpha, "target_modules": config.targets}
     make_directory(directory)
     save_tensors(tensors, os.path.join(directory, "adapter_model.safetensors"), {"format": "pt"})
     Path(directory, "adapter_config.json").write_text(json.dumps(peft, indent=1))

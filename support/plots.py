@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 
 from support.costs import COSTS
 
@@ -35,12 +34,10 @@ def write_table(args, result):
             line = []
             for key in keys:
                 text = row.get(key, "")
-                error = row.get(key + "_stderr")
-                if error:
-                    digits = max(0, 1 - math.floor(math.log10(error)))          # two of the error
-                    text = f"{text:.{digits}f} ± {error:.{digits}f}"
-                elif isinstance(text, float):
+                if isinstance(text, float):
                     text = f"{text:.4g}"
+                if row.get(key + "_stderr"):
+                    text += f" ± {row[key + '_stderr']:.2g}"
                 line.append(str(text))
             table.append(line)
         widths = [max(map(len, column)) for column in zip(*table)]
@@ -48,10 +45,8 @@ def write_table(args, result):
         for line in table:
             print("|", " | ".join(map(str.ljust, line, widths)), "|")
     if args.output:
-        part = args.output + ".part"
-        with open(part, "w", encoding="utf-8") as file:
-            json.dump(result, file, indent=1, ensure_ascii=False)
-        os.replace(part, args.output)
+        with open(args.output, "w", encoding="utf-8") as file:
+            json.dump(result, file, indent=1)
     if args.plot:
         plot(args.plot, rows)
 
@@ -76,7 +71,6 @@ def plot(path, rows):
     down = math.ceil(len(panels) / 3)
     figure = Figure(figsize=(13.5, 3.2 * down + 0.4), layout="constrained")
     methods = dict.fromkeys(row["method"] for row in rows)
-    lines = {}
     for place, (title, key, drawn) in enumerate(panels, 1):
         axes = figure.add_subplot(down, 3, place, title=title, xlabel=AXES[x])
         axes.set_xscale("log", base=2)
@@ -87,16 +81,11 @@ def plot(path, rows):
             if not points:
                 continue
             values = [row[key] for row in points]
-            style = {"color": f"C{n}", "linestyle": "--"}
             if not points[0].get(x):                        # no context reaches it
-                lines[method] = axes.axhline(values[0], **style)
+                axes.axhline(values[0], color=f"C{n}", linestyle="--", label=method)
                 continue
+            places = [row[x] for row in points]
             errors = [row.get(key + "_stderr") or 0 for row in points]
-            style |= {"marker": "osD^vP*"[n % 7], "linestyle": "-"}
-            if "shuffled" in method:
-                style["linestyle"] = ":"
-            lines[method] = axes.errorbar([row[x] for row in points], values, errors, capsize=3, **style)
-        if min(row[key] for row in drawn) >= 0:
-            axes.set_ylim(bottom=0)
-    figure.legend(lines.values(), lines, loc="outside lower center", ncols=5, frameon=False)
+            axes.errorbar(places, values, errors, color=f"C{n}", marker="o", capsize=3, label=method)
+        axes.legend(fontsize=7)
     figure.savefig(path, dpi=110)

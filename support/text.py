@@ -16,26 +16,24 @@ FIXED_DATE = "{%- macro strftime_now(format) -%}" + DATE + "{%- endmacro -%}"
 
 
 @functools.lru_cache(maxsize=8)
-def control_tokens(tokenizer, chat_template, special):
-    """Pattern of the first character of the added tokens that the chat template writes; special: and of all special
-    tokens."""
+def control_tokens(tokenizer, chat_template):
+    """Pattern of the first character of the special tokens and of the added ones that the chat template writes."""
     patterns = []
     for token in tokenizer.added_tokens_decoder.values():
-        wanted = special if token.special else token.content in chat_template
-        if wanted and token.content.strip():
+        if (token.special or token.content in chat_template) and token.content.strip():
             patterns.append(f"{re.escape(token.content[0])}(?={re.escape(token.content[1:])})")
     return re.compile("|".join(patterns) or "(?!)")
 
 
-def break_up(tokenizer, text, special):
+def break_up(tokenizer, text):
     """text with a BREAK after the first character of every control token, so that no piece between two BREAKs holds
     one; half surrogate pairs, which no tokenizer takes, are replaced."""
-    control = control_tokens(tokenizer, str(tokenizer.chat_template), special)
+    control = control_tokens(tokenizer, str(tokenizer.chat_template))
     text = text.encode("utf-8", "replace").decode().replace(BREAK, "").replace(MARK, "")
     return control.sub(rf"\g<0>{BREAK}", text)
 
 
-def token_ids(tokenizer, texts, **options):
+def token_ids(tokenizer, texts):
     """Token ids of texts, each tokenised piece by piece between its BREAKs: a list of lists."""
     pieces = []
     owners = []
@@ -46,7 +44,7 @@ def token_ids(tokenizer, texts, **options):
                 owners.append(i)
     ids = [[] for _ in texts]
     if pieces:
-        encoded = tokenizer(pieces, add_special_tokens=False, verbose=False, **options)["input_ids"]
+        encoded = tokenizer(pieces, add_special_tokens=False, verbose=False)["input_ids"]
         for i, piece_ids in zip(owners, encoded):
             ids[i].extend(piece_ids)
     return ids
@@ -54,8 +52,7 @@ def token_ids(tokenizer, texts, **options):
 
 def tokenize(tokenizer, texts):
     """Token ids of texts (a list) as plain text, without BOS: a list of lists."""
-    broken = [break_up(tokenizer, text, special=False) for text in texts]      # special ones: by the option below
-    return token_ids(tokenizer, broken, split_special_tokens=True)
+    return token_ids(tokenizer, [break_up(tokenizer, text) for text in texts])
 
 
 def apply_template(tokenizer, messages, **options):
@@ -63,7 +60,7 @@ def apply_template(tokenizer, messages, **options):
     reply that comes last stands between two MARKs."""
     broken = []
     for message in messages:
-        broken.append({**message, "content": break_up(tokenizer, message["content"], special=True)})
+        broken.append({**message, "content": break_up(tokenizer, message["content"])})
     if messages[-1]["role"] == "assistant":
         broken[-1]["content"] = MARK + broken[-1]["content"] + MARK
     # enable_thinking: Qwen3's reply is then the answer, at once

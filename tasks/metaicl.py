@@ -14,10 +14,7 @@ import math
 import os
 import random
 
-import huggingface_hub
-from huggingface_hub.utils import validate_repo_id
-
-from support.files import InputError, bad_input, field, hub_reachable, read_rows
+from support.files import InputError, field, hub_snapshot, read_rows
 from tasks.contexts import other_contexts
 
 HUB_ID = "allenai/metaicl-data"
@@ -63,12 +60,8 @@ def load(source, args, notes):
     shots = max(args.shots or SHOTS)
     directory = source
     if not os.path.exists(source):
-        with bad_input(f"{source}: no such directory, and not to be had from the hub"):
-            validate_repo_id(source)                        # a path is refused before the hub is asked
-            directory = huggingface_hub.snapshot_download(
-                source, repo_type="dataset", local_files_only=not hub_reachable(),
-                allow_patterns=[f"data/{task}/{task}_16_*.jsonl" for task in TASKS])
-            directory = os.path.join(directory, "data")
+        patterns = [f"data/{task}/{task}_16_*.jsonl" for task in TASKS]
+        directory = os.path.join(hub_snapshot(source, patterns, repo_type="dataset"), "data")
     tasks = {}
     for task in TASKS:
         if not os.path.isdir(os.path.join(directory, task)):
@@ -93,9 +86,9 @@ def load(source, args, notes):
 def read_examples(path, task):
     rows = []
     for number, (where, row) in enumerate(read_rows(path)):
-        question = f"Input: {field(row, 'input', str, where)}\nOutput:"
+        question = f"Input: {field(row, 'input', str, where, blank=False)}\nOutput:"
         rows.append({"number": number, "id": f"{task} {number}", "question": question,
-                     "golds": [field(row, "output", str, where)]})
+                     "golds": [field(row, "output", str, where, blank=False)]})
     return rows
 
 
@@ -104,10 +97,8 @@ def settings(tasks, model, tokenizer, args, notes):
     each number of them. A group is a demonstration seed; the context of fine-tuned is (train rows, dev rows)."""
     names = list(tasks)
     seeds = args.demo_seeds or SEEDS
-    missing = [task for task in TASKS if task not in tasks]
-    notes.append(f"{len(names)} of MetaICL's 26 test tasks averaged; not in {args.data}: "
-                 f"{', '.join(missing) or 'none'}")
-    others = other_contexts([{name} for name in names], names, args, notes)
+    notes.append(f"{len(names)} of MetaICL's 26 test tasks averaged")
+    others = other_contexts([{name} for name in names], args, notes)
 
     def questions(name, seed):
         return [{**row, "cluster": seed} for row in tasks[name]["test"][:args.limit]]

@@ -61,23 +61,16 @@ def load(source=SAMPLE, args=None, notes=None):
             for session in sessions:
                 session[:] = [f"Speaker {i % 2 + 1}: {text}" for i, text in enumerate(session)]
         asked = field(row, "self_instruct", dict, where)
-        question = field(asked, "B", str, where)
-        answer = field(asked, "A", str, where)
-        if not question.strip() or not answer.strip():
-            raise InputError(f"{where}: self_instruct needs a question (B) and an answer (A), one of them is empty")
         metadata = row.get("metadata")
         name = len(rows)
         if isinstance(metadata, dict):
             name = metadata.get("initial_data_id", name)
-        span = row.get("span")
-        if not isinstance(span, str | None):
-            raise InputError(f"{where}: span must be a text")
         rows.append({
             "id": str(name),
-            "span": span,
+            "span": row.get("span"),
             "sessions": ["\n".join(session) for session in sessions],
-            "question": question,
-            "answer": answer,
+            "question": field(asked, "B", str, where, blank=False),
+            "answer": field(asked, "A", str, where, blank=False),
         })
     return rows
 
@@ -87,21 +80,18 @@ def settings(rows, model, tokenizer, args, notes):
     spans = {}
     for row in rows:
         spans.setdefault(row["span"], []).append(row)
-    numbers = {}                                            # a question has one number under all spans
-    asked = {}
+    asked = {}                                              # a question has one number under all spans
     groups = {span: [] for span in spans}
     for span, span_rows in spans.items():
         parts = [set(row["sessions"]) for row in span_rows]
-        names = [row["id"] for row in span_rows]
-        others = other_contexts(parts, names, args, notes, first=args.limit)
+        others = other_contexts(parts, args, notes, first=args.limit)
         clusters = overlapping(parts)
         texts = ["\n\n".join(row["sessions"]) for row in span_rows]
         for i, row in enumerate(span_rows[:args.limit]):
             key = (row["id"], row["question"], row["answer"])
-            number = numbers.setdefault(key, len(numbers))
-            question = {"number": number, "id": row["id"], "cluster": clusters[i], "question": row["question"],
+            question = {"number": len(asked), "id": row["id"], "cluster": clusters[i], "question": row["question"],
                         "golds": [row["answer"]]}
-            asked.setdefault(number, question)
+            question = {**asked.setdefault(key, question), "cluster": clusters[i]}
             groups[span].append((texts[i], [texts[j] for j in others[i]], [question]))
     setting = {} if None in spans else {"span": "none"}
     yield setting, ["closed-book", "closed-book-instructed"], [(None, [], list(asked.values()))]

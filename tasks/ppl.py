@@ -35,8 +35,6 @@ def settings(rows, model, tokenizer, args, notes):
     """Yield (setting, methods, [(context ids, other contexts, [target])]) for each length."""
     lengths = args.context_lengths or [CONTEXT_LENGTH]
     longest = max(lengths)
-    if min(lengths) < 2:
-        raise InputError("--context-lengths of --task ppl must be at least 2: the first token is no target")
     if 2 * longest > model.window:
         raise InputError(f"--context-lengths {longest}: context and completion must fit the base's window of "
                          f"{model.window} tokens together")
@@ -50,8 +48,7 @@ def settings(rows, model, tokenizer, args, notes):
     if len(documents) < 2:
         raise InputError(f"{args.data}: ppl needs 2 documents of {2 * longest} tokens, found {len(documents)}; the "
                          "control is another one")
-    names = range(len(documents))
-    others = other_contexts([{i} for i in names], names, args, [])
+    others = other_contexts([{i} for i in range(len(documents))], args, [])
     for L in lengths:
         groups = []
         for i, ids in enumerate(documents):

@@ -66,10 +66,8 @@ def load(source, args, notes):
                 with bad_input(f"{where}: answers is not the list that it looks like"):
                     golds = [ast.literal_eval(quoted) for quoted in QUOTED.findall(answers)]
         golds = [gold for gold in golds if isinstance(gold, str) and gold.strip()]
-        text = field(row, key, str, where)
-        asked = field(row, "question", str, where)
-        if not text.strip() or not asked.strip():
-            raise InputError(f"{where}: {key} or question is empty")
+        text = field(row, key, str, where, blank=False)
+        asked = field(row, "question", str, where, blank=False)
         if not golds:
             unanswerable += 1
             continue
@@ -96,7 +94,7 @@ def settings(documents, model, tokenizer, args, notes):
         count = min(math.ceil(total / length), len(documents))
         parts = np.array_split(range(len(documents)), count)            # as many documents each
         contexts = ["\n\n".join(texts[i] for i in part) for part in parts]
-        others = other_contexts([{g} for g in range(count)], contexts, args, [])      # the note is below
+        others = other_contexts([{g} for g in range(count)], args, [])      # the note is below
         if count == 1:
             notes.append(f"{total} tokens or more hold all documents ({len(documents)}) in one context, which has no "
                          "control: --context-lengths 1 makes each document a context of its own")

@@ -76,7 +76,7 @@ def test_the_base_stays_the_base(kind):
     with torch.no_grad():
         before = base(ids).logits
     model = make_model(base=base)
-    nats, _ = model.segment_losses(tokens(2, 2, 30), None, [0, 1])
+    nats, _ = model.segment_losses(tokens(2, 2, 30), None, [0, 1], tokens(2, 2, 30))
     nats.sum().backward()
     with torch.no_grad():
         assert torch.equal(base(ids).logits, before) and torch.equal(model(ids), before)

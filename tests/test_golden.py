@@ -83,7 +83,7 @@ def test_doubled_sequence(case, plain):
             for name in golden:
                 if name.startswith(prefix):
                     layer, part = name[len(prefix):].split(".o_proj.fastlora_")
-                    grad = getattr(model.generator[f"model.layers.{layer}.self_attn.o_proj"], OURS[part]).grad
+                    grad = getattr(model.generator.by_name[f"model.layers.{layer}.self_attn.o_proj"], OURS[part]).grad
                     grad = grad.T if part == "A2" else grad
                     assert (grad - golden[name]).norm() < 1e-3 * golden[name].norm(), name
                     compared += 1
@@ -93,7 +93,7 @@ def test_doubled_sequence(case, plain):
 def test_checkpoint_of_the_hub(monkeypatch, capsys):
     """A hub id is downloaded, configs and safetensors alone; what was read from it is said."""
     asked = []
-    monkeypatch.setattr(formats.huggingface_hub, "snapshot_download",
+    monkeypatch.setattr("huggingface_hub.snapshot_download",
                         lambda name, **options: asked.append(options) or os.path.join(GOLDEN, "ckpt_llama_o"))
     values, tensors, base_name = formats.read_generator("owner/Generative-Adapter-v0.2")
     assert (values["scale"], len(tensors), base_name) == (0.5, 15, "tiny-random-llama")

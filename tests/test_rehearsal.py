@@ -19,7 +19,7 @@ def test_backward_on_meta(dtype, blocks, monkeypatch):
     model.checkpointing = blocks
     segments = torch.zeros(2, 4, 8, dtype=torch.long, device="meta")
     with on_meta(targets=2 * 4 * 7):
-        nll, count = model.segment_losses(segments, None, [0, 1, 2, 2])
+        nll, count = model.segment_losses(segments, None, [0, 1, 2, 2], segments)
         nll.sum().backward()
         memory = model.contextualize(segments[:, 1], memory=model.contextualize(segments[:, 0]))
         both = Memory.stack([memory, memory + memory])
@@ -32,9 +32,9 @@ def test_count_of_a_step_is_that_of_a_real_one():
     """FLOPs of the matrix products on meta against torch's profiler over the same step on the CPU."""
     model, segments = make_model(), torch.zeros(2, 4, 8, dtype=torch.long)
     with torch.profiler.profile(with_flops=True) as real:
-        model.segment_losses(segments, None, [0, 1, 2, 2])[0].sum().backward()
+        model.segment_losses(segments, None, [0, 1, 2, 2], segments)[0].sum().backward()
     model = model.to("meta")
     with on_meta(targets=2 * 4 * 7) as counted:
-        model.segment_losses(segments.to("meta"), None, [0, 1, 2, 2])[0].sum().backward()
+        model.segment_losses(segments.to("meta"), None, [0, 1, 2, 2], segments.to("meta"))[0].sum().backward()
     products = sum(row[1] for kind, row in counted.rows.items() if kind.endswith("products"))
     assert products == sum(event.flops for event in real.events() if event.name in ("aten::mm", "aten::bmm")) > 0
