@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from generator import split_into_chunks
 from support.bases import DEFAULT_BASE, locate_base, tokenizer_at
-from support.files import CACHE, InputError, bad_input, make_directory, read_rows, run_command, stamps
+from support.files import CACHE, InputError, bad_input, count_rows, make_directory, read_rows, run_command, stamps
 from support.text import MARK, apply_template, context_ids, document_marks, token_ids, tokenize, user_turn
 
 # MetaICL, the ninth set of Table 3, is no hub data set of rows: name the files <task>/<task>_16384_100_train.jsonl of
@@ -510,8 +510,9 @@ def pack(sources, tokenizer, facts, path):
     before, after = facts["marks"]
     tokens = 0
     blank = 0
+    total = sum(count_rows(source) for source in sources)
     rows = itertools.chain.from_iterable(map(read_rows, sources))
-    rows = iter(tqdm(rows, desc="packing"))
+    rows = iter(tqdm(rows, desc="packing", total=total or None))
     with tempfile.TemporaryDirectory(dir=os.path.dirname(path) or ".") as part:
         with open(f"{part}/tokens", "wb") as file:
             for some in iter(lambda: list(itertools.islice(rows, PACKED)), []):

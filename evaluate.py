@@ -582,7 +582,7 @@ def positive(text):
 def arguments(argv=None):
     """The flags, checked before anything is loaded. Raises InputError naming the flag."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
+    add = parser.add_argument_group("data").add_argument
     add("--task", choices=["ask", *TASKS], required=True)
     add("--data", help="hub id, .parquet or .jsonl; streamingqa: .csv; metaicl: hub id or directory; default: the "
         "paper's on the hub, msc without a connection: the built-in sample")
@@ -592,16 +592,19 @@ def arguments(argv=None):
     add("--shots", type=positive, nargs="+", help="metaicl: demonstrations; default 1 2 4 8 16")
     add("--demo-seeds", type=int, nargs="+", choices=metaicl.SEEDS,
         help="metaicl: their files; default 100 13 21 42 87")
+    add = parser.add_argument_group("model").add_argument
     add("--base", help=f"hub id, directory or .gguf file; default: the checkpoint's, or {DEFAULT_BASE}")
     add("--checkpoint", help="generator: directory or hub id, or none, an untrained one; default: the shipped one, on "
         "another base none")
     add("--device", help="the base must fit on it; default: cuda where there is one, else cpu")
     add("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 where the hardware has it")
     add("--batch-size", type=positive, default=4, help="questions at once; default 4")
+    add = parser.add_argument_group("methods").add_argument
     add("--method", action="append", help="repeatable; default: all of the task but -instructed and fine-tuned")
     add("--controls", type=positive, default=4, help="other contexts under which the gold is scored; the answer is "
         "under the first; default 4")
     add("--seed", type=int, default=0, help="of the control and of the demonstrations drawn; default 0")
+    add = parser.add_argument_group("output").add_argument
     add("--output", help="file for the table and its circumstances as JSON; default: only print it")
     add("--predictions", help="file to which every prediction is appended as JSONL, from which a run that was stopped "
         "continues; default: none")

@@ -94,6 +94,9 @@ class AdaptedLM(nn.Module):
             return output
         x = inputs[0]
         lora_A, lora_B = self.lora_of_block[name]
+        if 1 < len(lora_A) < len(x):                    # beams and returned sequences are copies of a row
+            lora_A = lora_A.repeat_interleave(len(x) // len(lora_A), 0)
+            lora_B = lora_B.repeat_interleave(len(x) // len(lora_B), 0)
         return output + x @ lora_A.mT @ lora_B.mT       # (B, L, d_in) -> (B, L, r) -> (B, L, d_out)
 
     def run(self, adapt_block, function, *args, **kwargs):

@@ -447,7 +447,7 @@ def arguments(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      usage="train.py [--stage STAGE] --data FILE ... --out DIRECTORY [options]",
                                      epilog="A large base is one of width 2,048 or more, a small one any other.")
-    add = parser.add_argument
+    add = parser.add_argument_group("data").add_argument
     add("--data", nargs="+",
         help=".parquet, .jsonl(.gz), .txt(.gz) files, a hub data set id, or one packed .bin file; instruct: default "
              "the hub sets of Table 3")
@@ -457,11 +457,19 @@ def arguments(argv=None):
     add("--validation", nargs="+",
         help="files of the same kinds; default a part of --data that is kept out of training: --eval-sequences "
              "sequences, in instruct documents, at most a tenth; in finetune a tenth of the contexts")
+    add("--eval-sequences", metavar="N", type=int, default=50, help="validation items; default 50")
+    add("--chunk", metavar="N", type=int,
+        help="tokens of a chunk (L); default small base 16, instruct 128; large base 1024")
+    add("--chunks", metavar="N", type=int,
+        help="chunks of a sequence (C), the pass holds 2C segments; default small base 1, large 8")
+    add = parser.add_argument_group("model").add_argument
     add("--base", default=DEFAULT_BASE, help="frozen base model: hub id, directory or .gguf file; default %(default)s")
     add("--checkpoint", help="start from this trained generator, which decides " + ", ".join(SHAPE) + "; default none")
     add("--init", choices=["random", "aligned"],
         help="without --checkpoint: the paper's random A2, B1, B2, default of a large base; or ones from the base's "
              "own statistics (extras/aligned.py), which learn from fewer tokens, default of a small one")
+    add("--d-r", metavar="N", type=int, help="width of the memory S; default small base 192, large 1024")
+    add("--rank", metavar="N", type=int, help="of the adapter; default small base 64, large 128")
     add("--scale", type=float, help="of the adapter (s); default small base 1.0, large 0.0625 (llama 0.125)")
     add("--targets", nargs="+", help="linear layers with adapters; default small base down_proj, large o_proj")
     add("--norm", choices=NORMS, help="default svd, or that of --checkpoint")
@@ -471,40 +479,38 @@ def arguments(argv=None):
         help="of the base; generator and S stay fp32. Default bfloat16 where the hardware has it; finetune float32, "
              "where steps of 1e-5 do not round away")
     add("--device", help="default CUDA where there is one")
+    add("--shard", action="store_true",
+        help="under torchrun: share the base out among the processes, for one that is larger than a device; finetune "
+             "does so by itself; default no")
+    add = parser.add_argument_group("training").add_argument
     add("--stage", choices=["pretrain", "instruct", "finetune"], default="pretrain", help="default %(default)s")
     add("--objective", choices=["both", "reconstruction", "completion"],
         help="pretrain: eq. 5, default both, or Table 2's ablations; one chunk has no completion")
+    add("--steps", metavar="N", type=int,
+        help="optimiser steps; default small base 100; large 15259, instruct: what --epochs makes")
+    add("--epochs", metavar="N", type=int,
+        help="passes over the data; default instruct of a large base 2, finetune at most 10")
+    add("--batch", metavar="N", type=int,
+        help="sequences of a step over all processes; default small base 32, instruct 8; large base 8, instruct "
+             "32; finetune 64")
+    add("--micro-batch", metavar="N", type=int,
+        help="sequences of one forward and backward pass; default small base 32, instruct 8; large base 1; "
+             "instruct on CUDA: as many as make 16384 tokens with padding")
     add("--lr", type=float,
         help="learning rate; default small base 0.006, instruct 0.002; large base 5e-05 (pretrain llama 0.0001); "
              "finetune 1e-05")
     add("--cpt-lr", type=float, help="finetune: learning rate of --documents; default llama 3e-05, else 1e-05")
+    add("--warmup", metavar="N", type=int,
+        help="steps of linear warm-up, then linear decay to 0; default small base 15, large 100")
     add("--checkpointing", nargs="?", type=int, const=10_000, default=0,
         help="recompute the activations of so many blocks (without a number: of all) in the backward pass; as few as "
              "memory allows; default %(default)s")
-    add("--shard", action="store_true",
-        help="under torchrun: share the base out among the processes, for one that is larger than a device; finetune "
-             "does so by itself; default no")
+    add("--seed", metavar="N", type=int, default=0, help="default 0")
+    add = parser.add_argument_group("output").add_argument
     add("--out", required=True, help="directory for checkpoints, log.jsonl and validation.jsonl")
     add("--resume", action="store_true", help="go on from the newest checkpoint in --out, if any; default no")
-    integers = {
-        "--eval-sequences": "validation items; default 50",
-        "--chunk": "tokens of a chunk (L); default small base 16, instruct 128; large base 1024",
-        "--chunks": "chunks of a sequence (C), the pass holds 2C segments; default small base 1, large 8",
-        "--d-r": "width of the memory S; default small base 192, large 1024",
-        "--rank": "of the adapter; default small base 64, large 128",
-        "--steps": "optimiser steps; default small base 100; large 15259, instruct: what --epochs makes",
-        "--epochs": "passes over the data; default instruct of a large base 2, finetune at most 10",
-        "--batch": "sequences of a step over all processes; default small base 32, instruct 8; large base 8, instruct "
-                   "32; finetune 64",
-        "--micro-batch": "sequences of one forward and backward pass; default small base 32, instruct 8; large base 1; "
-                         "instruct on CUDA: as many as make 16384 tokens with padding",
-        "--warmup": "steps of linear warm-up, then linear decay to 0; default small base 15, large 100",
-        "--seed": "default 0",
-        "--eval-every": "steps; default 200, but at most a quarter of --steps",
-        "--save-every": "steps; default 200, but at most a quarter of --steps"}
-    for name, words in integers.items():
-        add(name, metavar="N", type=int, help=words)
-    parser.set_defaults(eval_sequences=50, seed=0)      # of the others fill_recipe chooses
+    add("--eval-every", metavar="N", type=int, help="steps; default 200, but at most a quarter of --steps")
+    add("--save-every", metavar="N", type=int, help="steps; default 200, but at most a quarter of --steps")
     args = parser.parse_args(argv)
     check(args)
     return args
@@ -516,6 +522,9 @@ def flag(name):
 
 def check(args):
     """Refuse what can be refused before anything is loaded; fill in --data."""
+    for name in ("lr", "cpt_lr"):
+        if getattr(args, name) is not None and not getattr(args, name) > 0:
+            raise InputError(f"{flag(name)} must be positive")
     for name in NOT_OF_STAGE[args.stage]:               # refused, not ignored
         if getattr(args, name) not in (None, False):
             raise InputError(f"{flag(name)} does not belong to --stage {args.stage}: leave it out")

@@ -187,6 +187,18 @@ def read_rows(source, split="train"):
         raise InputError(f"{source} is empty: it needs at least one row")
 
 
+def count_rows(source):
+    """Rows that a local .parquet or .jsonl file will yield, for a progress bar; 0 where only reading would tell."""
+    import pyarrow.parquet                                   # slow to import
+    with contextlib.suppress(OSError, pyarrow.ArrowException):          # read_rows will say what is wrong
+        if source.endswith(".parquet"):
+            return pyarrow.parquet.ParquetFile(source).metadata.num_rows
+        if source.endswith(".jsonl"):
+            with open(source, "rb") as file:
+                return sum(1 for _ in file)
+    return 0
+
+
 def field(row, key, kind, where, blank=True):
     """row[key], which must be of that type; without `blank` a text with a word in it."""
     if not isinstance(row, dict) or not isinstance(row.get(key), kind):
