@@ -76,7 +76,7 @@ def load(source, args, notes):
     if not documents:
         raise InputError(f"{source}: none of its {unanswerable} questions has an answer, so nothing can be scored")
     if unanswerable:
-        notes.append(f"left out, since they have no answer: {unanswerable} questions")
+        notes.append(f"questions left out, since they have no answer: {unanswerable}")
     return [{"text": text, "questions": questions} for text, questions in documents.items()]
 
 

@@ -379,7 +379,7 @@ def test_qa_loaders(tmp_path, squad_file):
     notes = []
     (document,) = qa.load(str(tmp_path / "lists.csv"), SimpleNamespace(task="streamingqa"), notes)
     assert [question["golds"] for question in document["questions"]] == [["goat", "a goat"]] * 4
-    assert notes == ["left out, since they have no answer: 1 questions"]
+    assert notes == ["questions left out, since they have no answer: 1"]
     (tmp_path / "bad.csv").write_text("text,question,answers\na,b\n")
     (tmp_path / "blank.csv").write_text("text,question,answers\na, ,c\n")
     datasets.Dataset.from_dict({"context": []}).to_parquet(tmp_path / "no.parquet")
