@@ -34,10 +34,12 @@ def write_table(args, result):
             line = []
             for key in keys:
                 text = row.get(key, "")
-                if isinstance(text, float):
+                error = row.get(key + "_stderr")
+                if error:
+                    digits = max(0, 1 - math.floor(math.log10(error)))          # two of the error
+                    text = f"{text:.{digits}f} ± {error:.{digits}f}"
+                elif isinstance(text, float):
                     text = f"{text:.4g}"
-                if row.get(key + "_stderr"):
-                    text += f" ± {row[key + '_stderr']:.2g}"
                 line.append(str(text))
             table.append(line)
         widths = [max(map(len, column)) for column in zip(*table)]
