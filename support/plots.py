@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 
 from support.costs import COSTS
 
@@ -47,8 +48,10 @@ def write_table(args, result):
         for line in table:
             print("|", " | ".join(map(str.ljust, line, widths)), "|")
     if args.output:
-        with open(args.output, "w", encoding="utf-8") as file:
-            json.dump(result, file, indent=1)
+        part = args.output + ".part"
+        with open(part, "w", encoding="utf-8") as file:
+            json.dump(result, file, indent=1, ensure_ascii=False)
+        os.replace(part, args.output)
     if args.plot:
         plot(args.plot, rows)
 
@@ -73,6 +76,7 @@ def plot(path, rows):
     down = math.ceil(len(panels) / 3)
     figure = Figure(figsize=(13.5, 3.2 * down + 0.4), layout="constrained")
     methods = dict.fromkeys(row["method"] for row in rows)
+    lines = {}
     for place, (title, key, drawn) in enumerate(panels, 1):
         axes = figure.add_subplot(down, 3, place, title=title, xlabel=AXES[x])
         axes.set_xscale("log", base=2)
@@ -83,11 +87,16 @@ def plot(path, rows):
             if not points:
                 continue
             values = [row[key] for row in points]
+            style = {"color": f"C{n}", "linestyle": "--"}
             if not points[0].get(x):                        # no context reaches it
-                axes.axhline(values[0], color=f"C{n}", linestyle="--", label=method)
+                lines[method] = axes.axhline(values[0], **style)
                 continue
-            places = [row[x] for row in points]
             errors = [row.get(key + "_stderr") or 0 for row in points]
-            axes.errorbar(places, values, errors, color=f"C{n}", marker="o", capsize=3, label=method)
-        axes.legend(fontsize=7)
+            style |= {"marker": "osD^vP*"[n % 7], "linestyle": "-"}
+            if "shuffled" in method:
+                style["linestyle"] = ":"
+            lines[method] = axes.errorbar([row[x] for row in points], values, errors, capsize=3, **style)
+        if min(row[key] for row in drawn) >= 0:
+            axes.set_ylim(bottom=0)
+    figure.legend(lines.values(), lines, loc="outside lower center", ncols=5, frameon=False)
     figure.savefig(path, dpi=110)
