@@ -333,6 +333,18 @@ def instruction_batch(examples, pad, chunk):
     return Batch(segments, mask, torch.arange(C + 1), labels)
 
 
+def cut_into_passes(lengths, limit):
+    """Slices of rows of these lengths, the longest first, each for one pass of at most `limit` tokens with padding, but
+    for a row that is longer by itself."""
+    slices = []
+    start = 0
+    while start < len(lengths):
+        size = max(1, limit // lengths[start])
+        slices.append(slice(start, start + size))
+        start += size
+    return slices
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # what a run trains on. Every process makes the whole global batch and takes its rows of it. args: the flags of train.py
 

@@ -647,6 +647,10 @@ def arguments(argv=None):
         files.add(os.path.realpath(path))
     if args.plot and not args.plot.endswith((".png", ".svg", ".pdf")):
         raise InputError("--plot must be a .png, .svg or .pdf")
+    if args.export and os.path.exists(args.export):
+        raise InputError(f"--export {args.export} exists already: name another")
+    if args.context and "-" in args.context and not args.question:
+        raise InputError("--context - reads standard input, so questions cannot be typed in: give them with --question")
     if not all(question.strip() for question in args.question or []):
         raise InputError("--question is empty: ask something, or leave it out to type questions in")
     return args

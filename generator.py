@@ -62,6 +62,8 @@ class GeneratorConfig:
             if each.name in values:
                 try:
                     known[each.name] = each.type(values[each.name])
+                    if known[each.name] != values[each.name]:                   # half a token, not a number
+                        raise ValueError(f"{each.name} is {values[each.name]!r}")
                 except (TypeError, ValueError, OverflowError) as error:
                     raise InputError(f"generator config: {each.name} is of the wrong type: {error}") from None
         return cls(**known)

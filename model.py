@@ -223,6 +223,9 @@ class AdaptedLM(nn.Module):
         if memory.fingerprint not in (None, self.generator.fingerprint()):
             raise InputError("the memory was written by another generator (its fingerprint differs): read the context "
                              "again with this one")
+        shapes = {name: S.shape[1:] for name, S in memory.states.items()}
+        if shapes != dict.fromkeys(self.generator.by_name, (self.config.d_r, self.config.d_r)):
+            raise InputError("the memory does not fit this generator: its target modules or its d_r differ")
         lora = {}
         for name, layer in self.generator.by_name.items():
             S = memory.states[name].to(self.base.device)

@@ -35,7 +35,7 @@ from filelock import FileLock, Timeout
 from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
 
-from data import TABLE_3, InstructionData, PretrainingData, sequences
+from data import TABLE_3, InstructionData, PretrainingData, cut_into_passes, sequences
 from generator import NORMS, GeneratorConfig
 from model import DEFAULT_BASE, AdaptedLM, load_base
 from support.fast import LEAST_DAMPING
@@ -92,14 +92,9 @@ def micro_batches(mask, size, rank, world):
     lengths = mask.sum(-1)                                              # (B, N)
     tokens = (lengths > 0).sum(1) * lengths.amax(1)                     # (B,) of a pass of this row alone, padded
     order = tokens.argsort(descending=True, stable=True)
-    most = 0
-    for rest in (order[::world], order[rank::world]):                   # the first process's, the longest, and ours
-        passes = []
-        while len(rest) > 0:
-            size = max(1, PASS_TOKENS // tokens[rest[0]].item())
-            passes.append(rest[:size])
-            rest = rest[size:]
-        most = max(most, len(passes))
+    mine = order[rank::world]
+    passes = [mine[part] for part in cut_into_passes(tokens[mine].tolist(), PASS_TOKENS)]
+    most = len(cut_into_passes(tokens[order[::world]].tolist(), PASS_TOKENS))   # of the first process, the longest rows
     while len(passes) < most:
         passes.sort(key=len)
         rows = passes.pop()

@@ -8,10 +8,11 @@ import time
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+from safetensors import safe_open
 
 import evaluate
 from generator import Memory
-from support.files import InputError, bad_input, read_safetensors
+from support.files import InputError, bad_input
 from support.text import context_ids, user_turn
 from tasks.qa import IN_CONTEXT_PROMPT
 
@@ -63,7 +64,8 @@ def remember(args, texts):
     digests = []                                # of the texts in it
     if args.memory and os.path.exists(args.memory):
         memory = Memory.load(args.memory)
-        digests = read_safetensors(args.memory)[1].get("texts", "").split()
+        with safe_open(args.memory, framework="pt") as file:
+            digests = file.metadata().get("texts", "").split()
     model, tokenizer = evaluate.load_model(args)
     if memory is not None:
         model.lora(memory)                      # refused here, before anything is read, if another generator wrote it

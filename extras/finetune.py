@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from data import conversation, load_instructions
+from data import conversation, cut_into_passes, load_instructions
 from model import find_blocks, load_base
 from support.bases import save_base
 from support.files import InputError, make_directory
@@ -28,17 +28,6 @@ ANSWER = 512              # tokens of a question and its answer, at most
 NO_TARGETS = [([0, 0], [-100, -100])]                  # for a process that makes a pass because others do
 
 
-def parts(examples):
-    """Examples, the longest first, cut into parts of like length, each for one pass."""
-    found = []
-    while examples:
-        longest, _ = examples[0]
-        size = max(1, PASS_TOKENS // len(longest))
-        found.append(examples[:size])
-        examples = examples[size:]
-    return found
-
-
 def losses(base, examples, rank, world):
     """Yield the loss of a process's share of examples (ids, labels), part by part; the sum over all parts and processes
     is the token mean. A process yields as many as any other: the last may have no targets."""
@@ -46,9 +35,11 @@ def losses(base, examples, rank, world):
     for _, labels in examples:
         targets += len(labels[1:]) - labels[1:].count(-100)
     examples = sorted(examples, key=lambda example: len(example[0]), reverse=True)
-    shares = [parts(examples[process::world]) for process in range(world)]
-    missing = len(shares[0]) - len(shares[rank])        # the first process has the longest examples
-    for part in shares[rank] + missing * [NO_TARGETS]:
+    lengths = [len(ids) for ids, _ in examples]
+    mine = examples[rank::world]
+    shares = [mine[part] for part in cut_into_passes(lengths[rank::world], PASS_TOKENS)]
+    most = len(cut_into_passes(lengths[::world], PASS_TOKENS))      # the first process has the longest examples
+    for part in shares + (most - len(shares)) * [NO_TARGETS]:
         ids = [torch.tensor(ids) for ids, _ in part]
         ids = pad_sequence(ids, batch_first=True).to(base.device)                               # (B, L)
         labels = [torch.tensor(labels)[1:] for _, labels in part]

@@ -65,9 +65,12 @@ def load(source=SAMPLE, args=None, notes=None):
         name = len(rows)
         if isinstance(metadata, dict):
             name = metadata.get("initial_data_id", name)
+        span = row.get("span")
+        if not isinstance(span, str | None):
+            raise InputError(f"{where}: span must be a text")
         rows.append({
             "id": str(name),
-            "span": row.get("span"),
+            "span": span,
             "sessions": ["\n".join(session) for session in sessions],
             "question": field(asked, "B", str, where, blank=False),
             "answer": field(asked, "A", str, where, blank=False),

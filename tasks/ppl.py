@@ -35,6 +35,8 @@ def settings(rows, model, tokenizer, args, notes):
     """Yield (setting, methods, [(context ids, other contexts, [target])]) for each length."""
     lengths = args.context_lengths or [CONTEXT_LENGTH]
     longest = max(lengths)
+    if min(lengths) < 2:
+        raise InputError("--context-lengths of --task ppl must be at least 2: the first token is no target")
     if 2 * longest > model.window:
         raise InputError(f"--context-lengths {longest}: context and completion must fit the base's window of "
                          f"{model.window} tokens together")
