@@ -529,9 +529,13 @@ def pack(sources, tokenizer, facts, path):
         with open(f"{part}/tokens", "wb") as file:
             for some in iter(lambda: list(itertools.islice(rows, PACKED)), []):
                 texts = []
-                for _, row in some:
-                    text = row.get("text")
-                    if isinstance(text, str) and text.strip():
+                for where, row in some:
+                    text = row.get("text", 0)           # 0: there is no such field
+                    if text is None:
+                        text = ""
+                    if not isinstance(text, str):
+                        raise InputError(f"{where}: field 'text' is missing or is not a text")
+                    if text.strip():
                         texts.append(text)
                     else:
                         blank += 1

@@ -214,8 +214,11 @@ class Memory:
 
     def __add__(self, other):
         """The memory of contexts read apart, neither under the adapter of the other: S is a sum over tokens (eq. 3).
-        Row b is added to row b, a batch of 1 to every row; RuntimeError for other batches."""
+        Row b is added to row b, a batch of 1 to every row."""
         Memory.check_one_generator([self, other])
+        sizes = {len(self.tokens), len(other.tokens)}
+        if len(sizes | {1}) > 2:
+            raise InputError(f"memories of batches {sizes} cannot be added: they must be equal, or one of them 1")
         states = {}
         for name, S in self.states.items():
             states[name] = S + other.states[name].to(S.device)                  # (B, d_r, d_r)

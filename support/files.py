@@ -181,7 +181,9 @@ def read_rows(source, split="train"):
                 yield where, row
     except InputError:
         raise
-    except Exception as error:                               # missing or damaged files, lost connections
+    except FileNotFoundError:
+        raise InputError(f"{source}: no such file") from None
+    except Exception as error:                               # damaged files and lost connections end in many ways
         raise InputError(f"{where or source} cannot be read, or what follows it: {error}") from None
     if where is None:
         raise InputError(f"{source} is empty: it needs at least one row")

@@ -557,6 +557,8 @@ def test_ask(tmp_path, base_directory, generator_directory, tokenizer, capsys, m
     (["msc", "--output", ROOT], "--output .* cannot be written"),
     (["squad", "--shots", "4"], "--shots belongs to --task metaicl"),
     (["ask", "--context", "missing.txt"], "missing.txt .*No such file"),
+    (["ask", "--context", msc.SAMPLE, "--export", ROOT], "--export .* exists already"),
+    (["ask", "--context", "-"], "--context - reads standard input"),
     (["ask", "--question", " "], "--question is empty")])
 def test_refusals(base_directory, flags, words):
     with pytest.raises(InputError, match=words) as caught:

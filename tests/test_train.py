@@ -304,7 +304,7 @@ INSTRUCT = "--stage instruct --chunks 2 --checkpoint GENERATOR --data QA"
 @pytest.mark.parametrize("flags, words", [
     ("--out FILE", "cannot be a directory"), ("--chunks 400", "the training text has"),
     ("--validation SHORT", "validation needs at least 2"), ("--targets z_proj", "z_proj"), ("--rank 17", "rank"),
-    ("--chunks 1 --objective completion", "--objective completion needs"),
+    ("--lr nan", "--lr must be positive"), ("--chunks 1 --objective completion", "--objective completion needs"),
     ("--epochs 3", "--epochs does not belong to --stage pretrain"), (f"{INSTRUCT} --norm svd-exact", "has no gradient"),
     (f"{INSTRUCT} --d-r 17", "--d-r is decided by --checkpoint"), (f"{INSTRUCT} --chunk 4", "of at most 2 x 4 tokens"),
     (f"{INSTRUCT} TASK", "quarel is one of MetaICL's test tasks"), ("--cpt-lr 1", "--cpt-lr does not belong to"),
